@@ -1,0 +1,160 @@
+"""Gradients through the solver, by name; every one has the same forward pass.
+
+exact        backpropagation through the discretised solver, second-order guidance term included
+first_order  the same with the guidance held constant (what the authors' release does)
+adjoint      the paper's augmented SDE (Sec. 4.2.1) by torchsde, on the same Brownian path
+bpda         the identity (in `purify.Purifier`: it skips the forward noise and the scaling too)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchsde
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from coup_lib.guidance import first_order
+from coup_lib.sde import VPSDE
+from coup_lib.solver import euler_step, reverse_drift, solve, step_times
+
+PullBack = Callable[[tuple[Tensor, ...], Tensor], Tensor]
+
+
+def solve_with_gradient(
+    gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Tensor | None
+) -> Tensor:
+    """`solver.solve` with the named gradient for x.
+
+    What is kept for the backward pass are the N + 1 states (and, for the adjoint, the noise); every step is
+    replayed from its own stored state, so the memory for activations does not grow with N. The noise is
+    additive and drops out of the derivative.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return solve(score, sde, x, times, noise)
+    pull_backs: dict[str, PullBack] = {
+        "exact": lambda states, v: replay(score, sde, states, times, v),
+        "first_order": lambda states, v: replay(first_order(score), sde, states, times, v),
+        "adjoint": lambda states, v: adjoint(score, sde, states, times, noise, v),
+    }
+    return _Path.apply(x, lambda x, keep: solve(score, sde, x, times, noise, keep), pull_backs[gradient])
+
+
+class _Path(torch.autograd.Function):
+    """A path that keeps its states, and pulls a gradient back along them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[..., Tensor], pull_back: PullBack) -> Tensor:
+        states: list[Tensor] = []
+        result = run(x, lambda index, t, state: states.append(state))
+        ctx.pull_back = pull_back
+        ctx.save_for_backward(*states)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pull_back(ctx.saved_tensors, v), None, None
+
+
+def replay(score: nn.Module, sde: VPSDE, states: tuple[Tensor, ...], times: Tensor, v: Tensor) -> Tensor:
+    """vᵀ ∂x_N/∂x_0 by one vector-Jacobian product per step, last step first."""
+    steps = step_times(times, v.dtype, v.device)
+    for state, (t, dt) in zip(reversed(states[:-1]), reversed(steps), strict=True):
+        with torch.enable_grad():
+            x = state.detach().requires_grad_()
+            (v,) = torch.autograd.grad(euler_step(score, sde, x, t, dt), x, v)
+    return v
+
+
+def adjoint(
+    score: nn.Module,
+    sde: VPSDE,
+    states: tuple[Tensor, ...],
+    times: Tensor,
+    noise: Tensor | None,
+    v: Tensor,
+) -> Tensor:
+    """vᵀ ∂x_N/∂x_0 by the paper's augmented SDE, which rebuilds the path backwards from its end.
+
+    torchsde walks from 0 to t* - t_N with the grid's step; only the state at the end is handed over (as
+    DiffPure and the COUP release do), so the rebuilt path drifts from the true one unless the step is small.
+    Networks must be frozen: their parameters would otherwise join the adjoint state.
+    """
+    x = states[0].detach().flatten(1)
+    path = _GridBrownian(times, noise, states[0])
+    ends = torch.tensor([0.0, float(times[0] - times[-1])], dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        x.requires_grad_()
+        walked = torchsde.sdeint_adjoint(
+            _ReverseSDE(score, sde, float(times[0]), states[0].shape, noisy=noise is not None),
+            x,
+            ends,
+            bm=path,
+            method="euler",
+            adjoint_method="euler",
+            dt=float(times[0] - times[1]),
+            adjoint_params=(),
+        )
+        (gradient,) = torch.autograd.grad(walked[-1], x, v.flatten(1))
+    return gradient.reshape(states[0].shape)
+
+
+class _ReverseSDE(nn.Module):
+    """The reverse SDE as torchsde wants it: flat states, a time s = t* - t that grows."""
+
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(
+        self, score: nn.Module, sde: VPSDE, t_star: float, shape: torch.Size, *, noisy: bool
+    ) -> None:
+        super().__init__()
+        self.score, self.sde, self.t_star, self.shape, self.noisy = score, sde, t_star, shape, noisy
+
+    def f(self, s: Tensor, x: Tensor) -> Tensor:
+        return -reverse_drift(self.score, self.sde, x.reshape(self.shape), self.t_star - s).flatten(1)
+
+    def g(self, s: Tensor, x: Tensor) -> Tensor:
+        scale = self.sde.diffusion(self.t_star - s) if self.noisy else torch.zeros_like(s)
+        return scale * torch.ones_like(x)
+
+
+class _GridBrownian(torchsde.BaseBrownian):
+    """The Brownian path whose increments on our grid are √dt·noise, linear in between."""
+
+    def __init__(self, times: Tensor, noise: Tensor | None, like: Tensor) -> None:
+        flat = like.flatten(1)
+        self._like = flat
+        self._times = (times[0] - times).to(like.device)
+        increments = torch.zeros(len(times), *flat.shape, dtype=torch.float64, device=like.device)
+        if noise is not None:
+            roots = (times[:-1] - times[1:]).sqrt().to(like.device)
+            increments[1:] = roots[:, None, None] * noise.flatten(2)
+        self._path = increments.cumsum(0)
+
+    def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Tensor:
+        return (self._at(tb) - self._at(ta)).to(self._like.dtype)
+
+    def _at(self, s: Any) -> Tensor:
+        index = min(max(int(torch.searchsorted(self._times, float(s))) - 1, 0), len(self._times) - 2)
+        left, right = float(self._times[index]), float(self._times[index + 1])
+        return torch.lerp(self._path[index], self._path[index + 1], (float(s) - left) / (right - left))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._like.shape
+
+    @property
+    def levy_area_approximation(self) -> str:
+        return "none"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(steps={len(self._times) - 1})"

@@ -1,0 +1,152 @@
+"""Purifiers as wrappers: around a score, and around a classifier (Algorithm 1)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coup_lib.config import GRADIENTS, choice
+from coup_lib.gradients import solve_with_gradient
+from coup_lib.guidance import Guided, to_image, to_state
+from coup_lib.sde import VPSDE
+from coup_lib.solver import Callback, solve, time_grid
+
+
+class Purifier(nn.Module):
+    """The reverse-time SDE run straight from the image ("COUP w/o guidance"; with a `Guided` score, COUP).
+
+    Images (B, C, H, W) in [0, 1] go in and come out; the SDE lives in [-1, 1]. The result is clamped, as in
+    the COUP release. Noise comes from the purifier's own generator, never from torch's global one: attacks
+    reseed that, and would freeze the defence's noise.
+
+    Args:
+        score: s(x, t) on states.
+        t_star: where the reverse SDE starts, in (1e-5, 1].
+        n_steps: N Euler steps (paper: t*/1e-3).
+        gradient: one of `config.GRADIENTS`.
+        seed: of the purifier's generator.
+
+    Raises:
+        ValueError: for an unknown gradient.
+    """
+
+    clamp = True
+
+    def __init__(
+        self,
+        score: nn.Module,
+        *,
+        t_star: float = 0.1,
+        n_steps: int = 100,
+        gradient: str = "exact",
+        sde: VPSDE | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.gradient = choice("gradient", gradient, GRADIENTS)
+        self.score, self.sde = score.eval().requires_grad_(False), sde or VPSDE()
+        self.t_star, self.n_steps = t_star, n_steps
+        self.times = time_grid(t_star, n_steps)
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Start the purifier's own generator anew."""
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Purify x (B, C, H, W) in [0, 1]; seeds (B,) int64 fix each image's noise, else it is fresh.
+
+        One seed gives one image the same noise in whatever batch, place and precision.
+        """
+        noise = standard_normal(self._fresh_seeds(x) if seeds is None else seeds, self.n_steps + 1, x)
+        if self.gradient == "bpda":
+            with torch.no_grad():
+                purified = self._run(x, noise)
+            return x + (purified - x).detach()
+        return self._run(x, noise)
+
+    def trajectory(
+        self, x: Tensor, callback: Callback, *, brownian: bool = True, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Purify with callback(i, t_i, state_i) along the path; brownian=False leaves the noise out."""
+        seeds = self._fresh_seeds(x) if seeds is None else seeds
+        noise = standard_normal(seeds, self.n_steps + 1, x)
+        state = self.start(to_state(x), noise[0])
+        state = solve(self.score, self.sde, state, self.times, noise[1:] if brownian else None, callback)
+        return self.finish(state)
+
+    def start(self, state: Tensor, noise: Tensor) -> Tensor:
+        """The state at t*: the attacked image itself, unscaled and without forward noise."""
+        return state
+
+    def finish(self, state: Tensor) -> Tensor:
+        """The image that the classifier sees."""
+        return to_image(state.clamp(-1, 1) if self.clamp else state)
+
+    def _run(self, x: Tensor, noise: Tensor) -> Tensor:
+        state = self.start(to_state(x), noise[0])
+        gradient = "exact" if self.gradient == "bpda" else self.gradient
+        return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, noise[1:]))
+
+    def _fresh_seeds(self, x: Tensor) -> Tensor:
+        return torch.randint(2**62, (len(x),), generator=self._generator)
+
+    def extra_repr(self) -> str:
+        """The settings that matter."""
+        return f"t_star={self.t_star}, n_steps={self.n_steps}, gradient={self.gradient!r}"
+
+
+class DiffPurePurifier(Purifier):
+    """DiffPure: noise the image forward to t*, then run the reverse SDE. No clamp, as in its code."""
+
+    clamp = False
+
+    def start(self, state: Tensor, noise: Tensor) -> Tensor:
+        """√ᾱ·x + √(1-ᾱ)·ε with the discrete ᾱ of DiffPure's code."""
+        mean, std = self.sde.discrete_marginal(self.t_star)
+        return mean * state + std * noise
+
+
+class Purified(nn.Module):
+    """A classifier behind a purifier, to be attacked like any other: [0, 1] NCHW in, logits (B, K) out.
+
+    The networks are put into eval mode and frozen: what is differentiated is the input.
+    """
+
+    def __init__(self, classifier: nn.Module, purifier: Purifier) -> None:
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.purifier = purifier
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Logits of the purified x; `seeds` as in `Purifier.forward`."""
+        return self.classifier(self.purifier(x, seeds))
+
+
+def diffpure(classifier: nn.Module, score: nn.Module, **settings: Any) -> Purified:
+    """DiffPure around a classifier; settings are those of `Purifier`."""
+    return Purified(classifier, DiffPurePurifier(score, **settings))
+
+
+def reverse_only(classifier: nn.Module, score: nn.Module, **settings: Any) -> Purified:
+    """The reverse SDE alone, "COUP w/o guidance"; settings are those of `Purifier`."""
+    return Purified(classifier, Purifier(score, **settings))
+
+
+def coup(classifier: nn.Module, score: nn.Module, guidance_weight: float = 1.0, **settings: Any) -> Purified:
+    """COUP (Algorithm 1): the same classifier guides and decides; settings are those of `Purifier`."""
+    return Purified(classifier, Purifier(Guided(score, classifier, guidance_weight), **settings))
+
+
+def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
+    """(n, *like.shape) standard normal noise, the image at place b drawn from seeds[b] alone.
+
+    Drawn in float32 and then cast, so that a seed means the same noise in every precision.
+    """
+    generator = torch.Generator(like.device)
+    shape = (n, *like.shape[1:])
+    draws = [
+        torch.randn(shape, generator=generator.manual_seed(seed), device=like.device)
+        for seed in seeds.tolist()
+    ]
+    return torch.stack(draws, dim=1).to(like.dtype)

@@ -1,0 +1,70 @@
+"""The reverse-time SDE (Eq. 4, 5) by Euler–Maruyama on an integer-indexed grid."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from coup_lib.sde import T_END, VPSDE
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+def time_grid(t_star: float, n_steps: int, t_end: float = T_END) -> Tensor:
+    """t_i = t*·(1 - i/N), and t_N = t_end: (N + 1,) in float64, from t* down.
+
+    t* = 0.1 and N = 100 give the paper's dt = 1e-3 with the last step 0.99 dt. The times are computed from
+    the index, never summed up, so that a replay meets exactly the times of the forward pass.
+
+    Raises:
+        ValueError: if a step t*/N would not be longer than t_end.
+    """
+    if n_steps < 1 or not t_star / n_steps > t_end:
+        raise ValueError(f"expected n_steps >= 1 and t_star / n_steps > {t_end:g}; got {t_star} / {n_steps}")
+    times = t_star * (1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps)
+    times[-1] = t_end
+    return times
+
+
+def reverse_drift(score: nn.Module, sde: VPSDE, x: Tensor, t: Tensor) -> Tensor:
+    """f(x,t) - g(t)² s(x,t) of Eq. 4; with a `Guided` score it is the drift of Eq. 5. Like x (B, ...)."""
+    return sde.drift(x, t) - sde.beta(t) * score(x, t)
+
+
+def euler_step(
+    score: nn.Module, sde: VPSDE, x: Tensor, t: Tensor, dt: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """From x at t to t - dt (dt > 0); noise ~ N(0, I) like x, or None for no Brownian motion."""
+    x = x - reverse_drift(score, sde, x, t) * dt
+    return x if noise is None else x + sde.diffusion(t) * dt.sqrt() * noise
+
+
+def solve(
+    score: nn.Module,
+    sde: VPSDE,
+    x: Tensor,
+    times: Tensor,
+    noise: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Carry x (B, ...) from times[0] to times[-1] and return the state there.
+
+    Args:
+        times: (N + 1,) descending, from `time_grid`.
+        noise: (N, B, ...) standard normal increments, one per step; None: no Brownian motion (Sec. 5.3.1).
+        callback: called as callback(i, t_i, x_i) for i = 0 … N, the last one with the result.
+    """
+    steps = step_times(times, x.dtype, x.device)
+    for index, (t, dt) in enumerate(steps):
+        if callback:
+            callback(index, float(times[index]), x)
+        x = euler_step(score, sde, x, t, dt, None if noise is None else noise[index])
+    if callback:
+        callback(len(steps), float(times[-1]), x)
+    return x
+
+
+def step_times(times: Tensor, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(t_i, t_i - t_{i+1}) of every step, differences taken in float64."""
+    lengths = (times[:-1] - times[1:]).to(device, dtype)
+    return list(zip(times[:-1].to(device, dtype).unbind(), lengths.unbind(), strict=True))

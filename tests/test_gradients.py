@@ -1,0 +1,165 @@
+"""Every named gradient against its definition, in float64."""
+
+import pytest
+import torch
+from closed_forms import small_problem
+
+from coup_lib import gradients
+from coup_lib.guidance import Guided, to_image, to_state
+from coup_lib.purify import Purifier, coup, diffpure, reverse_only, standard_normal
+from coup_lib.sde import VPSDE
+from coup_lib.solver import solve, time_grid
+
+SEEDS = torch.arange(5)
+BUILDERS = {"diffpure": diffpure, "reverse": reverse_only, "coup": coup}
+
+
+def relative_error(value, reference):
+    """‖value - reference‖ / ‖reference‖, per image, the worst one."""
+    difference = (value - reference).flatten(1).norm(dim=1)
+    return float((difference / reference.flatten(1).norm(dim=1)).max())
+
+
+def cosine(a, b):
+    """Per image, with no epsilon that could hide tiny gradients."""
+    a, b = a.flatten(1), b.flatten(1)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def input_gradient(defence, x):
+    """The gradient of a fixed mixture of logits."""
+    x = x.clone().requires_grad_()
+    logits = defence(x, seeds=SEEDS)
+    return torch.autograd.grad((logits * torch.arange(1.0, 4.0, dtype=x.dtype)).sum(), x)[0]
+
+
+def plain_gradient(defence, x):
+    """The same by ordinary autograd through every operation of the solver."""
+    x = x.clone().requires_grad_()
+    purifier = defence.purifier
+    noise = standard_normal(SEEDS, purifier.n_steps + 1, x)
+    state = purifier.start(to_state(x), noise[0])
+    state = solve(purifier.score, purifier.sde, state, purifier.times, noise[1:])
+    logits = defence.classifier(purifier.finish(state))
+    return torch.autograd.grad((logits * torch.arange(1.0, 4.0, dtype=x.dtype)).sum(), x)[0]
+
+
+def build(name, gradient, n_steps=12, t_star=0.1):
+    score, classifier, x = small_problem()
+    return BUILDERS[name](classifier, score, n_steps=n_steps, t_star=t_star, gradient=gradient), x
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_exact_equals_plain_autograd(name):
+    defence, x = build(name, "exact")
+    assert relative_error(input_gradient(defence, x), plain_gradient(defence, x)) < 1e-9
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_exact_passes_gradcheck(name):
+    score, classifier, x = small_problem()
+    defence = BUILDERS[name](classifier, score, n_steps=4)
+    x = (0.25 + x / 2)[:2]  # away from the clamp's kink
+    assert torch.autograd.gradcheck(
+        lambda x: defence(x, seeds=SEEDS[:2]), (x.requires_grad_(),), eps=1e-6, atol=1e-7
+    )
+
+
+def test_first_order_is_the_derivative_with_constant_guidance():
+    """Against autograd through a solver whose guidance is detached by hand."""
+    score, classifier, x = small_problem()
+    times, sde = time_grid(0.1, 6), VPSDE()
+    guided = Guided(score, classifier, 2.0)
+
+    class Detached(torch.nn.Module):
+        def forward(self, x, t):
+            return score(x, t) + (guided(x, t) - score(x, t)).detach()
+
+    a, b = to_state(x).requires_grad_(), to_state(x).requires_grad_()
+    ours = gradients.solve_with_gradient("first_order", guided, sde, a, times, None)
+    theirs = solve(Detached(), sde, b, times)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(x)
+    (ours,), (theirs,) = torch.autograd.grad(ours, a, weights), torch.autograd.grad(theirs, b, weights)
+    assert relative_error(ours, theirs) < 1e-12
+
+
+def test_the_second_order_term_matters_and_is_the_only_difference():
+    exact, x = build("coup", "exact")
+    released, _ = build("coup", "first_order")
+    assert relative_error(input_gradient(released, x), input_gradient(exact, x)) > 1e-2
+    for gradient in ("first_order", "exact"):
+        reverse, _ = build("reverse", gradient)
+        assert relative_error(input_gradient(reverse, x), plain_gradient(reverse, x)) < 1e-9
+
+
+def test_adjoint_converges_to_exact_as_the_step_shrinks():
+    errors = []
+    for n_steps in (20, 80, 320):
+        exact, x = build("coup", "exact", n_steps)
+        adjoint, _ = build("coup", "adjoint", n_steps)
+        errors.append(relative_error(input_gradient(adjoint, x), input_gradient(exact, x)))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.02
+
+
+def test_adjoint_on_a_noise_free_path_is_close():
+    score, classifier, x = small_problem()
+    guided, times = Guided(score, classifier), time_grid(0.1, 400)
+    state = to_state(x).requires_grad_()
+    pulled = {}
+    for name in ("exact", "adjoint"):
+        end = gradients.solve_with_gradient(name, guided, VPSDE(), state, times, None)
+        pulled[name] = torch.autograd.grad(end, state, torch.ones_like(x))[0]
+    assert float(cosine(pulled["exact"], pulled["adjoint"]).min()) > 0.9999
+
+
+def test_bpda_is_the_identity_through_the_purifier():
+    defence, x = build("diffpure", "bpda")
+    x = x.clone().requires_grad_()
+    purified = defence.purifier(x, SEEDS)
+    weights = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(purified, x, weights)[0], weights)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("gradient", ["first_order", "adjoint", "bpda"])
+def test_every_gradient_has_the_same_forward_pass(name, gradient):
+    reference, x = build(name, "exact")
+    other, _ = build(name, gradient)
+    x = x.requires_grad_()
+    torch.testing.assert_close(other(x, seeds=SEEDS), reference(x, seeds=SEEDS), rtol=0, atol=1e-15)
+
+
+def test_a_graph_can_be_pulled_back_twice():
+    """FAB asks for several backward passes through one graph."""
+    defence, x = build("coup", "exact")
+    x = x.requires_grad_()
+    logits = defence(x, seeds=SEEDS)
+    first = torch.autograd.grad(logits.sum(), x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(logits.sum(), x)[0], first, rtol=0, atol=0)
+
+
+def test_only_the_states_are_kept():
+    """What the graph saves grows by one state per step, and by nothing else."""
+    saved = {}
+    for n_steps in (5, 15):
+        defence, x = build("coup", "exact", n_steps)
+        end = gradients.solve_with_gradient(
+            "exact", defence.purifier.score, VPSDE(), x.requires_grad_(), time_grid(0.1, n_steps), None
+        )
+        saved[n_steps] = sum(tensor.numel() for tensor in end.grad_fn.saved_tensors)
+    assert saved == {5: 6 * x.numel(), 15: 16 * x.numel()}
+
+
+def test_unknown_gradient_is_refused():
+    score, _, _ = small_problem()
+    with pytest.raises(ValueError, match="expected one of exact, first_order, adjoint, bpda; got 'exakt'"):
+        Purifier(score, gradient="exakt")
+
+
+def test_images_of_the_purifier_stay_in_range():
+    defence, x = build("coup", "exact")
+    purified = defence.purifier(x, SEEDS)
+    assert float(purified.min()) >= 0 and float(purified.max()) <= 1
+    torch.testing.assert_close(to_image(to_state(x)), x)

@@ -1,0 +1,110 @@
+"""The time grid and the Euler–Maruyama solver, in float64 against closed forms."""
+
+import pytest
+import torch
+from closed_forms import GaussianMixtureScore, small_problem
+
+from coup_lib.guidance import Guided, confidence_gradient, to_image, to_state
+from coup_lib.score import NoiseScore
+from coup_lib.sde import T_END, VPSDE
+from coup_lib.solver import reverse_drift, solve, time_grid
+
+
+def test_the_papers_grid():
+    times = time_grid(0.1, 100)
+    steps = times[:-1] - times[1:]
+    torch.testing.assert_close(steps[:-1], torch.full((99,), 1e-3, dtype=torch.float64))
+    assert float(steps[-1]) == pytest.approx(0.99e-3)
+    assert float(times[0]) == 0.1 and float(times[-1]) == T_END
+
+
+def unit_gaussian() -> GaussianMixtureScore:
+    """N(0, I) data: the VP-SDE leaves it as it is, the score is -x at every t."""
+    return GaussianMixtureScore(torch.zeros(1, 4, dtype=torch.float64), 1.0)
+
+
+def test_deterministic_path_converges_to_the_closed_form():
+    """Without Brownian motion dx/dt = βx/2 backwards on unit Gaussian data: x_0 = exp(-γ) x_t*, first order."""
+    sde, x = VPSDE(), torch.ones(1, 4, dtype=torch.float64)
+    span = sde.gamma(torch.tensor([0.1, T_END], dtype=torch.float64))
+    exact = torch.exp(-(span[0] - span[1]))
+    errors = [
+        float((solve(unit_gaussian(), sde, x, time_grid(0.1, n)) - exact).abs().max()) for n in (20, 40, 80)
+    ]
+    assert errors[2] < 1e-3
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+
+
+def test_noise_keeps_the_stationary_law():
+    """The reverse SDE carries N(0, I) to N(0, I); mean and variance of 50,000 paths say so."""
+    n = 50_000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(50, n, 1, generator=generator, dtype=torch.float64)
+    score = GaussianMixtureScore(torch.zeros(1, 1, dtype=torch.float64), 1.0)
+    end = solve(score, VPSDE(), x, time_grid(0.3, 50), noise)
+    assert float(end.mean()) == pytest.approx(0, abs=4 / n**0.5)
+    assert float(end.var()) == pytest.approx(1, abs=0.03)
+
+
+def test_callback_sees_every_state():
+    score, _, x = small_problem()
+    seen = []
+    end = solve(score, VPSDE(), to_state(x), time_grid(0.1, 7), callback=lambda *step: seen.append(step))
+    assert [index for index, _, _ in seen] == list(range(8))
+    assert seen[0][1] == 0.1 and seen[-1][1] == T_END
+    torch.testing.assert_close(seen[0][2], to_state(x))
+    assert seen[-1][2] is end
+
+
+def test_drift_is_eq_5():
+    score, classifier, x = small_problem()
+    sde, t, weight = VPSDE(), torch.tensor(0.08, dtype=torch.float64), 1.7
+    state = to_state(x).requires_grad_()
+    log_confidence = classifier(to_image(state)).softmax(1).max(1).values.log().sum()
+    (guidance,) = torch.autograd.grad(log_confidence, state)
+    beta = 0.1 + 0.08 * 19.9
+    expected = -beta * state / 2 - beta * (score(state, t) + weight * guidance)
+    torch.testing.assert_close(reverse_drift(Guided(score, classifier, weight), sde, state, t), expected)
+
+
+def test_mixture_score_is_the_gradient_of_its_log_density():
+    score, _, x = small_problem()
+    x = to_state(x).requires_grad_()
+    for t in torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64):
+        (gradient,) = torch.autograd.grad(score.log_density(x, t).sum(), x)
+        torch.testing.assert_close(score(x, t), gradient)
+
+
+def test_guidance_points_uphill_in_confidence():
+    _, classifier, x = small_problem()
+    state = to_state(x)
+    step = 1e-5 * confidence_gradient(classifier, state)
+
+    def confidence(state):
+        return classifier(to_image(state)).softmax(1).amax(1).log()
+
+    assert (confidence(state + step) > confidence(state)).all()
+
+
+def test_noise_score_divides_by_std_and_scales_labels():
+    labels_seen = []
+
+    def network(x, labels):
+        labels_seen.append(labels)
+        return torch.ones_like(x)
+
+    score = _noise_score(network)
+    x, t = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.tensor([0.1, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(score(x, t)[:, 0, 0, 0], -1 / VPSDE().std(t))
+    torch.testing.assert_close(labels_seen[0], 999 * t)
+    torch.testing.assert_close(score(x, t[0])[:, 0, 0, 0], -1 / VPSDE().std(t[:1]).expand(2))
+
+
+def _noise_score(function):
+    class Network(torch.nn.Module):
+        def forward(self, x, labels):
+            return function(x, labels)
+
+    return NoiseScore(Network(), time_scale=999.0)
