@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
+from coup_lib.data import SIZES
+
 T = TypeVar("T")
 
 NORMS = ("linf", "l2")
@@ -121,7 +123,7 @@ PROFILES = {
         guidance_weight=1.0,
         n_steps={"linf": 10, "l2": 10},
         chunk_size=64,
-        max_batch=1280,
+        max_batch=640,
         budgets={
             "smoke": Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5),
             "quick": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
@@ -157,8 +159,6 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from coup_lib.data import split_size
-
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
@@ -166,7 +166,7 @@ class Config:
         fill("budget", "smoke" if is_smoke() else choice("budget", self.budget, profile.budgets))
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         choice("gradient", self.gradient, GRADIENTS)
-        available = split_size(profile.dataset, self.split)
+        choice("split", self.split, SIZES)
         budget = profile.budgets[self.budget]
         defaults = {name: getattr(profile, name)[self.norm] for name in ("eps", "t_star", "n_steps")}
         defaults |= dataclasses.asdict(budget) | {"guidance_weight": profile.guidance_weight}
@@ -177,7 +177,7 @@ class Config:
         fill("t_star", number("t_star", self.t_star, 1e-5, 1))
         # Negative weights are a legitimate control: guidance with its sign flipped.
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))
-        fill("n_images", count("n_images", self.n_images, available))
+        fill("n_images", count("n_images", self.n_images, SIZES[self.split]))
         for name in ("n_iter", "eot", "n_targets", "square_queries", "n_steps", "n_draws"):
             fill(name, count(name, getattr(self, name)))
         fill("seed", count("seed", self.seed, 2**31, low=0))

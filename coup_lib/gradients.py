@@ -18,26 +18,60 @@ from coup_lib.guidance import first_order
 from coup_lib.sde import VPSDE
 from coup_lib.solver import euler_step, reverse_drift, solve, step_times
 
+ACTIVATION_BUDGET = 2 * 2**30  # bytes of activations that plain autograd may keep before replaying pays
+
 PullBack = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 
 
 def solve_with_gradient(
-    gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Tensor | None
+    gradient: str,
+    score: nn.Module,
+    sde: VPSDE,
+    x: Tensor,
+    times: Tensor,
+    noise: Tensor | None,
+    activation_budget: int = ACTIVATION_BUDGET,
 ) -> Tensor:
     """`solver.solve` with the named gradient for x.
 
-    What is kept for the backward pass are the N + 1 states (and, for the adjoint, the noise); every step is
-    replayed from its own stored state, so the memory for activations does not grow with N. The noise is
-    additive and drops out of the derivative.
+    Where the activations of all steps take fewer bytes than activation_budget, plain autograd keeps them:
+    that saves one forward pass. Else what is kept are the N + 1 states (and, for the adjoint, the noise):
+    every step is replayed from its own stored state, so the memory for activations does not grow with N.
+    The noise is additive and drops out of the derivative. Both ways give the same numbers.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return solve(score, sde, x, times, noise)
-    pull_backs: dict[str, PullBack] = {
-        "exact": lambda states, v: replay(score, sde, states, times, v),
-        "first_order": lambda states, v: replay(first_order(score), sde, states, times, v),
-        "adjoint": lambda states, v: adjoint(score, sde, states, times, noise, v),
-    }
-    return _Path.apply(x, lambda x, keep: solve(score, sde, x, times, noise, keep), pull_backs[gradient])
+    if gradient == "adjoint":
+        return _Path.apply(
+            x,
+            lambda x, keep: solve(score, sde, x, times, noise, keep),
+            lambda states, v: adjoint(score, sde, states, times, noise, v),
+        )
+    score = first_order(score) if gradient == "first_order" else score
+    if activation_bytes(score, sde, x, times) <= activation_budget:
+        return solve(score, sde, x, times, noise)
+    return _Path.apply(
+        x,
+        lambda x, keep: solve(score, sde, x, times, noise, keep),
+        lambda states, v: replay(score, sde, states, times, v),
+    )
+
+
+def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:
+    """What plain autograd would keep for all steps: measured on one step of one image, and multiplied."""
+    sizes: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*score.parameters(), *score.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    t, dt = step_times(times, x.dtype, x.device)[0]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        euler_step(score, sde, x[:1].detach().requires_grad_(), t, dt)
+    return sum(sizes.values()) * len(x) * (len(times) - 1)
 
 
 class _Path(torch.autograd.Function):

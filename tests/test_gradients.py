@@ -49,14 +49,21 @@ def build(name, gradient, n_steps=12, t_star=0.1):
     return BUILDERS[name](classifier, score, n_steps=n_steps, t_star=t_star, gradient=gradient), x
 
 
+@pytest.fixture(params=["kept", "replayed"])
+def activations(request, monkeypatch):
+    """Run a test with all activations kept, and with every step replayed."""
+    budget = {"kept": 2**30, "replayed": 0}[request.param]
+    monkeypatch.setattr(gradients.solve_with_gradient, "__defaults__", (budget,))
+
+
 @pytest.mark.parametrize("name", BUILDERS)
-def test_exact_equals_plain_autograd(name):
+def test_exact_equals_plain_autograd(name, activations):
     defence, x = build(name, "exact")
     assert relative_error(input_gradient(defence, x), plain_gradient(defence, x)) < 1e-9
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_exact_passes_gradcheck(name):
+def test_exact_passes_gradcheck(name, activations):
     score, classifier, x = small_problem()
     defence = BUILDERS[name](classifier, score, n_steps=4)
     x = (0.25 + x / 2)[:2]  # away from the clamp's kink
@@ -65,7 +72,7 @@ def test_exact_passes_gradcheck(name):
     )
 
 
-def test_first_order_is_the_derivative_with_constant_guidance():
+def test_first_order_is_the_derivative_with_constant_guidance(activations):
     """Against autograd through a solver whose guidance is detached by hand."""
     score, classifier, x = small_problem()
     times, sde = time_grid(0.1, 6), VPSDE()
@@ -131,7 +138,7 @@ def test_every_gradient_has_the_same_forward_pass(name, gradient):
     torch.testing.assert_close(other(x, seeds=SEEDS), reference(x, seeds=SEEDS), rtol=0, atol=1e-15)
 
 
-def test_a_graph_can_be_pulled_back_twice():
+def test_a_graph_can_be_pulled_back_twice(activations):
     """FAB asks for several backward passes through one graph."""
     defence, x = build("coup", "exact")
     x = x.requires_grad_()
@@ -140,16 +147,33 @@ def test_a_graph_can_be_pulled_back_twice():
     torch.testing.assert_close(torch.autograd.grad(logits.sum(), x)[0], first, rtol=0, atol=0)
 
 
-def test_only_the_states_are_kept():
-    """What the graph saves grows by one state per step, and by nothing else."""
+def test_a_replay_keeps_the_states_only():
+    """What its graph saves grows by one state per step, and by nothing else."""
     saved = {}
     for n_steps in (5, 15):
         defence, x = build("coup", "exact", n_steps)
         end = gradients.solve_with_gradient(
-            "exact", defence.purifier.score, VPSDE(), x.requires_grad_(), time_grid(0.1, n_steps), None
+            "exact", defence.purifier.score, VPSDE(), x.requires_grad_(), time_grid(0.1, n_steps), None, 0
         )
         saved[n_steps] = sum(tensor.numel() for tensor in end.grad_fn.saved_tensors)
     assert saved == {5: 6 * x.numel(), 15: 16 * x.numel()}
+
+
+def test_activation_bytes_are_what_autograd_keeps():
+    """The forecast from one image and one step against a count over the whole path."""
+    defence, x = build("coup", "exact", 6)
+    purifier, kept = defence.purifier, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        solve(purifier.score, purifier.sde, x.requires_grad_(), purifier.times)
+    weights = {tensor.data_ptr() for tensor in (*defence.parameters(), *defence.buffers())}
+    counted = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    forecast = gradients.activation_bytes(purifier.score, purifier.sde, x, purifier.times)
+    assert 0.5 < forecast / counted < 2
 
 
 def test_unknown_gradient_is_refused():

@@ -1,0 +1,398 @@
+"""Attack sources × targets: images are made once per source, and scored on every target on fresh noise."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coup_lib import purify
+from coup_lib.attacks import ATTACKS, run_attack
+from coup_lib.checkpoints import load_network, weights_path
+from coup_lib.config import DEFENCES, GRADIENTS, Config, choice
+from coup_lib.data import Images, load_split
+from coup_lib.records import Progress, chunked_record, is_complete, record_path
+from coup_lib.score import NoiseScore
+from coup_lib.stats import wilson
+
+# What a run's seed is spent on; each use has a stream of its own.
+ATTACK, DEFENCE, REPORT, SELECT = range(4)
+GUIDED = ("coup",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where adversarial images come from: an attack on a defence with a gradient of it."""
+
+    attack: str
+    defence: str
+    gradient: str = "exact"
+
+    def __post_init__(self) -> None:
+        choice("attack", self.attack, ATTACKS)
+        choice("defence", self.defence, DEFENCES)
+        choice("gradient", self.gradient, GRADIENTS)
+        # Without guidance there is no second-order term, without a purifier only one gradient.
+        same = self.defence == "none" or (self.gradient == "first_order" and self.defence not in GUIDED)
+        if same or self.attack == "clean":
+            object.__setattr__(self, "gradient", "exact")
+        if self.attack == "clean":
+            object.__setattr__(self, "defence", "none")
+
+    def __str__(self) -> str:
+        return "clean" if self.attack == "clean" else f"{self.attack} on {self.defence} ({self.gradient})"
+
+
+CLEAN = Source("clean", "none")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of images with its 95 % Wilson interval, all in percent."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, right: np.ndarray) -> "Accuracy":
+        """From the share of right draws of each image: (n,) in [0, 1]."""
+        low, high = wilson(float(right.sum()), len(right))
+        return cls(100 * float(right.mean()), 100 * low, 100 * high, len(right))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One target's verdicts on one source's images.
+
+    labels (n,); report and select (n, R): predicted classes on two independent sets of noise draws;
+    attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
+    """
+
+    labels: np.ndarray
+    report: np.ndarray
+    select: np.ndarray
+    attack_robust: np.ndarray | None
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """The share of right draws per image, (n,)."""
+        return (self.report == self.labels[:, None]).mean(1)
+
+    @property
+    def mean(self) -> Accuracy:
+        """Accuracy of a single draw, averaged over the draws."""
+        return Accuracy.of(self.right)
+
+    @property
+    def worst_draw(self) -> Accuracy:
+        """An image counts if every draw is right."""
+        return Accuracy.of((self.right == 1).astype(float))
+
+    @property
+    def majority(self) -> Accuracy:
+        """An image counts if the most frequent class is right (ties go to the smaller class index)."""
+        votes = np.array([np.bincount(row).argmax() for row in self.report])
+        return Accuracy.of((votes == self.labels).astype(float))
+
+    @property
+    def autoattack(self) -> Accuracy:
+        """AutoAttack's own count, from the single draws that it looked at."""
+        if self.attack_robust is None:
+            raise ValueError("the attack was not run against this target; it has no count of its own")
+        return Accuracy.of(self.attack_robust.astype(float))
+
+
+def worst_of(scores: Sequence[Score]) -> Accuracy:
+    """Each image against its worst source: chosen on the `select` draws, then re-scored on `report`.
+
+    Choosing and reporting on the same draws would count luck as skill.
+    """
+    chosen = np.stack([(score.select == score.labels[:, None]).mean(1) for score in scores]).argmin(0)
+    right = np.stack([score.right for score in scores])
+    return Accuracy.of(right[chosen, np.arange(len(chosen))])
+
+
+class Evaluation:
+    """Runs sources and scores targets for one classifier under one configuration.
+
+    Networks are loaded when the first record is missing, not before.
+
+    Args:
+        classifier: one of the profile's classifiers; None is its first.
+        verbose: print progress with an estimate of the time left.
+    """
+
+    def __init__(self, config: Config, classifier: str | None = None, *, verbose: bool = True) -> None:
+        known = config.sizes.classifiers
+        self.config = config
+        self.classifier_name = choice("classifier", classifier or known[0], known)
+        self.verbose = verbose
+
+    @cached_property
+    def images(self) -> Images:
+        """The images under attack."""
+        return load_split(self.config.sizes.dataset, self.config.split).first(self.config.n_images)
+
+    @cached_property
+    def classifier(self) -> nn.Module:
+        """The undefended classifier."""
+        return load_network(self.config.sizes.dataset, self.classifier_name)
+
+    @cached_property
+    def score_network(self) -> nn.Module:
+        """s(x, t) of the profile."""
+        return NoiseScore(load_network(self.config.sizes.dataset, self.config.sizes.score))
+
+    def defence(self, name: str, gradient: str = "exact") -> nn.Module:
+        """The named defence around the classifier, ready to be attacked."""
+        choice("defence", name, DEFENCES)
+        if name == "none":
+            return self.classifier
+        settings: dict[str, Any] = {
+            "t_star": self.config.t_star,
+            "n_steps": self.config.n_steps,
+            "gradient": gradient,
+        }
+        if name in GUIDED:
+            settings["guidance_weight"] = self.config.guidance_weight
+        build = {"diffpure": purify.diffpure, "reverse": purify.reverse_only, "coup": purify.coup}[name]
+        return build(self.classifier, self.score_network, **settings)
+
+    def run(self, targets: dict[str, Sequence[Source]]) -> dict[str, dict[Source, Score]]:
+        """All sources on all targets: target → source → score. Finished records are read back."""
+        sources = list(dict.fromkeys(source for row in targets.values() for source in row))
+        plan = Plan([self._cost(source) for source in sources], verbose=self.verbose)
+        for source in sources:
+            plan.start(f"{self.classifier_name}: {source}", done=self._is_done(source))
+            self.attack(source, plan.advance)
+        plan.end()
+        return {
+            target: {source: self.score(target, source) for source in row} for target, row in targets.items()
+        }
+
+    def attack(self, source: Source, progress: Progress | None = None) -> dict[str, Any]:
+        """The record of a source: AutoAttack's verdicts and warnings, and the images under "arrays"."""
+        config, size = self.config, self.config.sizes.chunk_size
+        starts = range(0, config.n_images, size)
+
+        def compute(start: int) -> dict[str, Any]:
+            chunk = Images(self.images.x[start : start + size], self.images.y[start : start + size])
+            model = self.defence(source.defence, source.gradient)
+            if isinstance(model, purify.Purified):
+                model.purifier.reseed(_seed(config.seed, DEFENCE, start))
+            budget = {
+                name: getattr(config, name) for name in ("n_iter", "eot", "n_targets", "square_queries")
+            }
+            result = run_attack(
+                source.attack,
+                model,
+                chunk.x,
+                chunk.y,
+                norm=config.norm_label,
+                eps=config.eps,
+                seed=_seed(config.seed, ATTACK, start) % 2**31,
+                max_batch=config.sizes.max_batch,
+                **budget,
+            )
+            return {
+                "robust": result.robust.int().tolist(),
+                "warnings": list(result.warnings),
+                "x_adv": result.x_adv.numpy(),
+            }
+
+        def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
+            return {
+                "robust": [value for part in parts for value in part["robust"]],
+                "warnings": list(dict.fromkeys(text for part in parts for text in part["warnings"])),
+                "x_adv": np.concatenate([part["x_adv"] for part in parts]),
+            }
+
+        name, settings = self._attack_settings(source)
+        return chunked_record(config.profile, name, settings, starts, compute, combine, progress)
+
+    def score(self, target: str, source: Source) -> Score:
+        """The target's predictions on the source's images, on noise that no attack has seen."""
+        config = self.config
+
+        def compute() -> dict[str, Any]:
+            x_adv = torch.from_numpy(self.attack(source)["arrays"]["x_adv"])
+            model = self.defence(target)
+            return {
+                "labels": self.images.y.tolist(),
+                "report": self._predictions(model, x_adv, REPORT),
+                "select": self._predictions(model, x_adv, SELECT),
+            }
+
+        attack_name, attack_settings = self._attack_settings(source)
+        settings = {
+            "target": target,
+            "defence": self._defence_settings(target),
+            "n_draws": config.n_draws,
+            "attack": attack_settings,
+        }
+        name = f"score-{target}-on-{attack_name}"
+        result = chunked_record(
+            config.profile, name, settings, [0], lambda _: compute(), lambda parts: parts[0]
+        )["result"]
+        own = source.defence == target and source.attack != "clean"
+        robust = np.array(self.attack(source)["result"]["robust"], dtype=bool) if own else None
+        return Score(
+            np.array(result["labels"]), np.array(result["report"]), np.array(result["select"]), robust
+        )
+
+    def _predictions(self, model: nn.Module, x: Tensor, purpose: int) -> list[list[int]]:
+        """Predicted classes (n, n_draws); an image's noise depends on the run's seed and its place only."""
+        draws = self.config.n_draws
+        if not isinstance(model, purify.Purified):
+            with torch.no_grad():
+                return [[label] * draws for label in model(x).argmax(1).tolist()]
+        seeds = image_seeds(self.config.seed, purpose, len(x), draws)
+        repeated = x.repeat_interleave(draws, dim=0)
+        size = self.config.sizes.max_batch
+        with torch.no_grad():
+            parts = [
+                model(images, seeds=chosen).argmax(1)
+                for images, chosen in zip(repeated.split(size), seeds.flatten().split(size), strict=True)
+            ]
+        return torch.cat(parts).reshape(len(x), draws).tolist()
+
+    def _attack_settings(self, source: Source) -> tuple[str, dict[str, Any]]:
+        """A readable name for the record and everything that its numbers depend on."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "attack": source.attack,
+            "dataset": config.sizes.dataset,
+            "split": config.split,
+            "n_images": config.n_images,
+        }
+        if source.attack == "clean":
+            return f"{self.classifier_name}-clean", settings
+        spent = {
+            "apgd-ce": ("n_iter", "eot"),
+            "rand": ("n_iter", "eot"),
+            "standard": ("n_iter", "n_targets", "square_queries"),
+        }[source.attack]
+        settings |= {
+            "classifier": self.classifier_name,
+            "norm": config.norm,
+            "eps": config.eps,
+            "gradient": source.gradient,
+            "seed": config.seed,
+            "chunk_size": config.sizes.chunk_size,
+            "budget": {name: getattr(config, name) for name in spent},
+            "defence": self._defence_settings(source.defence),
+        }
+        name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"
+        return name, settings
+
+    def _defence_settings(self, name: str) -> dict[str, Any]:
+        """What a defence's behaviour depends on: its networks by hash, and its own settings."""
+        config, dataset = self.config, self.config.sizes.dataset
+        settings: dict[str, Any] = {
+            "name": name,
+            "classifier": self.classifier_name,
+            "classifier_sha256": _sha256(dataset, self.classifier_name),
+        }
+        if name != "none":
+            settings |= {
+                "score_sha256": _sha256(dataset, config.sizes.score),
+                "t_star": config.t_star,
+                "n_steps": config.n_steps,
+            }
+        if name in GUIDED:
+            settings["guidance_weight"] = config.guidance_weight
+        return settings
+
+    def _is_done(self, source: Source) -> bool:
+        return is_complete(record_path(self.config.profile, *self._attack_settings(source)))
+
+    def _cost(self, source: Source) -> float:
+        """About how many score evaluations the attack takes per image; good enough to foretell the time."""
+        config = self.config
+        gradients = {
+            "clean": 0.0,
+            "apgd-ce": config.n_iter * config.eot,
+            "rand": 2 * config.n_iter * config.eot,
+            "standard": config.n_iter * (1 + 2 * config.n_targets),
+        }[source.attack]
+        forwards = config.square_queries if source.attack == "standard" else 0
+        steps = {"none": 0.1, "coup": 2 * config.n_steps}.get(source.defence, config.n_steps)
+        return float(config.n_images * steps * (3 * gradients + forwards) + 1)
+
+
+class Plan:
+    """Progress over a list of jobs of foreseen cost, with an estimate of the time left."""
+
+    def __init__(self, costs: Sequence[float], *, verbose: bool, every: float = 10.0) -> None:
+        self.costs, self.verbose, self.every = list(costs), verbose, every
+        self.index, self.spent, self.skipped = -1, 0.0, 0.0
+        self.began = self.last = time.monotonic()
+
+    def start(self, label: str, *, done: bool) -> None:
+        """Begin the next job; one that is already on disk does not count for the estimate."""
+        self.index, self.label, self.done = self.index + 1, label, done
+        self.here = 0.0
+        self._say("read back" if done else "started")
+
+    def advance(self, chunks: int, total: int) -> None:
+        """`chunks` of the current job's `total` are finished."""
+        self.here = self.costs[self.index] * chunks / total
+        if chunks == total:
+            return
+        if time.monotonic() - self.last > self.every:
+            self._say(f"{chunks}/{total} chunks")
+
+    def end(self) -> None:
+        """Say how long it took."""
+        self._print(f"{len(self.costs)} attacks in {_clock(time.monotonic() - self.began)}")
+
+    def _say(self, what: str) -> None:
+        before = sum(self.costs[: self.index])
+        if self.done and not self.here:
+            self.skipped += self.costs[self.index]
+        worked = before + self.here - self.skipped
+        left = sum(self.costs) - before - self.here
+        elapsed = time.monotonic() - self.began
+        estimate = f", about {_clock(elapsed / worked * left)} left" if worked > 0 and elapsed > 1 else ""
+        self._print(
+            f"[{self.index + 1}/{len(self.costs)}] {self.label}: {what}; {_clock(elapsed)} gone{estimate}"
+        )
+
+    def _print(self, text: str) -> None:
+        self.last = time.monotonic()
+        if self.verbose:
+            print(text, file=sys.stdout, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _seed(run_seed: int, purpose: int, place: int) -> int:
+    """A 62-bit seed for one use of the run's seed."""
+    state = np.random.SeedSequence([run_seed, purpose, place]).generate_state(1, np.uint64)
+    return int(state[0] >> 2)
+
+
+def image_seeds(run_seed: int, purpose: int, n: int, draws: int) -> Tensor:
+    """(n, draws) int64 noise seeds; row i is the same whatever n is."""
+    rows = [
+        np.random.SeedSequence([run_seed, purpose, place]).generate_state(draws, np.uint64)
+        for place in range(n)
+    ]
+    return torch.from_numpy((np.stack(rows) >> np.uint64(2)).astype(np.int64))
+
+
+def _sha256(dataset: str, network: str) -> str:
+    return hashlib.sha256(weights_path(dataset, network).read_bytes()).hexdigest()[:16]
