@@ -1,0 +1,126 @@
+"""The networks of the small profiles: two classifiers and a noise predictor, cheap to differentiate twice.
+
+SiLU everywhere, as attacks on guidance need second derivatives. 8×8 images are seen as 4×4 patches of 2×2
+pixels: there convolutions run near the CPU's peak, at full resolution they wait for memory.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coup_lib.sde import VPSDE
+
+T_MAX = 0.3  # the noise predictors are trained on t ∈ (0, T_MAX]
+
+
+class PatchCNN(nn.Module):
+    """A classifier: images (B, 1, 8, 8) in [0, 1] to logits (B, classes), normalisation inside."""
+
+    def __init__(self, width: int, hidden: int, blocks: int, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, width, 3, padding=1)
+        self.widen = nn.Conv2d(width, hidden, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(blocks))
+        self.down = nn.Conv2d(hidden, hidden, 2, stride=2)
+        self.head = nn.Linear(4 * hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.stem(F.pixel_unshuffle(2 * x - 1, 2)))
+        h = F.silu(self.widen(h))
+        for block in self.blocks:
+            h = h + F.silu(block(h))
+        return self.head(F.silu(self.down(h)).flatten(1))
+
+
+class NoiseNet(nn.Module):
+    """Predicts the noise in a VP state: x (B, 1, 8, 8), scaled from [-1, 1], and t (B,) to noise like x.
+
+    The score of Eq. 6 is -noise/std(t). Meant for t ∈ (0, T_MAX]; beyond, it extrapolates.
+    Built in is the affine map of x that is optimal for Gaussian pixels; a network whose last layer starts
+    at zero adds the rest. It has a local path, convolutions over width channels, and a global one, a residual
+    perceptron of hidden units: the images are small enough for one dense layer to see all of them.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    frequencies: Tensor
+
+    def __init__(self, width: int, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.sde = VPSDE()
+        self.register_buffer("mean", torch.zeros(1, 1, 8, 8))
+        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("frequencies", torch.linspace(0.25, 1.5, 8))
+        self.widths = [width] * 2 + [hidden] * 2 * blocks
+        self.embed = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, sum(self.widths)))
+        self.stem = nn.Conv2d(4, width, 3, padding=1)
+        self.local = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.gather = nn.Linear(16 * width, hidden)
+        self.blocks = nn.ModuleList(GlobalBlock(hidden) for _ in range(blocks))
+        self.spread = nn.Linear(hidden, 16 * width)
+        self.head = nn.Conv2d(width, 4, 3, padding=1)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+    def fit_skip(self, images: Tensor) -> None:
+        """Set the built-in Gaussian to the mean and overall variance of images (n, 1, 8, 8) in [0, 1]."""
+        scaled = 2 * images - 1
+        self.mean.copy_(scaled.mean(0, keepdim=True))
+        self.variance.copy_((scaled - self.mean).square().mean())
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        m, std = self.sde.mean_coeff(t)[:, None, None, None], self.sde.std(t)[:, None, None, None]
+        variance = m.square() * self.variance + std.square()
+        centred = x - m * self.mean
+        return std / variance * centred + self._rest(centred / variance.sqrt(), self._modulation(m, std))
+
+    def _modulation(self, m: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+        # Below std/m = 0.01 nothing is left to tell noise from grey levels: one embedding for all those t.
+        phase = torch.log(std / m).clamp_min(-4.6).flatten(1) * self.frequencies
+        return self.embed(torch.cat([phase.sin(), phase.cos()], dim=1)).split(self.widths, dim=1)
+
+    def _rest(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        scale, shift = (value[:, :, None, None] for value in modulation[:2])
+        near = self.stem(F.pixel_unshuffle(x, 2))
+        near = near + self.local[0](F.silu(near * (1 + scale) + shift))
+        far = self.gather(F.silu(near).flatten(1))
+        for i, block in enumerate(self.blocks):
+            far = block(far, *modulation[2 * i + 2 : 2 * i + 4])
+        near = near + self.spread(far).view_as(near)
+        for convolution in self.local[1:]:
+            near = near + convolution(F.silu(near))
+        return F.pixel_shuffle(self.head(F.silu(near)), 2)
+
+
+class GlobalBlock(nn.Module):
+    """A residual perceptron on h (B, hidden), modulated by scale and shift (B, hidden)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.first = nn.Linear(hidden, hidden)
+        self.second = nn.Linear(hidden, hidden)
+
+    def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return h + self.second(F.silu(self.first(self.norm(h)) * (1 + scale) + shift))
+
+
+NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    "digits": {
+        "cnn-small": partial(PatchCNN, width=20, hidden=40, blocks=1),
+        "cnn-large": partial(PatchCNN, width=48, hidden=96, blocks=1),
+        "score": partial(NoiseNet, width=40, hidden=192, blocks=2),
+    }
+}
+
+
+def build_network(dataset: str, name: str) -> nn.Module:
+    """An untrained network of a profile; ValueError, with the known ones, for an unknown data set or name."""
+    if dataset not in NETWORKS:
+        raise ValueError(f"expected a data set out of {', '.join(NETWORKS)}, got {dataset!r}")
+    if name not in NETWORKS[dataset]:
+        raise ValueError(f"expected a network out of {', '.join(NETWORKS[dataset])}, got {name!r}")
+    return NETWORKS[dataset][name]()
