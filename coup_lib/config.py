@@ -2,24 +2,18 @@
 
 import ast
 import dataclasses
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
 from coup_lib.data import SIZES
+from coup_lib.paths import SMOKE_VARIABLE, is_smoke
 
 T = TypeVar("T")
 
 NORMS = ("linf", "l2")
 DEFENCES = ("none", "diffpure", "reverse", "coup")
 GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
-SMOKE_VARIABLE = "COUP_SMOKE"
-
-
-def is_smoke() -> bool:
-    """Whether COUP_SMOKE asks for the smallest sizes (the tests set it: the same code, a few images)."""
-    return os.environ.get(SMOKE_VARIABLE, "") not in ("", "0")
 
 
 def choice(name: str, value: Any, known: Any) -> Any:
@@ -105,6 +99,7 @@ class Profile:
     score: str
     eps: dict[str, float]
     t_star: dict[str, float]
+    t_max: float  # the score network knows no later time
     guidance_weight: float
     n_steps: dict[str, int]
     chunk_size: int
@@ -120,6 +115,7 @@ PROFILES = {
         # 8/255 is invisible to a digit classifier; 0.15 breaks it as 8/255 breaks one of CIFAR-10.
         eps={"linf": 0.15, "l2": 0.5},
         t_star={"linf": 0.1, "l2": 0.075},
+        t_max=0.3,
         guidance_weight=1.0,
         n_steps={"linf": 10, "l2": 10},
         chunk_size=64,
@@ -174,7 +170,7 @@ class Config:
             if getattr(self, name) is None:
                 fill(name, value)
         fill("eps", number("eps", self.eps, 0))
-        fill("t_star", number("t_star", self.t_star, 1e-5, 1))
+        fill("t_star", number("t_star", self.t_star, 1e-5, profile.t_max))
         # Negative weights are a legitimate control: guidance with its sign flipped.
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))
         fill("n_images", count("n_images", self.n_images, SIZES[self.split]))

@@ -1,9 +1,7 @@
 """Attack sources × targets: images are made once per source, and scored on every target on fresh noise."""
 
 import hashlib
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,9 +15,10 @@ from coup_lib.attacks import ATTACKS, run_attack
 from coup_lib.checkpoints import load_network, weights_path
 from coup_lib.config import DEFENCES, GRADIENTS, Config, choice
 from coup_lib.data import Images, load_split
+from coup_lib.outcomes import Score
+from coup_lib.progress import Plan
 from coup_lib.records import Progress, chunked_record, is_complete, record_path
 from coup_lib.score import NoiseScore
-from coup_lib.stats import wilson
 
 # What a run's seed is spent on; each use has a stream of its own.
 ATTACK, DEFENCE, REPORT, SELECT = range(4)
@@ -50,81 +49,6 @@ class Source:
 
 
 CLEAN = Source("clean", "none")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of images with its 95 % Wilson interval, all in percent."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, right: np.ndarray) -> "Accuracy":
-        """From the share of right draws of each image: (n,) in [0, 1]."""
-        low, high = wilson(float(right.sum()), len(right))
-        return cls(100 * float(right.mean()), 100 * low, 100 * high, len(right))
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One target's verdicts on one source's images.
-
-    labels (n,); report (n, R): predicted classes on R noise draws that no attack has seen.
-    suspicion (n,): the share of right draws on R further draws, ties broken by the mean probability of the
-    true class; it serves to choose the worst source of an image.
-    attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
-    """
-
-    labels: np.ndarray
-    report: np.ndarray
-    suspicion: np.ndarray
-    attack_robust: np.ndarray | None
-
-    @cached_property
-    def right(self) -> np.ndarray:
-        """The share of right draws per image, (n,)."""
-        return (self.report == self.labels[:, None]).mean(1)
-
-    @property
-    def mean(self) -> Accuracy:
-        """Accuracy of a single draw, averaged over the draws."""
-        return Accuracy.of(self.right)
-
-    @property
-    def worst_draw(self) -> Accuracy:
-        """An image counts if every draw is right."""
-        return Accuracy.of((self.right == 1).astype(float))
-
-    @property
-    def majority(self) -> Accuracy:
-        """An image counts if the most frequent class is right (ties go to the smaller class index)."""
-        votes = np.array([np.bincount(row).argmax() for row in self.report])
-        return Accuracy.of((votes == self.labels).astype(float))
-
-    @property
-    def autoattack(self) -> Accuracy:
-        """AutoAttack's own count, from the single draws that it looked at."""
-        if self.attack_robust is None:
-            raise ValueError("the attack was not run against this target; it has no count of its own")
-        return Accuracy.of(self.attack_robust.astype(float))
-
-
-def worst_of(scores: Sequence[Score]) -> Accuracy:
-    """Each image against its worst source: chosen by one set of draws, re-scored on another.
-
-    Choosing and reporting on the same draws would count luck as skill. The attacker may also stay with one
-    source for all images, so the result is never above the lowest of the sources.
-    """
-    right = np.stack([score.right for score in scores])
-    chosen = np.stack([score.suspicion for score in scores]).argmin(0)
-    each_its_own = right[chosen, np.arange(len(chosen))]
-    return Accuracy.of(min([each_its_own, *right], key=lambda rights: rights.mean()))
 
 
 class Evaluation:
@@ -185,6 +109,37 @@ class Evaluation:
             target: {source: self.score(target, source) for source in row} for target, row in targets.items()
         }
 
+    def columns(self, defences: Sequence[str], protocol: Sequence[str] = ()) -> dict[str, dict[str, Score]]:
+        """The columns that every robustness table here has: defence → column → score.
+
+        clean; the attacks of `protocol` on the defence itself; adaptive (APGD-ce with `config.gradient`);
+        first_order (APGD-ce without the second-order guidance term); from_none and from_reverse (APGD-ce's
+        images against the undefended classifier and against reverse-only). `outcomes.worst_of` all of them
+        is the column that a claim of robustness has to stand on.
+        """
+        gradient = self.config.gradient
+        rows = {
+            defence: {
+                "clean": CLEAN,
+                **{attack: Source(attack, defence, gradient) for attack in protocol},
+                "adaptive": Source("apgd-ce", defence, gradient),
+                "first_order": Source("apgd-ce", defence, "first_order"),
+                "from_none": Source("apgd-ce", "none"),
+                "from_reverse": Source("apgd-ce", "reverse"),
+            }
+            for defence in defences
+        }
+        scores = self.run({defence: list(dict.fromkeys(row.values())) for defence, row in rows.items()})
+        return {
+            defence: {column: scores[defence][source] for column, source in row.items()}
+            for defence, row in rows.items()
+        }
+
+    def warnings(self, defence: str, attacks: Sequence[str]) -> list[str]:
+        """What AutoAttack said of a defence in these attacks, each sentence once."""
+        said = [self.attack(Source(attack, defence, self.config.gradient)) for attack in attacks]
+        return list(dict.fromkeys(text for record in said for text in record["result"]["warnings"]))
+
     def attack(self, source: Source, progress: Progress | None = None) -> dict[str, Any]:
         """The record of a source: AutoAttack's verdicts and warnings, and the images under "arrays"."""
         config, size = self.config, self.config.sizes.chunk_size
@@ -227,45 +182,49 @@ class Evaluation:
 
     def score(self, target: str, source: Source) -> Score:
         """The target's predictions on the source's images, on noise that no attack has seen."""
-        config = self.config
+        config, size = self.config, self.config.sizes.chunk_size
 
-        def compute() -> dict[str, Any]:
-            x_adv = torch.from_numpy(self.attack(source)["arrays"]["x_adv"])
-            model = self.defence(target)
-            labels = self.images.y
-            selecting = self._probabilities(model, x_adv, SELECT)
+        def compute(start: int) -> dict[str, Any]:
+            x_adv = torch.from_numpy(self.attack(source)["arrays"]["x_adv"][start : start + size])
+            labels, model = self.images.y[start : start + size], self.defence(target)
+            selecting = self._probabilities(model, x_adv, SELECT, start)
             right = (selecting.argmax(2) == labels[:, None]).float().mean(1)
             trust = selecting[torch.arange(len(labels)), :, labels].mean(1)
             return {
                 "labels": labels.tolist(),
-                "report": self._probabilities(model, x_adv, REPORT).argmax(2).tolist(),
+                "report": self._probabilities(model, x_adv, REPORT, start).argmax(2).tolist(),
                 "suspicion": (right + trust / 1000).tolist(),
             }
 
+        def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
+            result = {key: [value for part in parts for value in part[key]] for key in parts[0]}
+            return result | {"accuracy": self._as_score(target, source, result).summary()}
+
         attack_name, attack_settings = self._attack_settings(source)
         settings = {
-            "target": target,
-            "defence": self._defence_settings(target),
+            "target": self._defence_settings(target),
             "n_draws": config.n_draws,
+            "seed": config.seed,
             "attack": attack_settings,
         }
         name = f"score-{target}-on-{attack_name}"
-        result = chunked_record(
-            config.profile, name, settings, [0], lambda _: compute(), lambda parts: parts[0]
-        )["result"]
+        starts = range(0, config.n_images, size)
+        record = chunked_record(config.profile, name, settings, starts, compute, combine)
+        return self._as_score(target, source, record["result"])
+
+    def _as_score(self, target: str, source: Source, result: dict[str, Any]) -> Score:
         own = source.defence == target and source.attack != "clean"
         robust = np.array(self.attack(source)["result"]["robust"], dtype=bool) if own else None
-        return Score(
-            np.array(result["labels"]), np.array(result["report"]), np.array(result["suspicion"]), robust
-        )
+        labels, report, suspicion = (np.array(result[key]) for key in ("labels", "report", "suspicion"))
+        return Score(labels, report, suspicion, robust)
 
-    def _probabilities(self, model: nn.Module, x: Tensor, purpose: int) -> Tensor:
-        """p(y|x) of (n, n_draws, K); an image's noise depends on the run's seed and its place only."""
+    def _probabilities(self, model: nn.Module, x: Tensor, purpose: int, start: int) -> Tensor:
+        """p(y|x), (n, n_draws, K); an image's noise depends on the run's seed and its place only."""
         draws = self.config.n_draws
         if not isinstance(model, purify.Purified):
             with torch.no_grad():
                 return model(x).softmax(1)[:, None].expand(-1, draws, -1)
-        seeds = image_seeds(self.config.seed, purpose, len(x), draws)
+        seeds = image_seeds(self.config.seed, purpose, range(start, start + len(x)), draws)
         repeated = x.repeat_interleave(draws, dim=0)
         size = self.config.sizes.max_batch
         with torch.no_grad():
@@ -339,65 +298,17 @@ class Evaluation:
         return float(config.n_images * steps * (3 * gradients + forwards) + 1)
 
 
-class Plan:
-    """Progress over a list of jobs of foreseen cost, with an estimate of the time left."""
-
-    def __init__(self, costs: Sequence[float], *, verbose: bool, every: float = 10.0) -> None:
-        self.costs, self.verbose, self.every = list(costs), verbose, every
-        self.index, self.spent, self.skipped = -1, 0.0, 0.0
-        self.began = self.last = time.monotonic()
-
-    def start(self, label: str, *, done: bool) -> None:
-        """Begin the next job; one that is already on disk does not count for the estimate."""
-        self.index, self.label, self.done = self.index + 1, label, done
-        self.here = 0.0
-        self._say("read back" if done else "started")
-
-    def advance(self, chunks: int, total: int) -> None:
-        """`chunks` of the current job's `total` are finished."""
-        self.here = self.costs[self.index] * chunks / total
-        if chunks == total:
-            return
-        if time.monotonic() - self.last > self.every:
-            self._say(f"{chunks}/{total} chunks")
-
-    def end(self) -> None:
-        """Say how long it took."""
-        self._print(f"{len(self.costs)} attacks in {_clock(time.monotonic() - self.began)}")
-
-    def _say(self, what: str) -> None:
-        before = sum(self.costs[: self.index])
-        if self.done and not self.here:
-            self.skipped += self.costs[self.index]
-        worked = before + self.here - self.skipped
-        left = sum(self.costs) - before - self.here
-        elapsed = time.monotonic() - self.began
-        estimate = f", about {_clock(elapsed / worked * left)} left" if worked > 0 and elapsed > 1 else ""
-        self._print(
-            f"[{self.index + 1}/{len(self.costs)}] {self.label}: {what}; {_clock(elapsed)} gone{estimate}"
-        )
-
-    def _print(self, text: str) -> None:
-        self.last = time.monotonic()
-        if self.verbose:
-            print(text, file=sys.stdout, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 def _seed(run_seed: int, purpose: int, place: int) -> int:
     """A 62-bit seed for one use of the run's seed."""
     state = np.random.SeedSequence([run_seed, purpose, place]).generate_state(1, np.uint64)
     return int(state[0] >> 2)
 
 
-def image_seeds(run_seed: int, purpose: int, n: int, draws: int) -> Tensor:
-    """(n, draws) int64 noise seeds; row i is the same whatever n is."""
+def image_seeds(run_seed: int, purpose: int, places: Iterable[int], draws: int) -> Tensor:
+    """(n, draws) int64 noise seeds of the images at these places of the split."""
     rows = [
         np.random.SeedSequence([run_seed, purpose, place]).generate_state(draws, np.uint64)
-        for place in range(n)
+        for place in places
     ]
     return torch.from_numpy((np.stack(rows) >> np.uint64(2)).astype(np.int64))
 

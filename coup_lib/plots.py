@@ -1,12 +1,17 @@
 """One look for every figure: fonts, sizes, colours; the same colour for the same defence everywhere."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coup_lib import paths
+from coup_lib.outcomes import Accuracy
 
 _palette = sns.color_palette("colorblind")
 COLOURS = {
@@ -21,6 +26,7 @@ LABELS = {
     "reverse": "COUP w/o guidance",
     "coup": "COUP",
 }
+MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D"}
 
 
 def use_style() -> None:
@@ -51,3 +57,36 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     return folder / f"{name}.png"
+
+
+def robustness_panel(
+    axes: Axes, results: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, str]
+) -> None:
+    """One group per column, one marker per defence with its 95 % Wilson interval, in percent.
+
+    Args:
+        results: defence → column → share of right draws of each image, (n,).
+        columns: the columns to show, with their labels.
+    """
+    offsets = np.linspace(-0.24, 0.24, len(results))
+    for offset, (defence, row) in zip(offsets, results.items(), strict=True):
+        points = [Accuracy.of(row[name]) for name in columns]
+        values = np.array([point.value for point in points])
+        errors = [values - [point.low for point in points], [point.high for point in points] - values]
+        axes.errorbar(
+            np.arange(len(columns)) + offset,
+            values,
+            errors,
+            fmt=MARKERS[defence],
+            color=COLOURS[defence],
+            label=LABELS[defence],
+            markersize=5,
+            capsize=2.5,
+            linewidth=1.2,
+        )
+    for edge in range(1, len(columns)):
+        axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
+    axes.set_xticks(range(len(columns)), [fill(label, 13) for label in columns.values()])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
 
@@ -21,3 +23,13 @@ def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low, high = (centre - spread) / (1 + z**2 / n), (centre + spread) / (1 + z**2 / n)
     return max(0.0, low), min(1.0, high)
+
+
+def paired_interval(differences: np.ndarray, z: float = Z_95) -> tuple[float, float]:
+    """The normal interval (low, high) of the mean of per-image differences (n,), n ≥ 2.
+
+    Pairing takes out what the two sides share, the difficulty of each image: the interval is narrower than
+    the two accuracies' own intervals suggest.
+    """
+    spread = z * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return float(differences.mean()) - spread, float(differences.mean()) + spread

@@ -102,5 +102,5 @@ def test_networks_are_frozen_and_in_eval_mode(name):
 
 
 def test_steps_shorter_than_the_end_time_are_refused():
-    with pytest.raises(ValueError, match="t_star / n_steps > 1e-05; got 0.001 / 100"):
+    with pytest.raises(ValueError, match=r"t_star / n_steps > 1e-05; got 0\.001 / 100"):
         build("coup", t_star=1e-3, n_steps=100)

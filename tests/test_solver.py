@@ -24,7 +24,7 @@ def unit_gaussian() -> GaussianMixtureScore:
 
 
 def test_deterministic_path_converges_to_the_closed_form():
-    """Without Brownian motion dx/dt = βx/2 backwards on unit Gaussian data: x_0 = exp(-γ) x_t*, first order."""
+    """Without Brownian motion dx/dt = βx/2 on unit Gaussian data: x_0 = exp(-γ) x_t*, first order."""
     sde, x = VPSDE(), torch.ones(1, 4, dtype=torch.float64)
     span = sde.gamma(torch.tensor([0.1, T_END], dtype=torch.float64))
     exact = torch.exp(-(span[0] - span[1]))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coup_lib import toy
+from coup_lib import toy, toy_figures
 from coup_lib.toy import DTYPE, ToySettings, TwoGaussians
 
 DATA = TwoGaussians()
@@ -140,7 +140,7 @@ def test_runs_that_are_not_finite_are_neither_flips_nor_not() -> None:
     assert paths.finite.tolist() == [False, True, True]
     assert paths.flipped.tolist() == paths.crossed.tolist() == [False, True, False]
     result = {"n_runs": 3, "not_finite": [[1]], "flipped": [[1]]}
-    assert toy.shares(result, "flipped", 0)[0] == [0.5]
+    assert toy_figures.shares(result, "flipped", 0)[0] == [0.5]
 
 
 def test_prop1_hypotheses() -> None:
@@ -202,6 +202,6 @@ def test_smoke_cuts_the_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_labels_are_spread_in_order() -> None:
-    placed = toy.spread([0.5, 0.52, 0.1], 0.1)
+    placed = toy_figures.spread([0.5, 0.52, 0.1], 0.1)
     assert placed[2] < placed[0] < placed[1]
     assert placed[1] - placed[0] == pytest.approx(0.1, abs=1e-3)

@@ -1,0 +1,118 @@
+"""What the draws of an evaluation amount to: accuracies with intervals, and the worst source per image."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from coup_lib.stats import paired_interval, wilson
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of images with its 95 % Wilson interval, all in percent."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, right: np.ndarray) -> "Accuracy":
+        """From the share of right draws of each image: (n,) in [0, 1]."""
+        low, high = wilson(float(right.sum()), len(right))
+        return cls(100 * float(right.mean()), 100 * low, 100 * high, len(right))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two accuracies on the same images, with its 95 % interval, in points."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, right: np.ndarray, reference: np.ndarray) -> "Difference":
+        """right - reference, the shares of right draws of each image, both (n,)."""
+        low, high = paired_interval(right - reference)
+        return cls(100 * float((right - reference).mean()), 100 * low, 100 * high, len(right))
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says of the claim that the difference is positive."""
+        if self.low > 0:
+            return "holds"
+        return "does not hold" if self.high < 0 else "is not decided"
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One target's verdicts on one source's images.
+
+    labels (n,); report (n, R): predicted classes on R noise draws that no attack has seen.
+    suspicion (n,): the share of right draws on R further draws, ties broken by the mean probability of the
+    true class; it serves to choose the worst source of an image.
+    attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
+    """
+
+    labels: np.ndarray
+    report: np.ndarray
+    suspicion: np.ndarray
+    attack_robust: np.ndarray | None
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """The share of right draws per image, (n,)."""
+        return (self.report == self.labels[:, None]).mean(1)
+
+    @property
+    def mean(self) -> Accuracy:
+        """Accuracy of a single draw, averaged over the draws."""
+        return Accuracy.of(self.right)
+
+    @property
+    def worst_draw(self) -> Accuracy:
+        """An image counts if every draw is right."""
+        return Accuracy.of((self.right == 1).astype(float))
+
+    @property
+    def majority(self) -> Accuracy:
+        """An image counts if the most frequent class is right (ties go to the smaller class index)."""
+        votes = np.array([np.bincount(row).argmax() for row in self.report])
+        return Accuracy.of((votes == self.labels).astype(float))
+
+    def summary(self) -> dict[str, Any]:
+        """Every way of counting, as plain numbers for a record."""
+        counts = {"mean": self.mean, "worst_draw": self.worst_draw, "majority": self.majority}
+        counts |= {} if self.attack_robust is None else {"autoattack": self.autoattack}
+        return {name: asdict(accuracy) for name, accuracy in counts.items()}
+
+    @property
+    def autoattack(self) -> Accuracy:
+        """AutoAttack's own count, from the single draws that it looked at."""
+        if self.attack_robust is None:
+            raise ValueError("the attack was not run against this target; it has no count of its own")
+        return Accuracy.of(self.attack_robust.astype(float))
+
+
+def worst_of(scores: Sequence[Score]) -> np.ndarray:
+    """The share of right draws of each image (n,) against its worst source.
+
+    The source is chosen by one set of draws and re-scored on another: choosing and reporting on the same
+    ones would count luck as skill. The attacker may also stay with one source for all images, so the mean is
+    never above the lowest of the sources.
+    """
+    right = np.stack([score.right for score in scores])
+    chosen = np.stack([score.suspicion for score in scores]).argmin(0)
+    each_its_own = right[chosen, np.arange(len(chosen))]
+    return min([each_its_own, *right], key=lambda shares: float(shares.mean()))

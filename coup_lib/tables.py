@@ -1,0 +1,199 @@
+"""Tables and sentences, made from scores and never typed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from coup_lib import paper, paths
+from coup_lib.config import Config
+from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.plots import LABELS
+
+Shares = dict[str, dict[str, np.ndarray]]
+
+COLUMNS = {
+    "clean": "Clean accuracy",
+    "standard": "AutoAttack standard",
+    "rand": "AutoAttack rand",
+    "autoattack": "Worse of the two",
+    "adaptive": "APGD-ce, {gradient}",
+    "first_order": "APGD-ce, first-order",
+    "from_none": "Transfer from undefended",
+    "from_reverse": "Transfer from reverse-only",
+    "worst": "Worst of all, per image",
+}
+
+
+def shares(columns: dict[str, dict[str, Score]]) -> Shares:
+    """Per defence and column the share of right draws of each image, (n,); "worst" and "autoattack" added.
+
+    AutoAttack's two versions count as AutoAttack does, by the single draws that it looked at; the paper's
+    robustness ("autoattack") is the version with fewer images left.
+    """
+    result: Shares = {}
+    for defence, row in columns.items():
+        result[defence] = {
+            name: score.right
+            if name not in ("standard", "rand") or score.attack_robust is None
+            else score.attack_robust.astype(float)
+            for name, score in row.items()
+        }
+        versions = [result[defence][name] for name in ("standard", "rand") if name in row]
+        if versions:
+            result[defence]["autoattack"] = min(versions, key=lambda values: float(values.mean()))
+        result[defence]["worst"] = worst_of(list(row.values()))
+    return result
+
+
+def robustness_table(results: Shares, config: Config, **more: str) -> pd.DataFrame:
+    """One row per defence, "accuracy [95 % interval]" in percent per column; `more` are leading columns."""
+    names = column_names(results, config)
+    rows = {
+        LABELS[defence]: more | {label: str(Accuracy.of(row[name])) for name, label in names.items()}
+        for defence, row in results.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Defence, measured here (%)")
+
+
+def column_names(results: Shares, config: Config) -> dict[str, str]:
+    """The columns that these results have, in the order of a table, with their headings."""
+    present = next(iter(results.values()))
+    gradient = config.gradient.replace("_", "-")
+    return {name: label.format(gradient=gradient) for name, label in COLUMNS.items() if name in present}
+
+
+def numbers(results: Shares, config: Config, **more: str) -> pd.DataFrame:
+    """The same in long form for a CSV: one row per defence and column; `more` becomes leading columns."""
+    rows = [
+        more
+        | {"defence": defence, "column": name, "label": label}
+        | vars(Accuracy.of(row[name])).copy()
+        | {"norm": config.norm, "eps": config.eps, "budget": config.budget}
+        for defence, row in results.items()
+        for name, label in column_names(results, config).items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def reported_table(norm: str) -> pd.DataFrame:
+    """The paper's Table 1 (linf) or 2 (l2): its own rows and those it quotes from the literature."""
+    rows = [(row, "quoted by the paper") for row in paper.LITERATURE[norm]]
+    rows += [(row, "reported by the paper") for row in paper.PURIFIERS[norm].values()]
+    frame = pd.DataFrame(
+        {
+            "Defence": [row.defence for row, _ in rows],
+            "Accuracy (%)": [f"{row.accuracy:.2f}" for row, _ in rows],
+            "Robustness (%)": [f"{row.robustness:.2f}" for row, _ in rows],
+            "Source": [source for _, source in rows],
+        }
+    )
+    return frame.set_index("Defence")
+
+
+def paper_table(results: Shares, config: Config) -> pd.DataFrame:
+    """Accuracy and robustness as the paper counts them: its rows, then ours with n and 95 % interval."""
+    measured = pd.DataFrame(
+        {
+            "Defence": [LABELS[defence] for defence in results],
+            "Accuracy (%)": [str(Accuracy.of(row["clean"])) for row in results.values()],
+            "Robustness (%)": [str(Accuracy.of(row["autoattack"])) for row in results.values()],
+            "Source": f"measured here, {config.profile}, n = {config.n_images}",
+        }
+    )
+    return pd.concat([reported_table(config.norm), measured.set_index("Defence")])
+
+
+def settings_caption(config: Config, classifiers: Sequence[str]) -> str:
+    """What stands behind the numbers: images, threat, defence, attack budgets, draws and seed."""
+    full = config.sizes.budgets["full"]
+    spent = {name: getattr(config, name) for name in vars(full)}
+    smaller = [
+        f"{name} {value} of {getattr(full, name)}"
+        for name, value in spent.items()
+        if value < getattr(full, name)
+    ]
+    budget = f"; smaller than the paper's protocol: {', '.join(smaller)}" if smaller else ""
+    return (
+        f"{config.profile}, first {config.n_images} {config.split} images, {', '.join(classifiers)}; "
+        f"{config.norm_label} eps = {config.eps:g}; t* = {config.t_star:g}, N = {config.n_steps}, "
+        f"λ = {config.guidance_weight:g}; APGD {config.n_iter} iterations, EOT {config.eot}, "
+        f"{config.n_targets} targets, Square {config.square_queries} queries{budget}. Accuracies in % with "
+        f"95 % Wilson interval. AutoAttack's columns count by its own single draws; the others average "
+        f"{config.n_draws} fresh noise draws per image. Seed {config.seed}."
+    )
+
+
+def difference_lines(results: Shares, config: Config, better: str = "coup", than: str = "reverse") -> str:
+    """Markdown: for every column the paired difference of two defences, and what it says of the claim."""
+    names = column_names(results, config)
+    lines = [
+        f"Paired difference, {LABELS[better]} − {LABELS[than]}, on the same images and noise "
+        f"(n = {config.n_images}; the claim is that it is positive):",
+        "",
+    ]
+    for name, label in names.items():
+        difference = Difference.of(results[better][name], results[than][name])
+        lines.append(f"- {label}: {difference}: {difference.verdict}")
+    return "\n".join(lines)
+
+
+def claim_lines(results: Shares) -> str:
+    """Markdown: the verdict under the paper's protocol beside the one under the worst of all attacks."""
+    protocol = "autoattack" if "autoattack" in results["coup"] else "adaptive"
+    lines = []
+    for rival in ("reverse", "diffpure"):
+        there = Difference.of(results["coup"][protocol], results[rival][protocol])
+        worst = Difference.of(results["coup"]["worst"], results[rival]["worst"])
+        lines.append(
+            f"COUP is more robust than {LABELS[rival]}: under the paper's protocol this **{there.verdict}** "
+            f"({there}); under the worst of all attacks per image it **{worst.verdict}** ({worst})."
+        )
+    return "\n\n".join(lines)
+
+
+def draws_lines(columns: dict[str, dict[str, Score]], column: str = "adaptive") -> str:
+    """Markdown: one attack's images, decided in four ways."""
+    lines = [
+        "| Images of the adaptive APGD-ce, decided by | the attack's own draw | one fresh draw, on average "
+        "| the majority of draws | all draws (the worst) |",
+        "|---" * 5 + "|",
+    ]
+    for defence, row in columns.items():
+        score = row[column]
+        ways = (score.autoattack, score.mean, score.majority, score.worst_draw)
+        lines.append(f"| {LABELS[defence]} | " + " | ".join(map(str, ways)) + " |")
+    return "\n".join(lines)
+
+
+def warning_lines(warnings: dict[str, Sequence[str]]) -> str:
+    """Markdown: what AutoAttack said of each defence."""
+    lines = [f"- {LABELS[defence]}: {' '.join(said) or 'none'}" for defence, said in warnings.items()]
+    return "\n".join(lines)
+
+
+def write(
+    frame: pd.DataFrame, config: Config, name: str, caption: str, long: pd.DataFrame | None = None
+) -> str:
+    """Write figures/<profile>/<name>.md (with its caption) and .csv; returns the Markdown."""
+    folder = paths.FIGURES / config.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"{markdown(frame)}\n\n{caption}\n"
+    _replace(folder / f"{name}.md", text)
+    _replace(folder / f"{name}.csv", (frame if long is None else long).to_csv(index=long is None))
+    return text
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The frame, index first, as a Markdown table."""
+    head = [frame.index.name or "", *frame.columns]
+    body = [[index, *row] for index, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)]
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
