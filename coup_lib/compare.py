@@ -1,0 +1,53 @@
+"""Your reproduction beside the committed records: `python -m coup_lib.compare build/reproduced`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from coup_lib.paths import ROOT
+
+
+def compare(reproduced: Path, committed: Path) -> list[tuple[str, str]]:
+    """(record, verdict) for every record with an accuracy that both folders hold."""
+    lines = []
+    for path in sorted(reproduced.rglob("score-*.json")):
+        other = committed / path.relative_to(reproduced)
+        verdict = (
+            _verdict(_mean(path), _mean(other)) if other.exists() else "no committed record to compare with"
+        )
+        lines.append((path.stem, verdict))
+    return lines
+
+
+def _verdict(yours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    if yours == theirs:
+        return f"identical: {yours['value']:.2f} %"
+    inside = theirs["low"] <= yours["value"] <= theirs["high"]
+    interval = f"{theirs['value']:.2f} [{theirs['low']:.1f}, {theirs['high']:.1f}] %"
+    return f"{'agrees' if inside else 'DIFFERS'}: {yours['value']:.2f} against {interval}"
+
+
+def _mean(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["result"]["accuracy"]["mean"]
+
+
+def main() -> None:
+    """Print one line per record that is not identical, and the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reproduced", type=Path)
+    parser.add_argument("--committed", type=Path, default=ROOT / "results")
+    options = parser.parse_args()
+    lines = compare(options.reproduced.resolve(), options.committed.resolve())
+    for name, verdict in lines:
+        if not verdict.startswith("identical"):
+            print(f"{name}: {verdict}")
+    counts = {word: sum(verdict.startswith(word) for _, verdict in lines) for word in ("identical", "agrees")}
+    print(
+        f"{len(lines)} accuracies; {counts['identical']} identical to the committed ones, "
+        f"{counts['agrees']} within their 95 % interval, {sum('DIFFERS' in v for _, v in lines)} outside"
+    )
+
+
+if __name__ == "__main__":
+    main()
