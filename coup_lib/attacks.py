@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from coup_lib.config import choice
 
-ATTACKS = ("clean", "apgd-ce", "standard", "rand")
+VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
+ATTACKS = ("clean", "apgd-ce", *VERSIONS)
 
 
 @dataclass(frozen=True)
@@ -51,33 +52,30 @@ def run_attack(
             "standard" (APGD-ce, APGD-t, FAB-t, Square; one draw) or "rand" (APGD-ce, APGD-dlr; `eot` draws).
         x, y: images (n, C, H, W) in [0, 1] and labels (n,).
         norm, eps: "Linf" or "L2" and the radius in the units of x.
-        seed: of the attack; torch's global generator is reseeded with it.
+        seed: of the attack; torch's global generator is left as it was.
         max_batch: the most images in one network call; EOT draws are batched up to it.
 
     Raises:
         ValueError: for an unknown attack.
     """
     choice("attack", name, ATTACKS)
-    robust, x_adv, listener = _is_right(model, x, y, max_batch), x.clone(), _Listener()
-    if name != "clean":
-        eot = 1 if name == "standard" else eot
-        suite = _autoattack(
-            model, norm, eps, seed, n_iter, eot, n_targets, square_queries, max_batch, listener
-        )
-    if name == "apgd-ce":
-        # best_loss keeps each image's worst point; otherwise images never seen misclassified would come
-        # back clean, and could not be used against another defence or on other noise.
-        suite.apgd.loss = "ce"
-        x_adv = suite.apgd.perturb(x, y, best_loss=True).detach()
-        robust &= _is_right(model, x_adv, y, max_batch)
-    elif name != "clean":
-        suite.attacks_to_run = {
-            "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
-            "rand": ["apgd-ce", "apgd-dlr"],
-        }[name]
-        suite.version = name
-        x_adv, predicted = _evaluate(suite, x, y, max_batch)
-        robust = predicted == y
+    robust, listener = _is_right(model, x, y, max_batch), _Listener()
+    if name == "clean":
+        return AttackResult(x.clone(), robust)
+    eot = 1 if name == "standard" else eot
+    suite = _autoattack(model, norm, eps, seed, n_iter, eot, n_targets, square_queries, max_batch, listener)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # APGD's random start; AutoAttack reseeds in most places, but not in all
+        if name == "apgd-ce":
+            # best_loss keeps each image's worst point; otherwise images never seen misclassified would
+            # come back clean, and could not be used against another defence or on other noise.
+            suite.apgd.loss = "ce"
+            x_adv = suite.apgd.perturb(x, y, best_loss=True).detach()
+            robust &= _is_right(model, x_adv, y, max_batch)
+        else:
+            suite.attacks_to_run, suite.version = list(VERSIONS[name]), name
+            x_adv, predicted = _evaluate(suite, x, y, max_batch)
+            robust = predicted == y
     return AttackResult(x_adv.detach(), robust, tuple(dict.fromkeys(listener.said)))
 
 

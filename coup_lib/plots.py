@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -90,3 +91,25 @@ def robustness_panel(
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))
+
+
+def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:
+    """Cosine to the exact gradient against the number of steps: median, and 5–95 % of the images.
+
+    Args:
+        result: the "result" of `fidelity.gradient_cosines`.
+    """
+    styles = {"first_order": ("D-", 2), "adjoint": ("o-", 0), "bpda": ("s-", 4)}
+    palette = sns.color_palette("colorblind")
+    for gradient, cosines in result[defence].items():
+        style, colour = styles[gradient]
+        low, middle, high = np.quantile(np.array(cosines), [0.05, 0.5, 0.95], axis=1)
+        axes.fill_between(result["step_counts"], low, high, color=palette[colour], alpha=0.15, linewidth=0)
+        axes.plot(
+            result["step_counts"], middle, style, color=palette[colour], label=gradient.replace("_", "-")
+        )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(result["step_counts"], [str(count) for count in result["step_counts"]])
+    axes.minorticks_off()
+    axes.set(xlabel="Euler steps N", ylim=(min(0.0, axes.get_ylim()[0]), 1.04))

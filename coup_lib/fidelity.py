@@ -1,0 +1,55 @@
+"""How far a gradient that is not exact points away from the exact one, on trained networks."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coup_lib.config import Config
+from coup_lib.data import Images
+from coup_lib.evaluate import Evaluation
+from coup_lib.records import record
+
+COMPARED = {"reverse": ("adjoint", "bpda"), "coup": ("adjoint", "first_order", "bpda")}
+
+
+def gradient_cosines(
+    config: Config, step_counts: tuple[int, ...] = (10, 20, 50, 100), n_images: int = 32
+) -> dict[str, Any]:
+    """The record of cosines to `exact`, "result": defence → gradient → one list of n_images per step count.
+
+    The gradient is that of the cross-entropy in the image, in float64, on the same Brownian path.
+    """
+    n_images = min(n_images, config.n_images)
+
+    def compute() -> dict[str, Any]:
+        found: dict[str, Any] = {"step_counts": list(step_counts)}
+        for defence, gradients in COMPARED.items():
+            found[defence] = {gradient: [] for gradient in gradients}
+            for n_steps in step_counts:
+                evaluation = Evaluation(replace(config, n_steps=n_steps))
+                images = evaluation.images.first(n_images)
+                exact = _gradient(evaluation.defence(defence, "exact"), images)
+                for gradient in gradients:
+                    other = _gradient(evaluation.defence(defence, gradient), images)
+                    found[defence][gradient].append(_cosine(exact, other).tolist())
+        return found
+
+    settings = {"step_counts": list(step_counts), "n_images": n_images}
+    settings |= {
+        key: asdict(config)[key] for key in ("profile", "norm", "t_star", "guidance_weight", "split")
+    }
+    return record(config.profile, f"gradient-cosines-{config.norm}", settings, compute)
+
+
+def _gradient(model: nn.Module, images: Images) -> Tensor:
+    x = images.x.double().requires_grad_()
+    loss = F.cross_entropy(model.double()(x, seeds=torch.arange(len(x))), images.y, reduction="sum")
+    return torch.autograd.grad(loss, x)[0].flatten(1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Per row, (n,); no epsilon, which would hide tiny gradients."""
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))

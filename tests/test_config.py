@@ -1,0 +1,114 @@
+"""Settings are checked before any network is loaded; messages name what was expected and what came."""
+
+import pytest
+
+from coup_lib import checkpoints
+from coup_lib.config import PROFILES, Config, count, from_notebook, number
+
+
+@pytest.fixture(autouse=True)
+def no_networks(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a network was loaded before the settings were checked")
+
+    monkeypatch.setattr(checkpoints, "load_network", refuse)
+
+
+@pytest.fixture
+def no_smoke(monkeypatch):
+    monkeypatch.delenv("COUP_SMOKE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"profile": "imagenet"}, "profile: expected one of digits; got 'imagenet'"),
+        ({"budget": "huge"}, "budget: expected one of smoke, quick, full; got 'huge'"),
+        ({"norm": "l3"}, "norm: expected one of linf, l2; got 'l3'"),
+        (
+            {"gradient": "numeric"},
+            "gradient: expected one of exact, first_order, adjoint, bpda; got 'numeric'",
+        ),
+        ({"split": "training"}, "split: expected one of train, validation, test; got 'training'"),
+        ({"eps": -1}, "eps: expected a number greater than 0; got -1"),
+        ({"eps": "8/0"}, "eps: expected a number or a fraction such as \"8/255\"; got '8/0'"),
+        ({"eps": "small"}, "eps: expected a number or a fraction such as \"8/255\"; got 'small'"),
+        ({"eps": float("nan")}, "eps: expected a number greater than 0; got nan"),
+        ({"n_images": 9999}, "n_images: expected a number greater than 0 and at most 512; got 9999"),
+        ({"n_images": 2.5}, "n_images: expected a whole number; got 2.5"),
+        ({"t_star": 0.5}, "t_star: expected a number greater than 1e-05 and at most 0.3; got 0.5"),
+        ({"n_steps": 0}, "n_steps: expected a number greater than 0; got 0"),
+        ({"seed": -1}, "seed: expected a number greater than -1 and at most 2.14748e+09; got -1"),
+    ],
+)
+def test_bad_settings_are_refused(no_smoke, given, message):
+    with pytest.raises(ValueError) as error:
+        Config(**given)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("8/255", 8 / 255), (0.03, 0.03), ("0.03", 0.03), ("1e-2", 0.01), (1, 1.0)]
+)
+def test_eps_is_a_number_or_a_fraction(given, expected):
+    assert Config(eps=given).eps == pytest.approx(expected)
+
+
+def test_none_means_the_profiles_own_value(no_smoke):
+    config, digits = Config(norm="L2"), PROFILES["digits"]
+    assert (config.norm, config.norm_label) == ("l2", "L2")
+    assert config.eps == digits.eps["l2"] and config.t_star == digits.t_star["l2"]
+    assert config.n_images == digits.budgets["quick"].n_images
+    assert Config(n_images=1e2).n_images == 100
+
+
+def test_the_full_budget_is_the_papers_protocol(no_smoke):
+    config = Config(budget="full")
+    sizes = (config.n_images, config.n_iter, config.eot, config.n_targets, config.square_queries)
+    assert sizes == (512, 100, 20, 9, 5000)
+
+
+def test_the_same_settings_however_they_are_written():
+    assert Config(eps="3/20", norm="LINF") == Config(eps=0.15)
+
+
+def test_a_negative_weight_is_a_control_and_not_an_error():
+    assert Config(guidance_weight=-0.5).guidance_weight == -0.5
+
+
+def test_smoke_makes_every_budget_small(monkeypatch):
+    monkeypatch.setenv("COUP_SMOKE", "1")
+    assert Config(budget="full").n_images == PROFILES["digits"].budgets["smoke"].n_images
+
+
+def test_number_and_count():
+    assert number("x", "8/255", 0) == 8 / 255
+    assert count("x", "12", 20) == 12
+    with pytest.raises(ValueError, match="whole number; got True"):
+        count("x", True)
+
+
+def notebook(cell, **names):
+    """The namespace that a kernel has after the parameter cells."""
+    return {"In": ["", "# Parameters\nnorm: str = 'linf'\n", cell], **names}
+
+
+def test_from_notebook_takes_the_parameters():
+    config = from_notebook(Config, notebook("# Parameters\nnorm = 'l2'", norm="l2", other=1))
+    assert config.norm == "l2"
+
+
+def test_from_notebook_refuses_an_unknown_parameter():
+    with pytest.raises(ValueError, match="unknown parameter 'normm'; this notebook knows budget, eot, eps"):
+        from_notebook(Config, notebook("# Parameters\nnormm = 'l2'", norm="linf", normm="l2"))
+
+
+def test_from_notebook_can_be_run_again_after_other_cells():
+    """What later cells define is no parameter."""
+    namespace = notebook("figure = 1\nbogus: int = 3", norm="linf", figure=1, bogus=3)
+    assert from_notebook(Config, namespace).norm == "linf"
+
+
+def test_overrides_are_echoed(capsys):
+    from_notebook(Config, notebook("# Parameters\neps = '1/10'", norm="linf", eps="1/10"))
+    assert "override: eps = '1/10' (default None)" in capsys.readouterr().out
