@@ -177,7 +177,7 @@ class Evaluation:
                 "x_adv": np.concatenate([part["x_adv"] for part in parts]),
             }
 
-        name, settings = self._attack_settings(source)
+        name, settings = self.attack_settings(source)
         return chunked_record(config.profile, name, settings, starts, compute, combine, progress)
 
     def score(self, target: str, source: Source) -> Score:
@@ -200,9 +200,9 @@ class Evaluation:
             result = {key: [value for part in parts for value in part[key]] for key in parts[0]}
             return result | {"accuracy": self._as_score(target, source, result).summary()}
 
-        attack_name, attack_settings = self._attack_settings(source)
+        attack_name, attack_settings = self.attack_settings(source)
         settings = {
-            "target": self._defence_settings(target),
+            "target": self.defence_settings(target),
             "n_draws": config.n_draws,
             "seed": config.seed,
             "attack": attack_settings,
@@ -234,7 +234,7 @@ class Evaluation:
             ]
         return torch.cat(parts).reshape(len(x), draws, -1)
 
-    def _attack_settings(self, source: Source) -> tuple[str, dict[str, Any]]:
+    def attack_settings(self, source: Source) -> tuple[str, dict[str, Any]]:
         """A readable name for the record and everything that its numbers depend on."""
         config = self.config
         settings: dict[str, Any] = {
@@ -258,12 +258,12 @@ class Evaluation:
             "seed": config.seed,
             "chunk_size": config.sizes.chunk_size,
             "budget": {name: getattr(config, name) for name in spent},
-            "defence": self._defence_settings(source.defence),
+            "defence": self.defence_settings(source.defence),
         }
         name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"
         return name, settings
 
-    def _defence_settings(self, name: str) -> dict[str, Any]:
+    def defence_settings(self, name: str) -> dict[str, Any]:
         """What a defence's behaviour depends on: its networks by hash, and its own settings."""
         config, dataset = self.config, self.config.sizes.dataset
         settings: dict[str, Any] = {
@@ -282,7 +282,7 @@ class Evaluation:
         return settings
 
     def _is_done(self, source: Source) -> bool:
-        return is_complete(record_path(self.config.profile, *self._attack_settings(source)))
+        return is_complete(record_path(self.config.profile, *self.attack_settings(source)))
 
     def _cost(self, source: Source) -> float:
         """About how many score evaluations the attack takes per image; good enough to foretell the time."""

@@ -1,6 +1,6 @@
 """How far a gradient that is not exact points away from the exact one, on trained networks."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,39 +9,47 @@ from torch import Tensor, nn
 
 from coup_lib.config import Config
 from coup_lib.data import Images
-from coup_lib.evaluate import Evaluation
+from coup_lib.evaluate import Evaluation, Source
 from coup_lib.records import record
 
 COMPARED = {"reverse": ("adjoint", "bpda"), "coup": ("adjoint", "first_order", "bpda")}
 
 
 def gradient_cosines(
-    config: Config, step_counts: tuple[int, ...] = (10, 20, 50, 100), n_images: int = 32
+    config: Config, step_counts: tuple[int, ...] = (10, 20, 50, 100), n_images: int = 16
 ) -> dict[str, Any]:
     """The record of cosines to `exact`, "result": defence → gradient → one list of n_images per step count.
 
-    The gradient is that of the cross-entropy in the image, in float64, on the same Brownian path.
+    The gradient is that of the cross-entropy in the image, in float64, on the same Brownian path, at the
+    images that APGD-ce made against reverse-only: where an attack walks, not at clean images, where the
+    classifier is sure of itself and there is next to no guidance to differentiate.
     """
     n_images = min(n_images, config.n_images)
+    source = Source("apgd-ce", "reverse")
 
     def compute() -> dict[str, Any]:
+        x_adv = torch.from_numpy(attacked.attack(source)["arrays"]["x_adv"])
+        images = Images(x_adv, attacked.images.y).first(n_images)
         found: dict[str, Any] = {"step_counts": list(step_counts)}
         for defence, gradients in COMPARED.items():
             found[defence] = {gradient: [] for gradient in gradients}
             for n_steps in step_counts:
                 evaluation = Evaluation(replace(config, n_steps=n_steps))
-                images = evaluation.images.first(n_images)
                 exact = _gradient(evaluation.defence(defence, "exact"), images)
                 for gradient in gradients:
                     other = _gradient(evaluation.defence(defence, gradient), images)
                     found[defence][gradient].append(_cosine(exact, other).tolist())
         return found
 
-    settings = {"step_counts": list(step_counts), "n_images": n_images}
-    settings |= {
-        key: asdict(config)[key] for key in ("profile", "norm", "t_star", "guidance_weight", "split")
+    attacked = Evaluation(config)
+    name, attack = attacked.attack_settings(source)
+    settings = {
+        "step_counts": list(step_counts),
+        "n_images": n_images,
+        "attack": attack,
+        "target": attacked.defence_settings("coup"),
     }
-    return record(config.profile, f"gradient-cosines-{config.norm}", settings, compute)
+    return record(config.profile, f"gradient-cosines-{name}", settings, compute)
 
 
 def _gradient(model: nn.Module, images: Images) -> Tensor:

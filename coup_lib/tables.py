@@ -1,7 +1,8 @@
 """Tables and sentences, made from scores and never typed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -167,6 +168,18 @@ def draws_lines(columns: dict[str, dict[str, Score]], column: str = "adaptive") 
     return "\n".join(lines)
 
 
+def cosine_lines(cosines: Mapping[str, Any]) -> str:
+    """Markdown: the median cosine of each gradient to the exact one, per number of steps."""
+    counts = cosines["step_counts"]
+    lines = ["| Median cosine to exact | " + " | ".join(f"N = {count}" for count in counts) + " |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
+    for defence in ("reverse", "coup"):
+        for gradient, values in cosines[defence].items():
+            medians = " | ".join(f"{np.median(cosine):.3f}" for cosine in values)
+            lines.append(f"| {LABELS[defence]}, {gradient.replace('_', '-')} | {medians} |")
+    return "\n".join(lines)
+
+
 def warning_lines(warnings: dict[str, Sequence[str]]) -> str:
     """Markdown: what AutoAttack said of each defence."""
     lines = [f"- {LABELS[defence]}: {' '.join(said) or 'none'}" for defence, said in warnings.items()]
@@ -177,11 +190,17 @@ def write(
     frame: pd.DataFrame, config: Config, name: str, caption: str, long: pd.DataFrame | None = None
 ) -> str:
     """Write figures/<profile>/<name>.md (with its caption) and .csv; returns the Markdown."""
+    text = write_text(f"{markdown(frame)}\n\n{caption}\n", config, name)
+    csv = (frame if long is None else long).to_csv(index=long is None)
+    _replace(paths.FIGURES / config.profile / f"{name}.csv", csv)
+    return text
+
+
+def write_text(text: str, config: Config, name: str) -> str:
+    """Write Markdown to figures/<profile>/<name>.md and return it."""
     folder = paths.FIGURES / config.profile
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(frame)}\n\n{caption}\n"
-    _replace(folder / f"{name}.md", text)
-    _replace(folder / f"{name}.csv", (frame if long is None else long).to_csv(index=long is None))
+    _replace(folder / f"{name}.md", text.rstrip() + "\n")
     return text
 
 

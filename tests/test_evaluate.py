@@ -137,6 +137,6 @@ def test_scores_do_not_depend_on_the_chunks(results_folder, monkeypatch):
 def test_only_the_settings_that_matter_name_a_record():
     weak, strong = (Evaluation(Config(guidance_weight=weight)) for weight in (1, 2))
     same = Source("apgd-ce", "reverse")
-    assert weak._attack_settings(same) == strong._attack_settings(same)
+    assert weak.attack_settings(same) == strong.attack_settings(same)
     other = Source("apgd-ce", "coup")
-    assert weak._attack_settings(other) != strong._attack_settings(other)
+    assert weak.attack_settings(other) != strong.attack_settings(other)
