@@ -43,7 +43,7 @@ def run_attack(
     eot: int = 20,
     n_targets: int = 9,
     square_queries: int = 5000,
-    max_batch: int = 1280,
+    max_batch: int = 640,
 ) -> AttackResult:
     """Attack a model with the contract of `purify.Purified`. The defaults are the paper's protocol.
 

@@ -100,9 +100,10 @@ class Evaluation:
     def run(self, targets: dict[str, Sequence[Source]]) -> dict[str, dict[Source, Score]]:
         """All sources on all targets: target → source → score. Finished records are read back."""
         sources = list(dict.fromkeys(source for row in targets.values() for source in row))
-        plan = Plan([self._cost(source) for source in sources], verbose=self.verbose)
+        costs = [0.0 if self._is_done(source) else self._cost(source) for source in sources]
+        plan = Plan(costs, verbose=self.verbose)
         for source in sources:
-            plan.start(f"{self.classifier_name}: {source}", done=self._is_done(source))
+            plan.start(f"{self.classifier_name}: {source}")
             self.attack(source, plan.advance)
         plan.end()
         return {

@@ -87,7 +87,9 @@ def robustness_panel(
         )
     for edge in range(1, len(columns)):
         axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
-    axes.set_xticks(range(len(columns)), [fill(label, 11) for label in columns.values()])
+    axes.set_xticks(
+        range(len(columns)), [fill(label, 12, break_on_hyphens=False) for label in columns.values()]
+    )
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))

@@ -106,23 +106,35 @@ def paper_table(results: Shares, config: Config) -> pd.DataFrame:
     return pd.concat([reported_table(config.norm), measured.set_index("Defence")])
 
 
-def settings_caption(config: Config, classifiers: Sequence[str]) -> str:
+def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequence[str]) -> str:
     """What stands behind the numbers: images, threat, defence, attack budgets, draws and seed."""
+    spent = {"n_images": "images", "n_iter": "iterations", "eot": "EOT draws"}
+    if "standard" in attacks:
+        spent |= {"n_targets": "target classes", "square_queries": "Square queries"}
     full = config.sizes.budgets["full"]
-    spent = {name: getattr(config, name) for name in vars(full)}
-    smaller = [
-        f"{name} {value} of {getattr(full, name)}"
-        for name, value in spent.items()
-        if value < getattr(full, name)
+    sizes = [
+        f"{getattr(config, name)} {what} (the paper's protocol: {getattr(full, name)})"
+        if getattr(config, name) != getattr(full, name)
+        else f"{getattr(config, name)} {what}"
+        for name, what in spent.items()
     ]
-    budget = f"; smaller than the paper's protocol: {', '.join(smaller)}" if smaller else ""
+    counting = (
+        "AutoAttack's columns count by its own single draws; the others" if "rand" in attacks else "They"
+    )
     return (
-        f"{config.profile}, first {config.n_images} {config.split} images, {', '.join(classifiers)}; "
-        f"{config.norm_label} eps = {config.eps:g}; t* = {config.t_star:g}, N = {config.n_steps}, "
-        f"λ = {config.guidance_weight:g}; APGD {config.n_iter} iterations, EOT {config.eot}, "
-        f"{config.n_targets} targets, Square {config.square_queries} queries{budget}. Accuracies in % with "
-        f"95 % Wilson interval. AutoAttack's columns count by its own single draws; the others average "
-        f"{config.n_draws} fresh noise draws per image. Seed {config.seed}."
+        f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {config.norm_label}, "
+        f"eps = {config.eps:g}; t* = {config.t_star:g}, N = {config.n_steps}, "
+        f"λ = {config.guidance_weight:g}; {', '.join(sizes)}; seed {config.seed}. Accuracies in % with "
+        f"95 % Wilson interval. {counting} average {config.n_draws} fresh noise draws per image."
+    )
+
+
+def undefended_line(results: Shares, config: Config) -> str:
+    """Markdown: how much of the undefended classifier the paper's protocol leaves standing."""
+    here, paper_says = Accuracy.of(results["none"]["autoattack"]), paper.PURIFIERS[config.norm]["none"]
+    return (
+        f"AutoAttack leaves the undefended classifier {here} % (the paper's: {paper_says.robustness:.2f} %): "
+        "the smaller this number, the more of each row below the first is the defence's own work."
     )
 
 
@@ -140,16 +152,20 @@ def difference_lines(results: Shares, config: Config, better: str = "coup", than
     return "\n".join(lines)
 
 
-def claim_lines(results: Shares) -> str:
+def claim_lines(results: Shares, config: Config) -> str:
     """Markdown: the verdict under the paper's protocol beside the one under the worst of all attacks."""
     protocol = "autoattack" if "autoattack" in results["coup"] else "adaptive"
     lines = []
     for rival in ("reverse", "diffpure"):
         there = Difference.of(results["coup"][protocol], results[rival][protocol])
         worst = Difference.of(results["coup"]["worst"], results[rival]["worst"])
+        reported = paper.PURIFIERS[config.norm]
+        gap = reported["coup"].robustness - reported[rival].robustness if rival in reported else None
+        says = f"; the paper reports {gap:+.2f}" if gap is not None and protocol == "autoattack" else ""
         lines.append(
-            f"COUP is more robust than {LABELS[rival]}: under the paper's protocol this **{there.verdict}** "
-            f"({there}); under the worst of all attacks per image it **{worst.verdict}** ({worst})."
+            f"*COUP is more robust than {LABELS[rival]}* (n = {config.n_images}, paired 95 % intervals): "
+            f"under the paper's protocol this **{there.verdict}** ({there}{says}); "
+            f"under the worst of all attacks per image it **{worst.verdict}** ({worst})."
         )
     return "\n\n".join(lines)
 

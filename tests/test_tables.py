@@ -1,0 +1,168 @@
+"""Tables, sentences, figures and progress lines from made-up scores."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from coup_lib import compare, paper, paths, plots, readme, tables
+from coup_lib.config import DEFENCES, Config
+from coup_lib.outcomes import Score
+from coup_lib.progress import Plan
+
+N = 40
+
+
+def made_up(n_wrong, robust=None):
+    """N images, the first n_wrong of them always misclassified."""
+    report = np.zeros((N, 5), dtype=int)
+    report[:n_wrong] = 1
+    right = (report == 0).mean(1)
+    flags = None if robust is None else np.arange(N) >= robust
+    return Score(np.zeros(N, dtype=int), report, right, flags)
+
+
+@pytest.fixture
+def config():
+    return Config(n_images=N)
+
+
+@pytest.fixture
+def results():
+    def row(exact, first_order):
+        return {
+            "clean": made_up(1),
+            "standard": made_up(exact, robust=exact + 4),
+            "rand": made_up(exact, robust=exact + 2),
+            "adaptive": made_up(exact, robust=exact),
+            "first_order": made_up(first_order, robust=first_order),
+            "from_none": made_up(3),
+            "from_reverse": made_up(4),
+        }
+
+    rows = {"none": (38, 38), "diffpure": (16, 16), "reverse": (14, 14), "coup": (4, 20)}
+    return tables.shares({defence: row(*wrong) for defence, wrong in rows.items()})
+
+
+def test_robustness_is_the_worse_of_standard_and_rand(results):
+    assert results["coup"]["standard"].mean() == 1 - 8 / N
+    assert results["coup"]["autoattack"].mean() == 1 - 8 / N
+    assert results["coup"]["worst"].mean() == 1 - 20 / N
+
+
+def test_the_claim_is_judged_under_the_protocol_and_under_the_worst_of_all(results, config):
+    text = tables.claim_lines(results, config)
+    assert "COUP is more robust than COUP w/o guidance* (n = 40" in text
+    assert "under the paper's protocol this **holds** (+25.00 points" in text
+    assert "the paper reports +2.41" in text
+    assert "worst of all attacks per image it **does not hold** (-15.00 points" in text
+
+
+def test_the_papers_rows_and_ours_are_told_apart(results, config):
+    frame = tables.paper_table(results, config)
+    assert list(frame["Source"].unique()) == [
+        "quoted by the paper",
+        "reported by the paper",
+        "measured here, digits, n = 40",
+    ]
+    assert frame.loc["COUP", "Robustness (%)"].tolist() == ["73.05", "80.00 [65.2, 89.5]"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_every_reported_number_is_a_percentage_above_chance(norm):
+    rows = [*paper.PURIFIERS[norm].values(), *paper.LITERATURE[norm]]
+    assert all(0 <= row.robustness <= row.accuracy <= 100 for row in rows)
+    assert set(paper.PURIFIERS[norm]) < set(DEFENCES)
+
+
+def test_the_caption_says_what_is_smaller_than_the_papers_protocol(config):
+    caption = tables.settings_caption(config, ["cnn-small"], ["apgd-ce"])
+    assert "40 images (the paper's protocol: 512)" in caption and "Square" not in caption
+    full = Config(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000)
+    caption = tables.settings_caption(full, ["cnn-small"], ["standard", "rand"])
+    assert "protocol" not in caption and "5000 Square queries" in caption
+
+
+def test_what_is_left_of_the_undefended_classifier_is_said(results, config):
+    text = tables.undefended_line(results, config)
+    assert "undefended classifier 0.00 [0.0, 8.8] % (the paper's: 0.00 %)" in text
+
+
+def test_files_are_what_is_shown(results, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    long = tables.numbers(results, config, classifier="cnn-small")
+    shown = tables.write(tables.robustness_table(results, config), config, "table1", "A caption.", long)
+    assert (tmp_path / "digits" / "table1.md").read_text() == shown
+    read = pd.read_csv(tmp_path / "digits" / "table1.csv").set_index(["defence", "column"])
+    assert read.loc[("coup", "worst"), "value"] == 50
+    assert read.loc[("coup", "worst"), "n"] == N
+    assert "| COUP | 97.50 [87.1, 99.6] |" in shown
+
+
+def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    figure, axes = plt.subplots()
+    columns = tables.column_names(results, config)
+    plots.robustness_panel(axes, results, columns)
+    assert len(axes.containers) == len(results)
+    for (defence, row), container in zip(results.items(), axes.containers, strict=True):
+        assert container.get_label() == plots.LABELS[defence]
+        heights = container.lines[0].get_ydata()
+        np.testing.assert_allclose(heights, [100 * row[name].mean() for name in columns])
+    plots.save(figure, "digits", "panel")
+    assert {path.suffix for path in (tmp_path / "digits").iterdir()} == {".png", ".pdf"}
+
+
+def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    files = []
+    for _ in range(2):
+        figure, axes = plt.subplots()
+        axes.plot([1, 2])
+        png = plots.save(figure, "digits", "line")
+        files.append((png.read_bytes(), png.with_suffix(".pdf").read_bytes()))
+    assert files[0] == files[1]
+
+
+def test_readme_blocks_are_replaced_and_nothing_else():
+    text = "before\n<!-- times -->\nold\n<!-- end -->\nafter\n"
+    filled = readme.filled(text)
+    assert "old" not in filled and filled.startswith("before\n<!-- times -->\n| figure or table |")
+    assert filled.endswith("<!-- end -->\nafter\n") and readme.filled(filled) == filled
+
+
+def test_compare_says_what_agrees(tmp_path):
+    values = {"same": (60, 60), "close": (62, 60), "far": (80, 60), "new": (50, None)}
+    for name, pair in values.items():
+        for folder, value in zip(("mine", "theirs"), pair, strict=True):
+            if value is not None:
+                mean = {"value": value, "low": value - 5, "high": value + 5, "n": 100}
+                path = tmp_path / folder / "digits" / f"score-{name}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"result": {"accuracy": {"mean": mean}}}))
+    found = dict(compare.compare(tmp_path / "mine", tmp_path / "theirs"))
+    assert found["score-same"] == "identical: 60.00 %"
+    assert found["score-close"] == "agrees: 62.00 against 60.00 [55.0, 65.0] %"
+    assert found["score-far"].startswith("DIFFERS: 80.00")
+    assert found["score-new"] == "no committed record to compare with"
+
+
+def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    plan = Plan([0.0, 10.0, 30.0], verbose=True)
+    plan.start("first")
+    plan.start("second")
+    clock[0] = 20.0
+    plan.advance(1, 2)
+    clock[0] = 40.0
+    plan.advance(2, 2)
+    plan.start("third")
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/3] first: read back; 0:00 gone",
+        "[2/3] second: started; 0:00 gone",
+        "[2/3] second: 1/2 chunks; 0:20 gone, about 2:20 left",
+        "[3/3] third: started; 0:40 gone, about 2:00 left",
+    ]
