@@ -18,13 +18,11 @@ THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); echo $$(( n > 0 
 export COUP_RESULTS = $(abspath $(RESULTS))
 export OMP_NUM_THREADS = $(THREADS)
 
-reproduce: setup
-	@$(MAKE) --no-print-directory run BUDGET=quick
+reproduce: run
 	@$(BIN)/python -m coup_lib.compare $(RESULTS)
 
-full: setup
+full:
 	@$(MAKE) --no-print-directory run BUDGET=full
-	@$(BIN)/python -m coup_lib.compare $(RESULTS)
 
 setup: .venv/installed
 
@@ -35,36 +33,37 @@ setup: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-# Two streams: 04 after 02, because they share attacks; 00 and the other norm beside them.
-run:
+# Two streams: 04 after 02, because they share attacks; 00 and the other norm beside them. What a notebook
+# runs by default, the quick size, takes its place in notebooks/.
+run: setup
 	@rm -rf $(DONE) && mkdir -p $(DONE) build/notebooks
 	@$(MAKE) --no-print-directory -j2 $(DONE)/04_autoattack $(DONE)/04_autoattack_l2
-	@echo "Executed notebooks are in build/notebooks, figures and tables in figures/, records in $(RESULTS)."
+	@$(if $(SIZE),true,cp build/notebooks/{00_toy_analysis,02_ablation,04_autoattack}.ipynb notebooks/)
+	@echo "Executed notebooks: build/notebooks; figures and tables: figures/; records: $(RESULTS)"
 
-# $(call papermill,notebook,output,parameters)
-papermill = $(BIN)/papermill --no-progress-bar --log-output notebooks/$(1).ipynb build/notebooks/$(2).ipynb $(3) 2>&1 \
-	| sed -u -n 's/^\(\[.*left.*\|\[.*gone.*\|.*attacks in.*\|.*Error.*\|override.*\)$$/$(2): \1/p'
+SIZE = $(if $(filter quick,$(BUDGET)),,-p budget $(BUDGET))
+# Of a notebook's output, the progress and whatever went wrong.
+SHOW = sed -u -n -E 's/^(.*(gone|attacks in|Error|override).*)$$/$(1): \1/p'
 
-# Only the quick size, which is what a notebook runs by default, takes its place in notebooks/.
+# $(call execute,name,notebook,parameters)
 define execute
-	@echo "$(1): started" && $(call papermill,$(1),$(1),$(if $(filter-out quick,$(BUDGET)),-p budget $(BUDGET)))
-	@$(if $(filter quick,$(BUDGET)),cp build/notebooks/$(1).ipynb notebooks/$(1).ipynb,true)
+	@echo "$(1): started"
+	@$(BIN)/papermill --no-progress-bar --log-output \
+		notebooks/$(2).ipynb build/notebooks/$(1).ipynb $(3) 2>&1 | $(SHOW)
 	@echo "$(1): done" && touch $@
 endef
 
 $(DONE)/00_toy_analysis:
-	@echo "00_toy_analysis: started" && $(call papermill,00_toy_analysis,00_toy_analysis,)
-	@cp build/notebooks/00_toy_analysis.ipynb notebooks/ && echo "00_toy_analysis: done" && touch $@
+	$(call execute,00_toy_analysis,00_toy_analysis)
 
 $(DONE)/02_ablation:
-	$(call execute,02_ablation)
+	$(call execute,02_ablation,02_ablation,$(SIZE))
 
 $(DONE)/04_autoattack: $(DONE)/02_ablation
-	$(call execute,04_autoattack)
+	$(call execute,04_autoattack,04_autoattack,$(SIZE))
 
 $(DONE)/04_autoattack_l2: $(DONE)/00_toy_analysis
-	@echo "04_autoattack_l2: started" && $(call papermill,04_autoattack,04_autoattack_l2,-p norm l2 $(if $(filter-out quick,$(BUDGET)),-p budget $(BUDGET)))
-	@echo "04_autoattack_l2: done" && touch $@
+	$(call execute,04_autoattack_l2,04_autoattack,-p norm l2 $(SIZE))
 
 test: setup lint
 	@unset COUP_RESULTS; OMP_NUM_THREADS=2 $(BIN)/pytest
@@ -78,7 +77,7 @@ weights: setup
 
 # Puts the committed tables and numbers into README.md.
 readme: setup
-	@COUP_RESULTS=$(CURDIR)/results $(BIN)/python -m coup_lib.readme
+	@$(BIN)/python -m coup_lib.readme
 
 clean:
 	rm -rf build
