@@ -142,7 +142,12 @@ def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
     """(n, *like.shape) standard normal noise, the image at place b drawn from seeds[b] alone.
 
     Drawn in float32 and then cast, so that a seed means the same noise in every precision.
+
+    Raises:
+        ValueError: unless there is one seed per image.
     """
+    if seeds.shape != like.shape[:1]:
+        raise ValueError(f"seeds: expected one per image, shape ({len(like)},); got {tuple(seeds.shape)}")
     generator = torch.Generator(like.device)
     shape = (n, *like.shape[1:])
     draws = [

@@ -104,3 +104,10 @@ def test_networks_are_frozen_and_in_eval_mode(name):
 def test_steps_shorter_than_the_end_time_are_refused():
     with pytest.raises(ValueError, match=r"t_star / n_steps > 1e-05; got 0\.001 / 100"):
         build("coup", t_star=1e-3, n_steps=100)
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_there_is_one_seed_per_image(n):
+    defence, x = build("coup")
+    with pytest.raises(ValueError, match=rf"seeds: expected one per image, shape \(5,\); got \({n},\)"):
+        defence(x, seeds=torch.arange(n))
