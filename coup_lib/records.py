@@ -73,6 +73,8 @@ def chunked_record(
         return read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
+        if is_complete(path):  # finished by another process since we looked
+            return read(path)
         journal = Journal(path.with_suffix(".journal"))
         parts = journal.read()
         for index, chunk in enumerate(chunks):
@@ -251,5 +253,7 @@ def _lock(path: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+        # Whoever locks a new file of this name finds the record complete.
+        path.with_suffix(".lock").unlink()
     finally:
         lock.release()
