@@ -112,19 +112,15 @@ def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequen
     if "standard" in attacks:
         spent |= {"n_targets": "target classes", "square_queries": "Square queries"}
     full = config.sizes.budgets["full"]
-    sizes = [
-        f"{getattr(config, name)} {what} (the paper's protocol: {getattr(full, name)})"
-        if getattr(config, name) != getattr(full, name)
-        else f"{getattr(config, name)} {what}"
-        for name, what in spent.items()
-    ]
+    sizes = [f"{getattr(config, name)}/{getattr(full, name)} {what}" for name, what in spent.items()]
     counting = (
         "AutoAttack's columns count by its own single draws; the others" if "rand" in attacks else "They"
     )
     return (
         f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {config.norm_label}, "
         f"eps = {config.eps:g}; t* = {config.t_star:g}, N = {config.n_steps}, "
-        f"λ = {config.guidance_weight:g}; {', '.join(sizes)}; seed {config.seed}. Accuracies in % with "
+        f"λ = {config.guidance_weight:g}; spent of the paper's protocol: {', '.join(sizes)}; "
+        f"seed {config.seed}. Accuracies in % with "
         f"95 % Wilson interval. {counting} average {config.n_draws} fresh noise draws per image."
     )
 

@@ -105,7 +105,7 @@ def test_columns_and_their_records(results_folder, capsys):
     assert list(columns["coup"]) == ["clean", "rand", "adaptive", "first_order", "from_none", "from_reverse"]
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["coup"]["clean"].report.shape == (6, 3)
-    assert "left" in capsys.readouterr().out
+    assert "[8/8] cnn-small: apgd-ce on coup (first_order): started" in capsys.readouterr().out
 
     path = next(results_folder.rglob("score-coup-on-cnn-small-linf-apgd-ce-coup-first_order-*.json"))
     record = json.loads(path.read_text())

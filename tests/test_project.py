@@ -1,10 +1,12 @@
 """What would rot unseen: the two dependency lists, the README's numbers, what importing brings along."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,3 +39,30 @@ def test_readme_is_in_step_with_the_records():
 
     text = (ROOT / "README.md").read_text()
     assert readme.filled(text) == text, "run `make readme`"
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_attack_runs_and_breaks_images(capsys):
+    exec(readme_blocks()[0], {})
+    robust = float(re.search(r"tensor\((.*)\)", capsys.readouterr().out)[1])
+    assert robust < 0.95
+
+
+def test_the_readmes_own_networks_run():
+    """Its lines with a user's networks in the place of `my_...`: ε(x, 999 t) and logits of colour images."""
+
+    class Noise(torch.nn.Module):
+        def forward(self, x, labels):
+            assert labels.min() > 0.9  # 999 t, not t: the last step starts at t = 0.001
+            return 0.1 * x
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5))
+    names = {"my_noise_network": Noise(), "my_classifier": network}
+    exec(readme_blocks()[1], names)
+    x = torch.rand(2, 3, 4, 4).requires_grad_()
+    logits = names["defence"](x)
+    assert logits.shape == (2, 5)
+    assert torch.autograd.grad(logits.sum(), x)[0].abs().sum() > 0

@@ -77,12 +77,12 @@ def test_every_reported_number_is_a_percentage_above_chance(norm):
     assert set(paper.PURIFIERS[norm]) < set(DEFENCES)
 
 
-def test_the_caption_says_what_is_smaller_than_the_papers_protocol(config):
+def test_the_caption_says_how_much_of_the_papers_protocol_was_spent(config):
     caption = tables.settings_caption(config, ["cnn-small"], ["apgd-ce"])
-    assert "40 images (the paper's protocol: 512)" in caption and "Square" not in caption
+    assert "40/512 images, 2/100 iterations" in caption and "Square" not in caption
     full = Config(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000)
     caption = tables.settings_caption(full, ["cnn-small"], ["standard", "rand"])
-    assert "protocol" not in caption and "5000 Square queries" in caption
+    assert "512/512 images" in caption and "5000/5000 Square queries" in caption
 
 
 def test_what_is_left_of_the_undefended_classifier_is_said(results, config):
