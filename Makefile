@@ -15,7 +15,7 @@ DONE := build/done-$(BUDGET)
 # Two notebooks run at a time; threads beyond a process's share make small networks slower, not faster.
 THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
-export COUP_RESULTS = $(abspath $(RESULTS))
+export COUP_RESULTS = $(RESULTS)
 export OMP_NUM_THREADS = $(THREADS)
 
 reproduce: run
@@ -43,7 +43,8 @@ run: setup
 
 SIZE = $(if $(filter quick,$(BUDGET)),,-p budget $(BUDGET))
 # Of a notebook's output, the progress and whatever went wrong.
-SHOW = sed -u -n -E 's/^(.*(gone|attacks in|Error|override).*)$$/$(1): \1/p'
+SHOW = while IFS= read -r line; do case "$$line" in \
+	*gone*|*"attacks in"*|*Error*|*override*) echo "$(1): $$line";; esac; done
 
 # $(call execute,name,notebook,parameters)
 define execute

@@ -19,5 +19,5 @@ def is_smoke() -> bool:
 # What a smoke run writes means nothing and must not take the place of real results.
 _outputs = ROOT / "build" / "smoke" if is_smoke() else ROOT
 WEIGHTS = PACKAGE / "weights"
-FIGURES = Path(os.environ.get("COUP_FIGURES", _outputs / "figures"))
-RESULTS = Path(os.environ.get("COUP_RESULTS", _outputs / "results"))
+FIGURES = Path(os.environ.get("COUP_FIGURES", _outputs / "figures")).absolute()
+RESULTS = Path(os.environ.get("COUP_RESULTS", _outputs / "results")).absolute()

@@ -90,7 +90,7 @@ def robustness_panel(
     axes.set_xticks(
         range(len(columns)), [fill(label, 12, break_on_hyphens=False) for label in columns.values()]
     )
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, labelsize="small")
     axes.grid(visible=False, axis="x")
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))
 
