@@ -1,13 +1,12 @@
 """Trained weights in the package: written whole or not at all, read only if their SHA-256 is as recorded."""
 
 import hashlib
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import nn
 
+from coup_lib.files import write_atomically
 from coup_lib.networks import build_network
 from coup_lib.paths import WEIGHTS
 
@@ -63,16 +62,6 @@ def read_sums(folder: Path = WEIGHTS) -> dict[str, str]:
     """The digest of each file, named relative to folder, as sha256sum writes them."""
     lines = (folder / SUMS).read_text().splitlines()
     return {file: digest for digest, file in (line.split(maxsplit=1) for line in lines)}
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write() fill a neighbouring file, then rename it to path: no reader meets a half-written one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _relative(path: Path, folder: Path) -> str:

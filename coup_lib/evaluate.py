@@ -1,6 +1,5 @@
 """Attack sources × targets: images are made once per source, and scored on every target on fresh noise."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from coup_lib import purify
 from coup_lib.attacks import ATTACKS, run_attack
-from coup_lib.checkpoints import load_network, weights_path
+from coup_lib.checkpoints import load_network, read_sums
 from coup_lib.config import DEFENCES, GRADIENTS, Config, choice
 from coup_lib.data import Images, load_split
 from coup_lib.outcomes import Score
@@ -315,4 +314,5 @@ def image_seeds(run_seed: int, purpose: int, places: Iterable[int], draws: int) 
 
 
 def _sha256(dataset: str, network: str) -> str:
-    return hashlib.sha256(weights_path(dataset, network).read_bytes()).hexdigest()[:16]
+    """The recorded digest of a network's weights; loading them checks that it is theirs."""
+    return read_sums()[f"{dataset}/{network}.safetensors"][:16]

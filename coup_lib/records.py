@@ -25,6 +25,7 @@ import filelock
 import numpy as np
 
 from coup_lib import paths
+from coup_lib.files import write_atomically
 
 PROTOCOL = 1  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
@@ -98,7 +99,8 @@ def chunked_record(
             "arrays": sorted(arrays),
             "provenance": provenance() | {"seconds": round(seconds, 3), "peak_memory_mib": _peak_memory()},
         }
-        _write_text(path, json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text))
         journal.remove()
     return read(path)
 
@@ -219,27 +221,12 @@ def _split(values: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any
     return arrays, {key: value for key, value in values.items() if key not in arrays}
 
 
-def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text)
-
-
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with _replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, NumPy would append .npz to it
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that takes the place of `path` in one step when the block ends well."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, write)
 
 
 @contextmanager

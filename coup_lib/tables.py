@@ -1,7 +1,6 @@
 """Tables and sentences, made from scores and never typed."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import pandas as pd
 
 from coup_lib import paper, paths
 from coup_lib.config import Config
+from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
 from coup_lib.plots import LABELS
 
@@ -204,7 +204,8 @@ def write(
     """Write figures/<profile>/<name>.md (with its caption) and .csv; returns the Markdown."""
     text = write_text(f"{markdown(frame)}\n\n{caption}\n", config, name)
     csv = (frame if long is None else long).to_csv(index=long is None)
-    _replace(paths.FIGURES / config.profile / f"{name}.csv", csv)
+    path = paths.FIGURES / config.profile / f"{name}.csv"
+    write_atomically(path, lambda temporary: temporary.write_text(csv))
     return text
 
 
@@ -212,7 +213,7 @@ def write_text(text: str, config: Config, name: str) -> str:
     """Write Markdown to figures/<profile>/<name>.md and return it."""
     folder = paths.FIGURES / config.profile
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{name}.md", text.rstrip() + "\n")
+    write_atomically(folder / f"{name}.md", lambda temporary: temporary.write_text(text.rstrip() + "\n"))
     return text
 
 
@@ -222,9 +223,3 @@ def markdown(frame: pd.DataFrame) -> str:
     body = [[index, *row] for index, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)

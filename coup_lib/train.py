@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from coup_lib.checkpoints import load_network, save_network, weights_path, write_atomically
+from coup_lib.checkpoints import load_network, save_network, weights_path
 from coup_lib.data import SIZES, SPLIT_SEED, Images, load_split
+from coup_lib.files import write_atomically
 from coup_lib.networks import NETWORKS, T_MAX, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
 from coup_lib.sde import VPSDE
