@@ -155,7 +155,6 @@ def _autoattack(
     if eot > 1:
         batched = BatchedEOT(model, eot, max_batch, suite.apgd.dlr_loss)
         suite.apgd = apgd(type(suite.apgd), batched, is_tf_model=True)
-    # The targets that exist: fewer than 9 for data with fewer than 10 classes is the user's own choice.
     suite.fab.n_iter, suite.fab.n_target_classes = n_iter, n_targets
     suite.square.n_queries = square_queries
     return suite

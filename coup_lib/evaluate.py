@@ -65,6 +65,7 @@ class Evaluation:
         self.config = config
         self.classifier_name = choice("classifier", classifier or known[0], known)
         self.verbose = verbose
+        self._attacks: dict[Source, dict[str, Any]] = {}
 
     @cached_property
     def images(self) -> Images:
@@ -106,7 +107,8 @@ class Evaluation:
             self.attack(source, plan.advance)
         plan.end()
         return {
-            target: {source: self.score(target, source) for source in row} for target, row in targets.items()
+            target: {source: self.score(target, source) for source in dict.fromkeys(row)}
+            for target, row in targets.items()
         }
 
     def columns(self, defences: Sequence[str], protocol: Sequence[str] = ()) -> dict[str, dict[str, Score]]:
@@ -129,7 +131,7 @@ class Evaluation:
             }
             for defence in defences
         }
-        scores = self.run({defence: list(dict.fromkeys(row.values())) for defence, row in rows.items()})
+        scores = self.run({defence: list(row.values()) for defence, row in rows.items()})
         return {
             defence: {column: scores[defence][source] for column, source in row.items()}
             for defence, row in rows.items()
@@ -177,8 +179,11 @@ class Evaluation:
                 "x_adv": np.concatenate([part["x_adv"] for part in parts]),
             }
 
-        name, settings = self.attack_settings(source)
-        return chunked_record(config.profile, name, settings, starts, compute, combine, progress)
+        if source not in self._attacks:  # every target asks for it again
+            name, settings = self.attack_settings(source)
+            record = chunked_record(config.profile, name, settings, starts, compute, combine, progress)
+            self._attacks[source] = record
+        return self._attacks[source]
 
     def score(self, target: str, source: Source) -> Score:
         """The target's predictions on the source's images, on noise that no attack has seen."""
@@ -300,8 +305,7 @@ class Evaluation:
 
 def _seed(run_seed: int, purpose: int, place: int) -> int:
     """A 62-bit seed for one use of the run's seed."""
-    state = np.random.SeedSequence([run_seed, purpose, place]).generate_state(1, np.uint64)
-    return int(state[0] >> 2)
+    return int(image_seeds(run_seed, purpose, [place], draws=1))
 
 
 def image_seeds(run_seed: int, purpose: int, places: Iterable[int], draws: int) -> Tensor:

@@ -25,7 +25,7 @@ def gradient_cosines(
     classifier is sure of itself and there is next to no guidance to differentiate.
     """
     n_images = min(n_images, config.n_images)
-    source = Source("apgd-ce", "reverse")
+    source, attacked = Source("apgd-ce", "reverse"), Evaluation(config)
 
     def compute() -> dict[str, Any]:
         x_adv = torch.from_numpy(attacked.attack(source)["arrays"]["x_adv"])
@@ -41,7 +41,6 @@ def gradient_cosines(
                     found[defence][gradient].append(_cosine(exact, other).tolist())
         return found
 
-    attacked = Evaluation(config)
     name, attack = attacked.attack_settings(source)
     settings = {
         "step_counts": list(step_counts),

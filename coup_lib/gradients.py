@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from coup_lib.guidance import first_order
 from coup_lib.sde import VPSDE
-from coup_lib.solver import euler_step, reverse_drift, solve, step_times
+from coup_lib.solver import Callback, euler_step, reverse_drift, solve, step_times
 
 ACTIVATION_BUDGET = 2 * 2**30  # bytes of activations that plain autograd may keep before replaying pays
 
@@ -39,22 +39,18 @@ def solve_with_gradient(
     every step is replayed from its own stored state, so the memory for activations does not grow with N.
     The noise is additive and drops out of the derivative. Both ways give the same numbers.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return solve(score, sde, x, times, noise)
-    if gradient == "adjoint":
-        return _Path.apply(
-            x,
-            lambda x, keep: solve(score, sde, x, times, noise, keep),
-            lambda states, v: adjoint(score, sde, states, times, noise, v),
-        )
     score = first_order(score) if gradient == "first_order" else score
+
+    def run(x: Tensor, keep: Callback | None = None) -> Tensor:
+        return solve(score, sde, x, times, noise, keep)
+
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return run(x)
+    if gradient == "adjoint":
+        return _Path.apply(x, run, lambda states, v: adjoint(score, sde, states, times, noise, v))
     if activation_bytes(score, sde, x, times) <= activation_budget:
-        return solve(score, sde, x, times, noise)
-    return _Path.apply(
-        x,
-        lambda x, keep: solve(score, sde, x, times, noise, keep),
-        lambda states, v: replay(score, sde, states, times, v),
-    )
+        return run(x)
+    return _Path.apply(x, run, lambda states, v: replay(score, sde, states, times, v))
 
 
 def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:

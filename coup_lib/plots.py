@@ -1,6 +1,7 @@
 """One look for every figure: fonts, sizes, colours; the same colour for the same defence everywhere."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -12,14 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coup_lib import paths
+from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy
 
-_palette = sns.color_palette("colorblind")
+PALETTE = sns.color_palette("colorblind")
 COLOURS = {
-    "none": _palette[7],
-    "diffpure": _palette[0],
-    "reverse": _palette[1],
-    "coup": _palette[2],
+    "none": PALETTE[7],
+    "diffpure": PALETTE[0],
+    "reverse": PALETTE[1],
+    "coup": PALETTE[2],
 }
 LABELS = {
     "none": "No defence",
@@ -45,8 +47,6 @@ def use_style() -> None:
             "grid.alpha": 0.3,
             "legend.frameon": False,
             "pdf.fonttype": 42,
-            # No creation date: the same records give the same file.
-            "svg.hashsalt": "coup",
         }
     )
 
@@ -55,8 +55,9 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     """Write figures/<profile>/<name>.pdf and .png and return the path of the PNG."""
     folder = paths.FIGURES / profile
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    # No creation date: the same records give the same file.
+    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        write_atomically(folder / f"{name}.{kind}", partial(figure.savefig, format=kind, metadata=metadata))
     return folder / f"{name}.png"
 
 
@@ -102,13 +103,12 @@ def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:
         result: the "result" of `fidelity.gradient_cosines`.
     """
     styles = {"first_order": ("D-", 2), "adjoint": ("o-", 0), "bpda": ("s-", 4)}
-    palette = sns.color_palette("colorblind")
     for gradient, cosines in result[defence].items():
         style, colour = styles[gradient]
         low, middle, high = np.quantile(np.array(cosines), [0.05, 0.5, 0.95], axis=1)
-        axes.fill_between(result["step_counts"], low, high, color=palette[colour], alpha=0.15, linewidth=0)
+        axes.fill_between(result["step_counts"], low, high, color=PALETTE[colour], alpha=0.15, linewidth=0)
         axes.plot(
-            result["step_counts"], middle, style, color=palette[colour], label=gradient.replace("_", "-")
+            result["step_counts"], middle, style, color=PALETTE[colour], label=gradient.replace("_", "-")
         )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")

@@ -58,7 +58,7 @@ class Purifier(nn.Module):
 
         One seed gives one image the same noise in whatever batch, place and precision.
         """
-        noise = standard_normal(self._fresh_seeds(x) if seeds is None else seeds, self.n_steps + 1, x)
+        noise = self._noise(x, seeds)
         if self.gradient == "bpda":
             with torch.no_grad():
                 purified = self._run(x, noise)
@@ -69,8 +69,7 @@ class Purifier(nn.Module):
         self, x: Tensor, callback: Callback, *, brownian: bool = True, seeds: Tensor | None = None
     ) -> Tensor:
         """Purify with callback(i, t_i, state_i) along the path; brownian=False leaves the noise out."""
-        seeds = self._fresh_seeds(x) if seeds is None else seeds
-        noise = standard_normal(seeds, self.n_steps + 1, x)
+        noise = self._noise(x, seeds)
         state = self.start(to_state(x), noise[0])
         state = solve(self.score, self.sde, state, self.times, noise[1:] if brownian else None, callback)
         return self.finish(state)
@@ -88,8 +87,11 @@ class Purifier(nn.Module):
         gradient = "exact" if self.gradient == "bpda" else self.gradient
         return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, noise[1:]))
 
-    def _fresh_seeds(self, x: Tensor) -> Tensor:
-        return torch.randint(2**62, (len(x),), generator=self._generator)
+    def _noise(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+        """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(x),), generator=self._generator)
+        return standard_normal(seeds, self.n_steps + 1, x)
 
     def extra_repr(self) -> str:
         """The settings that matter."""

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from coup_lib import paper, paths
+from coup_lib.attacks import VERSIONS
 from coup_lib.config import Config
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
@@ -37,11 +38,11 @@ def shares(columns: dict[str, dict[str, Score]]) -> Shares:
     for defence, row in columns.items():
         result[defence] = {
             name: score.right
-            if name not in ("standard", "rand") or score.attack_robust is None
+            if name not in VERSIONS or score.attack_robust is None
             else score.attack_robust.astype(float)
             for name, score in row.items()
         }
-        versions = [result[defence][name] for name in ("standard", "rand") if name in row]
+        versions = [result[defence][name] for name in VERSIONS if name in row]
         if versions:
             result[defence]["autoattack"] = min(versions, key=lambda values: float(values.mean()))
         result[defence]["worst"] = worst_of(list(row.values()))

@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from coup_lib.plots import PALETTE
 from coup_lib.stats import wilson
 from coup_lib.toy import DTYPE, FAR, TwoGaussians
 
-BLUE, ORANGE, GREEN = (sns.color_palette("colorblind")[i] for i in range(3))
+BLUE, ORANGE, GREEN = PALETTE[:3]
 MARKERS = "os^Dv*Px<>"
 
 
