@@ -1,4 +1,4 @@
-"""AutoAttack through one adapter, with the noise draws of EOT batched into one call."""
+"""Attacks by name: AutoAttack's through one adapter, with EOT's noise draws batched, and plain PGD."""
 
 import inspect
 from collections.abc import Callable
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from coup_lib.config import choice
 
-VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
-ATTACKS = ("clean", "apgd-ce", *VERSIONS)
+APGD_LOSSES = ("ce", "dlr", "margin")
+ATTACKS = ("clean", "noise", "fgsm", "pgd", *(f"apgd-{loss}" for loss in APGD_LOSSES), "square", "standard")
+PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, K), labels (n,) → (n,), to be raised
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class AttackResult:
 
     x_adv: (n, C, H, W) in [0, 1], within eps of the images.
     robust: (n,) bool, AutoAttack's own verdict: the image was right at first and in the one forward pass
-        that followed each attack.
+        that followed the attack.
     warnings: what AutoAttack said about the defence, in order, each once.
     """
 
@@ -30,53 +33,145 @@ class AttackResult:
     warnings: tuple[str, ...] = ()
 
 
-def run_attack(
-    name: str,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    norm: str,
-    eps: float,
-    seed: int,
-    n_iter: int = 100,
-    eot: int = 20,
-    n_targets: int = 9,
-    square_queries: int = 5000,
-    max_batch: int = 640,
-) -> AttackResult:
-    """Attack a model with the contract of `purify.Purified`. The defaults are the paper's protocol.
+@dataclass(frozen=True)
+class Attack:
+    """An attack with its budget; call it on a model with the contract of `purify.Purified`.
 
-    Args:
-        name: "clean" (no perturbation), "apgd-ce" (one white-box attack, `eot` draws per gradient),
-            "standard" (APGD-ce, APGD-t, FAB-t, Square; one draw) or "rand" (APGD-ce, APGD-dlr; `eot` draws).
-        x, y: images (n, C, H, W) in [0, 1] and labels (n,).
-        norm, eps: "Linf" or "L2" and the radius in the units of x.
-        seed: of the attack; torch's global generator is left as it was.
-        max_batch: the most images in one network call; EOT draws are batched up to it.
+    name: "clean" (no perturbation), "noise" (random, on the surface of the ball), "fgsm" (one step),
+        "pgd" (fixed steps of `PGD_STEP`·eps), "apgd-ce", "apgd-dlr", "apgd-margin" (APGD on three losses),
+        all with `eot` draws per gradient; "square" (black box) and "standard" (AutoAttack: APGD-ce, APGD-t,
+        FAB-t, Square), one draw each. AutoAttack's "rand" is apgd-ce and then apgd-dlr.
+    norm, eps: "Linf" or "L2" and the radius in the units of x.
+    seed: of the attack; torch's global generator is left as it was.
+    max_batch: the most images in one network call; EOT draws are batched up to it.
 
     Raises:
         ValueError: for an unknown attack.
     """
-    choice("attack", name, ATTACKS)
-    robust, listener = _is_right(model, x, y, max_batch), _Listener()
-    if name == "clean":
-        return AttackResult(x.clone(), robust)
-    eot = 1 if name == "standard" else eot
-    suite = _autoattack(model, norm, eps, seed, n_iter, eot, n_targets, square_queries, max_batch, listener)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # APGD's random start; AutoAttack reseeds in most places, but not in all
-        if name == "apgd-ce":
-            # best_loss keeps each image's worst point; otherwise images never seen misclassified would
-            # come back clean, and could not be used against another defence or on other noise.
-            suite.apgd.loss = "ce"
-            x_adv = suite.apgd.perturb(x, y, best_loss=True).detach()
-            robust &= _is_right(model, x_adv, y, max_batch)
+
+    name: str
+    norm: str
+    eps: float
+    seed: int = 0
+    n_iter: int = 100
+    eot: int = 20
+    n_targets: int = 9
+    square_queries: int = 5000
+    max_batch: int = 640
+
+    def __post_init__(self) -> None:
+        choice("attack", self.name, ATTACKS)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None = None) -> AttackResult:
+        """Attack images x (n, C, H, W) in [0, 1] with labels y (n,); PGD and APGD can begin at `start`."""
+        right, listener = _is_right(model, x, y, self.max_batch), _Listener()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)  # AutoAttack reseeds in most places, but not in all
+            if self.name in ("square", "standard"):
+                suite = self._autoattack(model, listener)
+                x_adv, predicted = _evaluate(suite, x, y, self.max_batch)
+                right &= predicted == y
+            else:
+                x_adv, judged = self._images(model, x, y, start, listener)
+                right &= _is_right(model, judged, y, self.max_batch)
+        return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(listener.said)))
+
+    def _images(
+        self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, listener: "_Listener"
+    ) -> tuple[Tensor, Tensor]:
+        """(the images to keep, the images that AutoAttack would look at for its verdict)."""
+        if self.name == "clean":
+            x_adv = x.clone()
+        elif self.name == "noise":
+            shift = torch.randn_like(x)
+            x_adv = (x + self.eps * (shift.sign() if self.norm == "Linf" else _unit(shift))).clamp(0, 1)
+        elif self.name in ("fgsm", "pgd"):
+            x_adv = self._pgd(model, x, y, start)
         else:
-            suite.attacks_to_run, suite.version = list(VERSIONS[name]), name
-            x_adv, predicted = _evaluate(suite, x, y, max_batch)
-            robust = predicted == y
-    return AttackResult(x_adv.detach(), robust, tuple(dict.fromkeys(listener.said)))
+            return self._apgd(model, x, y, start, listener)
+        return x_adv, x_adv
+
+    def _pgd(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> Tensor:
+        """Steps along the sign (L2: the unit vector) of the mean gradient; the point of highest mean loss.
+
+        One step is FGSM: from the image itself to the surface. More begin at a random point.
+        """
+        gradient = BatchedEOT(model, self.eot, self.max_batch, cross_entropy)
+        single = self.name == "fgsm"
+        step, n_iter = (self.eps, 1) if single else (PGD_STEP * self.eps, self.n_iter)
+        noise = self.eps * (2 * torch.rand_like(x) - 1)
+        x_adv = x if single else project(x + noise if start is None else start, x, self.norm, self.eps)
+        best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
+        for _ in range(n_iter):
+            slope, loss = gradient.mean_gradient(x_adv, y)
+            best = torch.where((loss > highest).reshape(-1, 1, 1, 1), x_adv, best)
+            highest = torch.maximum(loss, highest)
+            direction = slope.sign() if self.norm == "Linf" else _unit(slope)
+            x_adv = project(x_adv + step * direction, x, self.norm, self.eps)
+        loss = gradient.mean_gradient(x_adv, y)[1] if not single else highest + 1
+        return torch.where((loss > highest).reshape(-1, 1, 1, 1), x_adv, best)
+
+    def _apgd(
+        self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, listener: "_Listener"
+    ) -> tuple[Tensor, Tensor]:
+        """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
+
+        The first is kept: images never seen misclassified would otherwise come back clean, and could not be
+        used against another defence or on other noise. AutoAttack judges by the second.
+        """
+        suite, name = self._autoattack(model, listener), self.name.removeprefix("apgd-")
+        loss = {"ce": cross_entropy, "dlr": suite.apgd.dlr_loss, "margin": margin}[name]
+        batched = BatchedEOT(model, self.eot, self.max_batch, loss)
+        apgd = self._of_kind(suite.apgd, batched, listener, is_tf_model=True)
+        apgd.loss = "dlr" if name == "dlr" else "ce"  # with "dlr" it warns of zero gradients
+        apgd.init_hyperparam(x)
+        best, right, _, wrong = apgd.attack_single_run(x, y, x_init=start)
+        return best, torch.where(right.reshape(-1, 1, 1, 1), x, wrong)
+
+    def _autoattack(self, model: nn.Module, listener: "_Listener") -> Any:
+        """An AutoAttack object with our budgets, of version "standard" or with Square alone."""
+        cls, device = autoattack_class(), str(next(iter(model.parameters())).device)
+        suite = cls(model, norm=self.norm, eps=self.eps, seed=self.seed, version="standard", device=device)
+        suite.verbose, suite.logger = False, listener
+        suite.apgd = self._of_kind(suite.apgd, model, listener)
+        suite.apgd_targeted = self._of_kind(
+            suite.apgd_targeted, model, listener, n_target_classes=self.n_targets
+        )
+        suite.fab.n_iter, suite.fab.n_target_classes = self.n_iter, self.n_targets
+        suite.square.n_queries = self.square_queries
+        if self.name == "square":
+            suite.attacks_to_run = ["square"]
+        return suite
+
+    def _of_kind(self, attack: Any, model: Any, listener: "_Listener", **more: Any) -> Any:
+        """The same APGD anew: its schedule follows from n_iter when it is made."""
+        common = {"n_iter": self.n_iter, "norm": self.norm, "eps": self.eps, "seed": self.seed}
+        return type(attack)(model, device=attack.device, logger=listener, **common, **more)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """(n,) from logits (n, K) and labels (n,)."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The highest other logit minus the true one, (n,): Carlini and Wagner's difference of logits."""
+    true = F.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+
+
+def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
+    """x_adv (n, C, H, W) moved into the eps-ball around x, and into [0, 1]."""
+    shift = x_adv - x
+    if norm == "Linf":
+        return (x + shift.clamp(-eps, eps)).clamp(0, 1)
+    length = shift.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    return (x + shift * (eps / length.clamp_min(eps))).clamp(0, 1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Each image of x (n, C, H, W) divided by its L2 norm; a zero image stays zero."""
+    return x / x.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
 
 
 class BatchedEOT:
@@ -84,11 +179,11 @@ class BatchedEOT:
 
     AutoAttack's APGD asks the model for one draw after the other. Its interface for models that bring their
     own gradients (made for TensorFlow) lets us answer at once: same average, one batch. As in AutoAttack,
-    logits and loss are those of the last draw.
+    the logits and the loss that APGD sees are those of the last draw.
     """
 
-    def __init__(self, model: nn.Module, eot: int, max_batch: int, dlr_loss: Callable[..., Tensor]) -> None:
-        self.model, self.eot, self.max_batch, self.dlr_loss = model, eot, max_batch, dlr_loss
+    def __init__(self, model: nn.Module, eot: int, max_batch: int, loss: Loss) -> None:
+        self.model, self.eot, self.max_batch, self.loss = model, eot, max_batch, loss
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (n, K) of one draw."""
@@ -96,27 +191,31 @@ class BatchedEOT:
             return self.model(x)
 
     def get_logits_loss_grad_xent(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (n, K), cross-entropy (n,) and its mean gradient, like x."""
-        return self._average(x, y, lambda logits, y: F.cross_entropy(logits, y, reduction="none"))
+        """Logits (n, K), loss (n,) and its mean gradient, like x, under the name that APGD calls for "ce"."""
+        logits, losses, gradient = self._draws(x, y)
+        return logits, losses[-1], gradient
 
-    def get_logits_loss_grad_dlr(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for AutoAttack's difference-of-logits-ratio loss."""
-        return self._average(x, y, self.dlr_loss)
+    get_logits_loss_grad_dlr = get_logits_loss_grad_xent
 
-    def _average(
-        self, x: Tensor, y: Tensor, loss_function: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total = torch.zeros_like(x)
+    def mean_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, like x, and the loss (n,), both averaged over the draws."""
+        _, losses, gradient = self._draws(x, y)
+        return gradient, losses.mean(0)
+
+    def _draws(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits (n, K) of the last draw, losses (eot, n), the mean gradient)."""
+        total, losses = torch.zeros_like(x), []
         draws_at_once = max(1, self.max_batch // len(x))
         for first in range(0, self.eot, draws_at_once):
             draws = min(draws_at_once, self.eot - first)
             repeated = x.detach().repeat(draws, 1, 1, 1).requires_grad_()
             with torch.enable_grad():
                 logits = self.model(repeated)
-                loss = loss_function(logits, y.repeat(draws))
+                loss = self.loss(logits, y.repeat(draws))
                 (gradient,) = torch.autograd.grad(loss.sum(), repeated)
             total += gradient.reshape(draws, *x.shape).sum(0)
-        return logits[-len(x) :].detach(), loss[-len(x) :].detach(), total / self.eot
+            losses.append(loss.detach().reshape(draws, -1))
+        return logits[-len(x) :].detach(), torch.cat(losses), total / self.eot
 
 
 def autoattack_class() -> type:
@@ -126,38 +225,6 @@ def autoattack_class() -> type:
     except ImportError:
         from pyautoattack import AutoAttack
     return AutoAttack
-
-
-def _autoattack(
-    model: nn.Module,
-    norm: str,
-    eps: float,
-    seed: int,
-    n_iter: int,
-    eot: int,
-    n_targets: int,
-    square_queries: int,
-    max_batch: int,
-    listener: "_Listener",
-) -> Any:
-    """An AutoAttack object with our budgets, and APGD's gradients batched over the EOT draws."""
-    cls, device = autoattack_class(), str(next(iter(model.parameters())).device)
-    suite = cls(model, norm=norm, eps=eps, seed=seed, version="standard", device=device)
-    suite.verbose, suite.logger = False, listener
-
-    def apgd(kind: type, attacked: Any, **more: Any) -> Any:
-        return kind(
-            attacked, n_iter=n_iter, norm=norm, eps=eps, seed=seed, device=device, logger=listener, **more
-        )
-
-    suite.apgd_targeted = apgd(type(suite.apgd_targeted), model, n_target_classes=n_targets)
-    suite.apgd = apgd(type(suite.apgd), model)
-    if eot > 1:
-        batched = BatchedEOT(model, eot, max_batch, suite.apgd.dlr_loss)
-        suite.apgd = apgd(type(suite.apgd), batched, is_tf_model=True)
-    suite.fab.n_iter, suite.fab.n_target_classes = n_iter, n_targets
-    suite.square.n_queries = square_queries
-    return suite
 
 
 def _evaluate(suite: Any, x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

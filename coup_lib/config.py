@@ -11,8 +11,8 @@ from coup_lib.paths import SMOKE_VARIABLE, is_smoke
 
 T = TypeVar("T")
 
-NORMS = ("linf", "l2")
-DEFENCES = ("none", "diffpure", "reverse", "coup")
+NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
+NORMS = tuple(NORM_LABELS)
 GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
 
 
@@ -43,8 +43,10 @@ def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> in
     return int(result)
 
 
-def from_notebook(settings: type[T], namespace: dict[str, Any]) -> T:
+def from_notebook(settings: type[T], namespace: dict[str, Any], **fixed: Any) -> T:
     """Build the dataclass `settings` from a notebook's parameters: `from_notebook(Config, globals())`.
+
+    `fixed` are fields that are not the user's to choose in this notebook.
 
     papermill only warns of a `-p` that the notebook does not know and runs with the default. So the
     cells that begin with `# Parameters` (the notebook's own and the one papermill adds) are read for every
@@ -54,11 +56,12 @@ def from_notebook(settings: type[T], namespace: dict[str, Any]) -> T:
         ValueError: naming the unknown parameter and the known ones, or what `settings` itself refuses.
     """
     fields = {field.name: field.default for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    fields = {name: default for name, default in fields.items() if name not in fixed}
     given = {name: namespace[name] for name in fields if name in namespace}
     for name in _assigned_names(namespace.get("In", [])):
         if name not in fields:
             raise ValueError(f"unknown parameter {name!r}; this notebook knows {', '.join(sorted(fields))}")
-    result = settings(**given)
+    result = settings(**given, **fixed)
     for name, default in fields.items():
         if name in given and given[name] != default:
             print(f"override: {name} = {given[name]!r} (default {default!r})")
@@ -81,7 +84,7 @@ def _assigned_names(cells: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work an attack run does; `full` is the paper's protocol."""
+    """How much work an attack run does; to `report` in `full` is the paper's protocol."""
 
     n_images: int
     n_iter: int  # APGD and FAB iterations
@@ -96,6 +99,7 @@ class Profile:
 
     dataset: str
     classifiers: tuple[str, ...]  # the first one is the default
+    robust_classifiers: dict[str, str]  # the first one's architecture, adversarially trained for each norm
     score: str
     eps: dict[str, float]
     t_star: dict[str, float]
@@ -104,13 +108,19 @@ class Profile:
     n_steps: dict[str, int]
     chunk_size: int
     max_batch: int  # images in one network call; EOT draws are batched up to this
-    budgets: dict[str, Budget]
+    budgets: dict[str, dict[str, Budget]]  # purpose → budget
 
+
+# What a run is for: a table of the paper; many defences beside each other; many attacks on one defence.
+PURPOSES = ("report", "compare", "probe")
+BUDGETS = ("smoke", "quick", "full")
+SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
 
 PROFILES = {
     "digits": Profile(
         dataset="digits",
         classifiers=("cnn-small", "cnn-large"),
+        robust_classifiers={"linf": "cnn-small-linf", "l2": "cnn-small-l2"},
         score="score",
         # 8/255 is invisible to a digit classifier; 0.15 breaks it as 8/255 breaks one of CIFAR-10.
         eps={"linf": 0.15, "l2": 0.5},
@@ -118,12 +128,24 @@ PROFILES = {
         t_max=0.3,
         guidance_weight=1.0,
         n_steps={"linf": 10, "l2": 10},
-        chunk_size=64,
-        max_batch=640,
+        chunk_size=128,
+        max_batch=1280,
         budgets={
-            "smoke": Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5),
-            "quick": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
-            "full": Budget(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000),
+            "report": {
+                "smoke": SMOKE,
+                "quick": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
+                "full": Budget(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000),
+            },
+            "compare": {
+                "smoke": SMOKE,
+                "quick": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200),
+                "full": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
+            },
+            "probe": {
+                "smoke": SMOKE,
+                "quick": Budget(n_images=32, n_iter=20, eot=5, n_targets=3, square_queries=200),
+                "full": Budget(n_images=128, n_iter=50, eot=20, n_targets=9, square_queries=2000),
+            },
         },
     ),
 }
@@ -153,17 +175,20 @@ class Config:
     n_draws: int = 10  # noise draws per image when an attack is scored
     split: str = "test"
     seed: int = 0
+    purpose: str = "report"
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
         profile = PROFILES[choice("profile", self.profile, PROFILES)]
-        fill("budget", "smoke" if is_smoke() else choice("budget", self.budget, profile.budgets))
+        choice("purpose", self.purpose, PURPOSES)
+        fill("budget", "smoke" if is_smoke() else choice("budget", self.budget, BUDGETS))
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         choice("gradient", self.gradient, GRADIENTS)
         choice("split", self.split, SIZES)
-        budget = profile.budgets[self.budget]
+        budget = profile.budgets[self.purpose][self.budget]
+        budget = dataclasses.replace(budget, n_images=min(budget.n_images, SIZES[self.split]))
         defaults = {name: getattr(profile, name)[self.norm] for name in ("eps", "t_star", "n_steps")}
         defaults |= dataclasses.asdict(budget) | {"guidance_weight": profile.guidance_weight}
         for name, value in defaults.items():
@@ -186,4 +211,4 @@ class Config:
     @property
     def norm_label(self) -> str:
         """The norm as AutoAttack spells it: Linf or L2."""
-        return {"linf": "Linf", "l2": "L2"}[self.norm]
+        return NORM_LABELS[self.norm]

@@ -9,42 +9,77 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coup_lib import purify
-from coup_lib.attacks import ATTACKS, run_attack
+from coup_lib.attacks import ATTACKS, Attack
 from coup_lib.checkpoints import load_network, read_sums
-from coup_lib.config import DEFENCES, GRADIENTS, Config, choice
+from coup_lib.config import GRADIENTS, Config, choice, count
 from coup_lib.data import Images, load_split
+from coup_lib.defences import DEFENCES, PURIFIERS, build, is_guided
 from coup_lib.outcomes import Score
 from coup_lib.progress import Plan
+from coup_lib.purify import FixedNoise, Purified
 from coup_lib.records import Progress, chunked_record, is_complete, record_path
 from coup_lib.score import NoiseScore
 
 # What a run's seed is spent on; each use has a stream of its own.
 ATTACK, DEFENCE, REPORT, SELECT = range(4)
-GUIDED = ("coup",)
+# What an attack's numbers depend on, beside the images and the threat.
+SPENT = {
+    "clean": (),
+    "noise": (),
+    "fgsm": ("eot",),
+    "square": ("square_queries",),
+    "standard": ("n_iter", "n_targets", "square_queries"),
+}
+ITERATED = ("n_iter", "eot")
+# Gradients that cost and depend on the choice of one; noise and Square ask for none.
+WITHOUT_GRADIENT = ("clean", "noise", "square")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where adversarial images come from: an attack on a defence with a gradient of it."""
+    """Where adversarial images come from: an attack on a defence with a gradient of it.
+
+    n_iter, eot, n_steps and seed, where given, take the place of the configuration's: n_steps that of the
+    path under attack (a coarser one may stand in for the true one), seed that of attack and defence.
+    fixed_noise: the defence under attack draws the same noise every time. start: where the attack begins.
+    """
 
     attack: str
     defence: str
     gradient: str = "exact"
+    n_iter: int | None = None
+    eot: int | None = None
+    n_steps: int | None = None
+    seed: int | None = None
+    fixed_noise: bool = False
+    start: "Source | None" = None
 
     def __post_init__(self) -> None:
         choice("attack", self.attack, ATTACKS)
         choice("defence", self.defence, DEFENCES)
         choice("gradient", self.gradient, GRADIENTS)
+        for name in ("n_iter", "eot", "n_steps"):
+            if getattr(self, name) is not None:
+                count(name, getattr(self, name))
         # Without guidance there is no second-order term, without a purifier only one gradient.
-        same = self.defence == "none" or (self.gradient == "first_order" and self.defence not in GUIDED)
-        if same or self.attack == "clean":
+        same = self.defence == "none" or (self.gradient == "first_order" and not is_guided(self.defence))
+        if same or self.attack in WITHOUT_GRADIENT:
             object.__setattr__(self, "gradient", "exact")
-        if self.attack == "clean":
+        if self.attack in ("clean", "noise"):
             object.__setattr__(self, "defence", "none")
 
     def __str__(self) -> str:
-        return "clean" if self.attack == "clean" else f"{self.attack} on {self.defence} ({self.gradient})"
+        if self.attack in ("clean", "noise"):
+            return self.attack
+        kind = "" if self.attack in WITHOUT_GRADIENT else f", {self.gradient}"
+        more = "".join(
+            f", {name} {getattr(self, name)}"
+            for name in ("n_iter", "eot", "n_steps", "seed")
+            if getattr(self, name) is not None
+        )
+        more += ", fixed noise" if self.fixed_noise else ""
+        more += f", from {self.start}" if self.start else ""
+        return f"{self.attack} on {self.defence}{kind}{more}"
 
 
 CLEAN = Source("clean", "none")
@@ -56,12 +91,12 @@ class Evaluation:
     Networks are loaded when the first record is missing, not before.
 
     Args:
-        classifier: one of the profile's classifiers; None is its first.
+        classifier: one of the profile's, adversarially trained or not; None is its first.
         verbose: print progress with an estimate of the time left.
     """
 
     def __init__(self, config: Config, classifier: str | None = None, *, verbose: bool = True) -> None:
-        known = config.sizes.classifiers
+        known = (*config.sizes.classifiers, *config.sizes.robust_classifiers.values())
         self.config = config
         self.classifier_name = choice("classifier", classifier or known[0], known)
         self.verbose = verbose
@@ -82,20 +117,26 @@ class Evaluation:
         """s(x, t) of the profile."""
         return NoiseScore(load_network(self.config.sizes.dataset, self.config.sizes.score))
 
-    def defence(self, name: str, gradient: str = "exact") -> nn.Module:
-        """The named defence around the classifier, ready to be attacked."""
+    def defence(self, name: str, gradient: str = "exact", n_steps: int | None = None) -> nn.Module:
+        """The named defence around the classifier, ready to be attacked; n_steps overrides the path's."""
         choice("defence", name, DEFENCES)
         if name == "none":
             return self.classifier
-        settings: dict[str, Any] = {
-            "t_star": self.config.t_star,
-            "n_steps": self.config.n_steps,
-            "gradient": gradient,
-        }
-        if name in GUIDED:
-            settings["guidance_weight"] = self.config.guidance_weight
-        build = {"diffpure": purify.diffpure, "reverse": purify.reverse_only, "coup": purify.coup}[name]
-        return build(self.classifier, self.score_network, **settings)
+        robust = PURIFIERS[name].robust_guide
+        return build(
+            name,
+            self.classifier,
+            self.score_network,
+            load_network(self.config.sizes.dataset, self._guide) if robust else self.classifier,
+            guidance_weight=self.config.guidance_weight,
+            t_star=self.config.t_star,
+            n_steps=n_steps or self.config.n_steps,
+            gradient=gradient,
+        )
+
+    @property
+    def _guide(self) -> str:
+        return self.config.sizes.robust_classifiers[self.config.norm]
 
     def run(self, targets: dict[str, Sequence[Source]]) -> dict[str, dict[Source, Score]]:
         """All sources on all targets: target → source → score. Finished records are read back."""
@@ -111,19 +152,18 @@ class Evaluation:
             for target, row in targets.items()
         }
 
-    def columns(self, defences: Sequence[str], protocol: Sequence[str] = ()) -> dict[str, dict[str, Score]]:
+    def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[str, Score]]:
         """The columns that every robustness table here has: defence → column → score.
 
-        clean; the attacks of `protocol` on the defence itself; adaptive (APGD-ce with `config.gradient`);
-        first_order (APGD-ce without the second-order guidance term); from_none and from_reverse (APGD-ce's
-        images against the undefended classifier and against reverse-only). `outcomes.worst_of` all of them
-        is the column that a claim of robustness has to stand on.
+        clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order
+        guidance term); from_none and from_reverse (APGD-ce's images against the undefended classifier and
+        against reverse-only). With autoattack also dlr (APGD-dlr, the other half of AutoAttack's "rand") and
+        standard. `outcomes.worst_of` all of them is the column that a claim of robustness has to stand on.
         """
         gradient = self.config.gradient
         rows = {
             defence: {
                 "clean": CLEAN,
-                **{attack: Source(attack, defence, gradient) for attack in protocol},
                 "adaptive": Source("apgd-ce", defence, gradient),
                 "first_order": Source("apgd-ce", defence, "first_order"),
                 "from_none": Source("apgd-ce", "none"),
@@ -131,41 +171,51 @@ class Evaluation:
             }
             for defence in defences
         }
-        scores = self.run({defence: list(row.values()) for defence, row in rows.items()})
+        if autoattack:
+            for defence, row in rows.items():
+                row["standard"] = Source("standard", defence, gradient)
+                row["dlr"] = Source("apgd-dlr", defence, gradient)
+        return self.scores(rows)
+
+    def scores(self, rows: dict[str, dict[str, Source]]) -> dict[str, dict[str, Score]]:
+        """`run` with a name for each source: target → name → score."""
+        found = self.run({target: list(row.values()) for target, row in rows.items()})
         return {
-            defence: {column: scores[defence][source] for column, source in row.items()}
-            for defence, row in rows.items()
+            target: {name: found[target][source] for name, source in row.items()}
+            for target, row in rows.items()
         }
 
-    def warnings(self, defence: str, attacks: Sequence[str]) -> list[str]:
-        """What AutoAttack said of a defence in these attacks, each sentence once."""
+    def warnings(self, defence: str) -> list[str]:
+        """What AutoAttack said of a defence in its two versions, each sentence once."""
+        attacks = ("standard", "apgd-ce", "apgd-dlr")
         said = [self.attack(Source(attack, defence, self.config.gradient)) for attack in attacks]
         return list(dict.fromkeys(text for record in said for text in record["result"]["warnings"]))
 
     def attack(self, source: Source, progress: Progress | None = None) -> dict[str, Any]:
         """The record of a source: AutoAttack's verdicts and warnings, and the images under "arrays"."""
         config, size = self.config, self.config.sizes.chunk_size
+        seed = config.seed if source.seed is None else source.seed
         starts = range(0, config.n_images, size)
 
         def compute(start: int) -> dict[str, Any]:
             chunk = Images(self.images.x[start : start + size], self.images.y[start : start + size])
-            model = self.defence(source.defence, source.gradient)
-            if isinstance(model, purify.Purified):
-                model.purifier.reseed(_seed(config.seed, DEFENCE, start))
-            budget = {
-                name: getattr(config, name) for name in ("n_iter", "eot", "n_targets", "square_queries")
-            }
-            result = run_attack(
+            begin = self._x_adv(source.start, start) if source.start else None
+            attack = Attack(
                 source.attack,
-                model,
-                chunk.x,
-                chunk.y,
-                norm=config.norm_label,
-                eps=config.eps,
-                seed=_seed(config.seed, ATTACK, start) % 2**31,
+                config.norm_label,
+                config.eps,
+                seed=_seed(seed, ATTACK, start) % 2**31,
+                n_iter=source.n_iter or config.n_iter,
+                eot=source.eot or config.eot,
+                n_targets=config.n_targets,
+                square_queries=config.square_queries,
                 max_batch=config.sizes.max_batch,
-                **budget,
             )
+            model = self.defence(source.defence, source.gradient, source.n_steps)
+            if isinstance(model, Purified):
+                model.purifier.reseed(_seed(seed, DEFENCE, start))
+                model = FixedNoise(model, _seed(seed, DEFENCE, start)) if source.fixed_noise else model
+            result = attack(model, chunk.x, chunk.y, begin)
             return {
                 "robust": result.robust.int().tolist(),
                 "warnings": list(result.warnings),
@@ -185,19 +235,26 @@ class Evaluation:
             self._attacks[source] = record
         return self._attacks[source]
 
+    def _x_adv(self, source: Source, start: int) -> Tensor:
+        """The source's images of the chunk that begins at `start`."""
+        stop = start + self.config.sizes.chunk_size
+        return torch.from_numpy(self.attack(source)["arrays"]["x_adv"][start:stop])
+
     def score(self, target: str, source: Source) -> Score:
         """The target's predictions on the source's images, on noise that no attack has seen."""
         config, size = self.config, self.config.sizes.chunk_size
 
         def compute(start: int) -> dict[str, Any]:
-            x_adv = torch.from_numpy(self.attack(source)["arrays"]["x_adv"][start : start + size])
+            x_adv = self._x_adv(source, start)
             labels, model = self.images.y[start : start + size], self.defence(target)
-            selecting = self._probabilities(model, x_adv, SELECT, start)
+            selecting = self._logits(model, x_adv, SELECT, start).softmax(2)
+            reporting = self._logits(model, x_adv, REPORT, start)
             right = (selecting.argmax(2) == labels[:, None]).float().mean(1)
             trust = selecting[torch.arange(len(labels)), :, labels].mean(1)
             return {
                 "labels": labels.tolist(),
-                "report": self._probabilities(model, x_adv, REPORT, start).argmax(2).tolist(),
+                "report": reporting.argmax(2).tolist(),
+                "average": reporting.mean(1).argmax(1).tolist(),
                 "suspicion": (right + trust / 1000).tolist(),
             }
 
@@ -218,23 +275,25 @@ class Evaluation:
         return self._as_score(target, source, record["result"])
 
     def _as_score(self, target: str, source: Source, result: dict[str, Any]) -> Score:
-        own = source.defence == target and source.attack != "clean"
+        own = source.defence == target and source.attack not in ("clean", "noise")
         robust = np.array(self.attack(source)["result"]["robust"], dtype=bool) if own else None
-        labels, report, suspicion = (np.array(result[key]) for key in ("labels", "report", "suspicion"))
-        return Score(labels, report, suspicion, robust)
+        return Score(
+            **{key: np.array(result[key]) for key in ("labels", "report", "average", "suspicion")},
+            attack_robust=robust,
+        )
 
-    def _probabilities(self, model: nn.Module, x: Tensor, purpose: int, start: int) -> Tensor:
-        """p(y|x), (n, n_draws, K); an image's noise depends on the run's seed and its place only."""
+    def _logits(self, model: nn.Module, x: Tensor, purpose: int, start: int) -> Tensor:
+        """(n, n_draws, K); an image's noise depends on the run's seed and its place only."""
         draws = self.config.n_draws
-        if not isinstance(model, purify.Purified):
+        if not isinstance(model, Purified):
             with torch.no_grad():
-                return model(x).softmax(1)[:, None].expand(-1, draws, -1)
+                return model(x)[:, None].expand(-1, draws, -1)
         seeds = image_seeds(self.config.seed, purpose, range(start, start + len(x)), draws)
         repeated = x.repeat_interleave(draws, dim=0)
         size = self.config.sizes.max_batch
         with torch.no_grad():
             parts = [
-                model(images, seeds=chosen).softmax(1)
+                model(images, seeds=chosen)
                 for images, chosen in zip(repeated.split(size), seeds.flatten().split(size), strict=True)
             ]
         return torch.cat(parts).reshape(len(x), draws, -1)
@@ -250,21 +309,25 @@ class Evaluation:
         }
         if source.attack == "clean":
             return f"{self.classifier_name}-clean", settings
-        spent = {
-            "apgd-ce": ("n_iter", "eot"),
-            "rand": ("n_iter", "eot"),
-            "standard": ("n_iter", "n_targets", "square_queries"),
-        }[source.attack]
+        budget = {name: getattr(config, name) for name in SPENT.get(source.attack, ITERATED)}
+        budget |= {name: getattr(source, name) for name in budget if getattr(source, name, None)}
+        defence = self.defence_settings(source.defence)
+        if source.n_steps and source.defence != "none":
+            defence["n_steps"] = source.n_steps
         settings |= {
             "classifier": self.classifier_name,
             "norm": config.norm,
             "eps": config.eps,
             "gradient": source.gradient,
-            "seed": config.seed,
+            "seed": config.seed if source.seed is None else source.seed,
             "chunk_size": config.sizes.chunk_size,
-            "budget": {name: getattr(config, name) for name in spent},
-            "defence": self.defence_settings(source.defence),
+            "budget": budget,
+            "defence": defence,
         }
+        if source.fixed_noise:
+            settings["fixed_noise"] = True
+        if source.start:
+            settings["start"] = self.attack_settings(source.start)[1]
         name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"
         return name, settings
 
@@ -282,8 +345,10 @@ class Evaluation:
                 "t_star": config.t_star,
                 "n_steps": config.n_steps,
             }
-        if name in GUIDED:
+        if is_guided(name):
             settings["guidance_weight"] = config.guidance_weight
+        if name in PURIFIERS and PURIFIERS[name].robust_guide:
+            settings["guide_sha256"] = _sha256(dataset, self._guide)
         return settings
 
     def _is_done(self, source: Source) -> bool:
@@ -291,16 +356,17 @@ class Evaluation:
 
     def _cost(self, source: Source) -> float:
         """About how many score evaluations the attack takes per image; good enough to foretell the time."""
-        config = self.config
-        gradients = {
-            "clean": 0.0,
-            "apgd-ce": config.n_iter * config.eot,
-            "rand": 2 * config.n_iter * config.eot,
-            "standard": config.n_iter * (1 + 2 * config.n_targets),
-        }[source.attack]
-        forwards = config.square_queries if source.attack == "standard" else 0
-        steps = {"none": 0.1, "coup": 2 * config.n_steps}.get(source.defence, config.n_steps)
-        return float(config.n_images * steps * (3 * gradients + forwards) + 1)
+        config, spent = self.config, SPENT.get(source.attack, ITERATED)
+        iterations = (source.n_iter or config.n_iter) if "n_iter" in spent else 1
+        gradients = iterations * (source.eot or config.eot) if "eot" in spent else 0
+        gradients = config.n_iter * (1 + 2 * config.n_targets) if source.attack == "standard" else gradients
+        forwards = config.square_queries if "square_queries" in spent else 0
+        if source.gradient == "bpda":
+            gradients, forwards = 0, gradients
+        steps = 0.1 if source.defence == "none" else source.n_steps or config.n_steps
+        draws = PURIFIERS[source.defence].draws if source.defence in PURIFIERS else 1
+        weight = steps * draws * (2 if is_guided(source.defence) else 1)
+        return float(config.n_images * weight * (2 * gradients + forwards) + 1)
 
 
 def _seed(run_seed: int, purpose: int, place: int) -> int:

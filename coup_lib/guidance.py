@@ -1,5 +1,7 @@
 """Classifier-confidence guidance (Sec. 4.1.2): a wrapper that adds itself to a score."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,17 +17,21 @@ def to_state(image: Tensor) -> Tensor:
     return image * 2 - 1
 
 
-def confidence_gradient(classifier: nn.Module, x: Tensor) -> Tensor:
-    """∇ₓ log max_y p(y|x) with respect to the state x (B, C, H, W) in [-1, 1].
+def log_confidence(classifier: nn.Module, x: Tensor) -> Tensor:
+    """log max_y p(y|x), (B,), at the state x (B, C, H, W) in [-1, 1]; the classifier sees it in [0, 1]."""
+    return F.log_softmax(classifier(to_image(x)), dim=1).amax(dim=1)
 
-    The classifier sees images in [0, 1]. The result can be differentiated again where x asks for a gradient
-    and gradients are on: that is the second-order term of Sec. 4.2.1.
+
+def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """∇ₓ of function, (B, ...) to (B,), at x.
+
+    The result can be differentiated again where x asks for a gradient and gradients are on: that is the
+    second-order term of Sec. 4.2.1.
     """
     second_order = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
         x = x if second_order else x.detach().requires_grad_()
-        confidence = F.log_softmax(classifier(to_image(x)), dim=1).amax(dim=1)
-        return torch.autograd.grad(confidence.sum(), x, create_graph=second_order)[0]
+        return torch.autograd.grad(function(x).sum(), x, create_graph=second_order)[0]
 
 
 class Guided(nn.Module):
@@ -41,19 +47,27 @@ class Guided(nn.Module):
         super().__init__()
         self.score, self.classifier, self.weight = score, classifier, weight
 
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """λ ∇ₓ log max_y p(y|x), like x."""
+        return self.weight * gradient_of(lambda x: log_confidence(self.classifier, x), x)
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided score at x (B, C, H, W) in [-1, 1] and t of shape () or (B,)."""
-        return self.score(x, t) + self.weight * confidence_gradient(self.classifier, x)
+        return self.score(x, t) + self.guidance(x, t)
 
 
-class FirstOrder(Guided):
-    """The same values with the guidance held constant under differentiation, as the authors' release does."""
+class FirstOrder(nn.Module):
+    """A guided score with its guidance held constant under differentiation, as the authors' release does."""
+
+    def __init__(self, guided: Guided) -> None:
+        super().__init__()
+        self.guided = guided
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """As `Guided.forward`."""
-        return self.score(x, t) + self.weight * confidence_gradient(self.classifier, x.detach())
+        return self.guided.score(x, t) + self.guided.guidance(x.detach(), t)
 
 
 def first_order(score: nn.Module) -> nn.Module:
     """The score whose derivative leaves the second-order guidance term out; any other score as it is."""
-    return FirstOrder(score.score, score.classifier, score.weight) if isinstance(score, Guided) else score
+    return FirstOrder(score) if isinstance(score, Guided) else score

@@ -1,4 +1,4 @@
-"""The networks of the small profiles: two classifiers and a noise predictor, cheap to differentiate twice.
+"""The networks of the small profiles: classifiers and a noise predictor, cheap to differentiate twice.
 
 SiLU everywhere, as attacks on guidance need second derivatives. 8×8 images are seen as 4×4 patches of 2×2
 pixels: there convolutions run near the CPU's peak, at full resolution they wait for memory.
@@ -17,22 +17,24 @@ T_MAX = 0.3  # the noise predictors are trained on t ∈ (0, T_MAX]
 
 
 class PatchCNN(nn.Module):
-    """A classifier: images (B, 1, 8, 8) in [0, 1] to logits (B, classes), normalisation inside."""
+    """A classifier: images (B, 1, 8, 8) in [0, 1] to logits (B, classes), normalisation inside.
 
-    def __init__(self, width: int, hidden: int, blocks: int, classes: int = 10) -> None:
+    Two convolutions, then a residual dense layer over all that is left, 2×2 positions of hidden channels.
+    """
+
+    def __init__(self, width: int, hidden: int, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(4, width, 3, padding=1)
-        self.widen = nn.Conv2d(width, hidden, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(blocks))
-        self.down = nn.Conv2d(hidden, hidden, 2, stride=2)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.down = nn.Conv2d(width, hidden, 2, stride=2)
+        self.dense = nn.Linear(4 * hidden, 4 * hidden)
         self.head = nn.Linear(4 * hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.stem(F.pixel_unshuffle(2 * x - 1, 2)))
-        h = F.silu(self.widen(h))
-        for block in self.blocks:
-            h = h + F.silu(block(h))
-        return self.head(F.silu(self.down(h)).flatten(1))
+        h = h + F.silu(self.middle(h))
+        h = F.silu(self.down(h)).flatten(1)
+        return self.head(h + F.silu(self.dense(h)))
 
 
 class NoiseNet(nn.Module):
@@ -108,11 +110,15 @@ class GlobalBlock(nn.Module):
         return h + self.second(F.silu(self.first(self.norm(h)) * (1 + scale) + shift))
 
 
+SMALL = partial(PatchCNN, width=16, hidden=32)
 NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "digits": {
-        "cnn-small": partial(PatchCNN, width=20, hidden=40, blocks=1),
-        "cnn-large": partial(PatchCNN, width=48, hidden=96, blocks=1),
-        "score": partial(NoiseNet, width=40, hidden=192, blocks=2),
+        "cnn-small": SMALL,
+        "cnn-large": partial(PatchCNN, width=40, hidden=64),
+        # Adversarially trained, each for one norm (notebook 06).
+        "cnn-small-linf": SMALL,
+        "cnn-small-l2": SMALL,
+        "score": partial(NoiseNet, width=24, hidden=192, blocks=2),
     }
 }
 

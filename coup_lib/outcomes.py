@@ -60,6 +60,7 @@ class Score:
     """One target's verdicts on one source's images.
 
     labels (n,); report (n, R): predicted classes on R noise draws that no attack has seen.
+    average (n,): the class of the mean logits over those draws (DiffPure's rule against BPDA).
     suspicion (n,): the share of right draws on R further draws, ties broken by the mean probability of the
     true class; it serves to choose the worst source of an image.
     attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
@@ -67,6 +68,7 @@ class Score:
 
     labels: np.ndarray
     report: np.ndarray
+    average: np.ndarray
     suspicion: np.ndarray
     attack_robust: np.ndarray | None
 
@@ -91,18 +93,33 @@ class Score:
         votes = np.array([np.bincount(row).argmax() for row in self.report])
         return Accuracy.of((votes == self.labels).astype(float))
 
+    @property
+    def averaged(self) -> Accuracy:
+        """An image counts if the mean of the logits over the draws is right."""
+        return Accuracy.of((self.average == self.labels).astype(float))
+
     def summary(self) -> dict[str, Any]:
         """Every way of counting, as plain numbers for a record."""
-        counts = {"mean": self.mean, "worst_draw": self.worst_draw, "majority": self.majority}
+        counts = {
+            "mean": self.mean,
+            "worst_draw": self.worst_draw,
+            "majority": self.majority,
+            "averaged": self.averaged,
+        }
         counts |= {} if self.attack_robust is None else {"autoattack": self.autoattack}
         return {name: asdict(accuracy) for name, accuracy in counts.items()}
 
     @property
-    def autoattack(self) -> Accuracy:
-        """AutoAttack's own count, from the single draws that it looked at."""
+    def counted(self) -> np.ndarray:
+        """AutoAttack's own count, from the single draws that it looked at: (n,), 0 or 1."""
         if self.attack_robust is None:
             raise ValueError("the attack was not run against this target; it has no count of its own")
-        return Accuracy.of(self.attack_robust.astype(float))
+        return self.attack_robust.astype(float)
+
+    @property
+    def autoattack(self) -> Accuracy:
+        """The accuracy by AutoAttack's own count."""
+        return Accuracy.of(self.counted)
 
 
 def worst_of(scores: Sequence[Score]) -> np.ndarray:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coup_lib import paths
+from coup_lib.defences import LABELS
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy
 
@@ -22,12 +23,6 @@ COLOURS = {
     "diffpure": PALETTE[0],
     "reverse": PALETTE[1],
     "coup": PALETTE[2],
-}
-LABELS = {
-    "none": "No defence",
-    "diffpure": "DiffPure",
-    "reverse": "COUP w/o guidance",
-    "coup": "COUP",
 }
 MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D"}
 

@@ -125,6 +125,21 @@ class Purified(nn.Module):
         return self.classifier(self.purifier(x, seeds))
 
 
+class FixedNoise(nn.Module):
+    """A purified classifier whose every purification, of whatever image, draws the noise of one seed.
+
+    It is deterministic: for attacks that would rather not average over noise.
+    """
+
+    def __init__(self, purified: Purified, seed: int) -> None:
+        super().__init__()
+        self.purified, self.seed = purified, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of the purified x."""
+        return self.purified(x, torch.full((len(x),), self.seed))
+
+
 def diffpure(classifier: nn.Module, score: nn.Module, **settings: Any) -> Purified:
     """DiffPure around a classifier; settings are those of `Purifier`."""
     return Purified(classifier, DiffPurePurifier(score, **settings))

@@ -27,7 +27,7 @@ import numpy as np
 from coup_lib import paths
 from coup_lib.files import write_atomically
 
-PROTOCOL = 1  # part of every hash: raise it when a change of the code changes what a record means
+PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
 
 Progress = Callable[[int, int], None]

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 
 from coup_lib import paper, paths
-from coup_lib.attacks import VERSIONS
 from coup_lib.config import Config
+from coup_lib.defences import LABELS
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
-from coup_lib.plots import LABELS
 
 Shares = dict[str, dict[str, np.ndarray]]
 
@@ -21,6 +20,7 @@ COLUMNS = {
     "rand": "AutoAttack rand",
     "autoattack": "Worse of the two",
     "adaptive": "APGD-ce, {gradient}",
+    "dlr": "APGD-dlr, {gradient}",
     "first_order": "APGD-ce, first-order",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse-only",
@@ -31,21 +31,18 @@ COLUMNS = {
 def shares(columns: dict[str, dict[str, Score]]) -> Shares:
     """Per defence and column the share of right draws of each image, (n,); "worst" and "autoattack" added.
 
-    AutoAttack's two versions count as AutoAttack does, by the single draws that it looked at; the paper's
-    robustness ("autoattack") is the version with fewer images left.
+    AutoAttack's two versions count as AutoAttack does, by the single draws that it looked at: "standard" is
+    an attack, "rand" is what APGD-ce and APGD-dlr leave together. The paper's robustness ("autoattack") is
+    the version with fewer images left.
     """
     result: Shares = {}
     for defence, row in columns.items():
-        result[defence] = {
-            name: score.right
-            if name not in VERSIONS or score.attack_robust is None
-            else score.attack_robust.astype(float)
-            for name, score in row.items()
-        }
-        versions = [result[defence][name] for name in VERSIONS if name in row]
-        if versions:
-            result[defence]["autoattack"] = min(versions, key=lambda values: float(values.mean()))
-        result[defence]["worst"] = worst_of(list(row.values()))
+        found = {name: score.right for name, score in row.items()}
+        if "standard" in row:
+            found["standard"] = row["standard"].counted
+            found["rand"] = row["adaptive"].counted * row["dlr"].counted
+            found["autoattack"] = min(found["standard"], found["rand"], key=lambda share: float(share.mean()))
+        result[defence] = found | {"worst": worst_of(list(row.values()))}
     return result
 
 
@@ -112,7 +109,7 @@ def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequen
     spent = {"n_images": "images", "n_iter": "iterations", "eot": "EOT draws"}
     if "standard" in attacks:
         spent |= {"n_targets": "target classes", "square_queries": "Square queries"}
-    full = config.sizes.budgets["full"]
+    full = config.sizes.budgets["report"]["full"]
     sizes = [f"{getattr(config, name)}/{getattr(full, name)} {what}" for name, what in spent.items()]
     counting = (
         "AutoAttack's columns count by its own single draws; the others" if "rand" in attacks else "They"

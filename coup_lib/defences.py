@@ -1,0 +1,99 @@
+"""Every defence by name: the paper's four, and the candidates of notebook 08."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from coup_lib.candidates import Averaged, Between, ConfidenceGuided, DenoisedGuided, Smoothed
+from coup_lib.guidance import Guided
+from coup_lib.purify import DiffPurePurifier, Purified, Purifier
+
+GuidedScore = Callable[[nn.Module, nn.Module, float], nn.Module]  # score, guide, λ → score
+AVERAGED = 4  # purifications behind one decision of an averaging candidate
+SMOOTHING = 0.1  # noise of the smoothed guide, in units of the image
+SWITCH = 0.03  # guidance begins or ends here: late is below, early above
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a defence is made of.
+
+    label: its name in figures and tables. guidance: makes the guided score (None: no guidance).
+    forward_noise: starts like DiffPure. robust_guide: guided by the adversarially trained classifier.
+    draws: purifications whose logits are averaged.
+    """
+
+    label: str
+    guidance: GuidedScore | None = None
+    forward_noise: bool = False
+    robust_guide: bool = False
+    draws: int = 1
+
+
+def guided_late(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
+    """Guidance near the image only."""
+    return Between(Guided(score, guide, weight), high=SWITCH)
+
+
+def guided_early(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
+    """Guidance far from the image only."""
+    return Between(Guided(score, guide, weight), low=SWITCH)
+
+
+def guided_late_by_denoised(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
+    """Guidance by x̂0, near the image only."""
+    return Between(DenoisedGuided(score, guide, weight), high=SWITCH)
+
+
+def guided_by_smoothed(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
+    """Guidance by the expectation over noise."""
+    return Guided(score, Smoothed(guide, SMOOTHING), weight)
+
+
+PURIFIERS = {
+    "diffpure": Recipe("DiffPure", forward_noise=True),
+    "reverse": Recipe("COUP w/o guidance"),
+    "coup": Recipe("COUP", Guided),
+    "noised": Recipe("guided after forward noise", Guided, forward_noise=True),
+    "denoised": Recipe("guided by x̂0", DenoisedGuided),
+    "late": Recipe("guided late", guided_late),
+    "early": Recipe("guided early", guided_early),
+    "late-denoised": Recipe("guided late by x̂0", guided_late_by_denoised),
+    "smoothed": Recipe("guided by a smoothed classifier", guided_by_smoothed),
+    "doubting": Recipe("guidance fading with doubt", ConfidenceGuided),
+    "robust-guide": Recipe("guided by a robust classifier", Guided, robust_guide=True),
+    "averaged": Recipe("no guidance, averaged", draws=AVERAGED),
+    "coup-averaged": Recipe("COUP, averaged", Guided, draws=AVERAGED),
+    "robust-guide-averaged": Recipe("robust guide, averaged", Guided, robust_guide=True, draws=AVERAGED),
+}
+LABELS = {"none": "No defence"} | {name: recipe.label for name, recipe in PURIFIERS.items()}
+DEFENCES = tuple(LABELS)
+PAPER = ("none", "diffpure", "reverse", "coup")
+CANDIDATES = tuple(name for name in PURIFIERS if name not in PAPER)
+
+
+def build(
+    name: str,
+    classifier: nn.Module,
+    score: nn.Module,
+    guide: nn.Module,
+    *,
+    guidance_weight: float,
+    t_star: float,
+    n_steps: int,
+    gradient: str,
+) -> Purified:
+    """The purifier `name` around the classifier; `guide` is whose confidence guides, if any does."""
+    recipe = PURIFIERS[name]
+    guided = recipe.guidance(score, guide, guidance_weight) if recipe.guidance else score
+    kind = DiffPurePurifier if recipe.forward_noise else Purifier
+    purifier = kind(guided, t_star=t_star, n_steps=n_steps, gradient=gradient)
+    if recipe.draws > 1:
+        return Averaged(classifier, purifier, recipe.draws)
+    return Purified(classifier, purifier)
+
+
+def is_guided(name: str) -> bool:
+    """Whether there is guidance, and with it a second-order term."""
+    return name in PURIFIERS and PURIFIERS[name].guidance is not None
