@@ -1,4 +1,4 @@
-# make reproduce   every notebook at the quick size, from nothing, in about ten minutes on two cores
+# make reproduce   every notebook at the quick size, from nothing, in about a quarter of an hour on two cores
 # make full        the paper's protocol (512 images, full attack budgets); hours, resumable
 # make test        linters, tests, and every notebook at smoke size
 SHELL := /bin/bash -o pipefail
@@ -7,15 +7,17 @@ SHELL := /bin/bash -o pipefail
 
 PYTHON ?= python3
 BUDGET ?= quick
-# The committed records are in results/. A reproduction computes its own, here, and compares them at the end;
-# run it again after a kill and it goes on where it stopped.
-RESULTS ?= build/reproduced
 BIN := .venv/bin
 DONE := build/done-$(BUDGET)
+# results/, figures/ and notebooks/ hold the full run. A reproduction computes its own, here, and compares at
+# the end; run it again after a kill and it goes on where it stopped.
+RESULTS ?= $(if $(filter full,$(BUDGET)),results,build/reproduced/results)
+FIGURES ?= $(if $(filter full,$(BUDGET)),figures,build/reproduced/figures)
 # Two notebooks run at a time; threads beyond a process's share make small networks slower, not faster.
 THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 export COUP_RESULTS = $(RESULTS)
+export COUP_FIGURES = $(FIGURES)
 export OMP_NUM_THREADS = $(THREADS)
 
 reproduce: run
@@ -23,6 +25,7 @@ reproduce: run
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
+	@cp build/notebooks-full/0*[a-z].ipynb notebooks/
 
 setup: .venv/installed
 
@@ -33,42 +36,32 @@ setup: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-# Two streams: 04 after 02, because they share attacks; 00 and the other norm beside them. What a notebook
-# runs by default, the quick size, takes its place in notebooks/.
+# A notebook that wants a record that another one is making waits for it; the report wants nearly all of them.
+NOTEBOOKS := 04_autoattack 04_autoattack@l2 07_stronger_attacks 08_beyond 03_sweeps 02_ablation \
+	06_adversarial_training 05_bpda 00_toy_analysis 01_case_study
 run: setup
-	@rm -rf $(DONE) && mkdir -p $(DONE) build/notebooks
-	@$(MAKE) --no-print-directory -j2 $(DONE)/04_autoattack $(DONE)/04_autoattack_l2
-	@$(if $(SIZE),true,cp build/notebooks/{00_toy_analysis,02_ablation,04_autoattack}.ipynb notebooks/)
-	@echo "Executed notebooks: build/notebooks; figures and tables: figures/; records: $(RESULTS)"
+	@rm -rf $(DONE) && mkdir -p $(DONE) build/notebooks-$(BUDGET)
+	@$(MAKE) --no-print-directory -j2 $(NOTEBOOKS:%=$(DONE)/%)
+	@$(MAKE) --no-print-directory $(DONE)/09_report
+	@$(if $(filter quick,$(BUDGET)),$(BIN)/python -m coup_lib.readme --times build/notebooks-quick)
+	@echo "Executed notebooks: build/notebooks-$(BUDGET); figures and tables: $(FIGURES); records: $(RESULTS)"
 
-SIZE = $(if $(filter quick,$(BUDGET)),,-p budget $(BUDGET))
 # Of a notebook's output, the progress and whatever went wrong.
 SHOW = while IFS= read -r line; do case "$$line" in \
-	*gone*|*"attacks in"*|*Error*|*override*) echo "$(1): $$line";; esac; done
+	*gone*|*"attacks in"*|*Error*|*override*) echo "$*: $$line";; esac; done
+# NAME@l2 is notebook NAME with that norm; the toy analysis knows one size only.
+NORM = $(if $(findstring @,$*),-p norm $(lastword $(subst @, ,$*)))
+SIZE = $(if $(filter 00_%,$*)$(filter quick,$(BUDGET)),,-p budget $(BUDGET))
 
-# $(call execute,name,notebook,parameters)
-define execute
-	@echo "$(1): started"
-	@$(BIN)/papermill --no-progress-bar --log-output \
-		notebooks/$(2).ipynb build/notebooks/$(1).ipynb $(3) 2>&1 | $(SHOW)
-	@echo "$(1): done" && touch $@
-endef
-
-$(DONE)/00_toy_analysis:
-	$(call execute,00_toy_analysis,00_toy_analysis)
-
-$(DONE)/02_ablation:
-	$(call execute,02_ablation,02_ablation,$(SIZE))
-
-$(DONE)/04_autoattack: $(DONE)/02_ablation
-	$(call execute,04_autoattack,04_autoattack,$(SIZE))
-
-$(DONE)/04_autoattack_l2: $(DONE)/00_toy_analysis
-	$(call execute,04_autoattack_l2,04_autoattack,-p norm l2 $(SIZE))
+$(DONE)/%:
+	@echo "$*: started"
+	@$(BIN)/papermill --no-progress-bar --log-output notebooks/$(firstword $(subst @, ,$*)).ipynb \
+		build/notebooks-$(BUDGET)/$(subst @,_,$*).ipynb $(NORM) $(SIZE) 2>&1 | $(SHOW)
+	@echo "$*: done" && touch $@
 
 test: setup lint
-	@unset COUP_RESULTS; OMP_NUM_THREADS=2 $(BIN)/pytest
-	@unset COUP_RESULTS; OMP_NUM_THREADS=2 $(BIN)/pytest --nbval-lax notebooks
+	@unset COUP_RESULTS COUP_FIGURES; OMP_NUM_THREADS=2 $(BIN)/pytest
+	@unset COUP_RESULTS COUP_FIGURES; OMP_NUM_THREADS=2 $(BIN)/pytest --nbval-lax notebooks
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

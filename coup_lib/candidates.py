@@ -7,6 +7,8 @@ from coup_lib.guidance import Guided, gradient_of, log_confidence
 from coup_lib.purify import Purified, Purifier
 from coup_lib.sde import VPSDE
 
+STRIDE = 0x9E3779B1  # between the seeds of one image's purifications
+
 
 class DenoisedGuided(Guided):
     """Guidance by what the classifier makes of the denoised estimate x̂0 = (x + std² s)/m instead of x.
@@ -70,7 +72,8 @@ class Averaged(Purified):
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Mean logits (B, K); an image's seed (B,) fixes all of its purifications."""
         if seeds is not None:
+            # An odd stride: of a seed, torch's generator on the CPU takes the low 32 bits only.
             places = torch.arange(self.draws)
-            seeds = ((seeds[:, None] + places * 2**40) % 2**62).flatten()
+            seeds = ((seeds[:, None] + places * STRIDE) % 2**62).flatten()
         logits = super().forward(x.repeat_interleave(self.draws, dim=0), seeds)
         return logits.unflatten(0, (len(x), self.draws)).mean(1)

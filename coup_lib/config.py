@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -43,10 +44,11 @@ def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> in
     return int(result)
 
 
-def from_notebook(settings: type[T], namespace: dict[str, Any], **fixed: Any) -> T:
+def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[str] = (), **fixed: Any) -> T:
     """Build the dataclass `settings` from a notebook's parameters: `from_notebook(Config, globals())`.
 
-    `fixed` are fields that are not the user's to choose in this notebook.
+    `own` are parameters of the notebook that are no fields; `fixed` are fields that are not the user's to
+    choose here.
 
     papermill only warns of a `-p` that the notebook does not know and runs with the default. So the
     cells that begin with `# Parameters` (the notebook's own and the one papermill adds) are read for every
@@ -59,8 +61,10 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], **fixed: Any) ->
     fields = {name: default for name, default in fields.items() if name not in fixed}
     given = {name: namespace[name] for name in fields if name in namespace}
     for name in _assigned_names(namespace.get("In", [])):
-        if name not in fields:
-            raise ValueError(f"unknown parameter {name!r}; this notebook knows {', '.join(sorted(fields))}")
+        if name not in (*fields, *own):
+            raise ValueError(
+                f"unknown parameter {name!r}; this notebook knows {', '.join(sorted((*fields, *own)))}"
+            )
     result = settings(**given, **fixed)
     for name, default in fields.items():
         if name in given and given[name] != default:
@@ -111,9 +115,11 @@ class Profile:
     budgets: dict[str, dict[str, Budget]]  # purpose → budget
 
 
-# What a run is for: a table of the paper; many defences beside each other; many attacks on one defence.
-PURPOSES = ("report", "compare", "probe")
+# What a run is for: a table of the paper; a few defences beside each other; many settings of one; a search
+# among many; many attacks.
+PURPOSES = ("report", "compare", "sweep", "search", "probe")
 BUDGETS = ("smoke", "quick", "full")
+SMOKE_STEPS = 3
 SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
 
 PROFILES = {
@@ -140,6 +146,16 @@ PROFILES = {
                 "smoke": SMOKE,
                 "quick": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200),
                 "full": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
+            },
+            "sweep": {
+                "smoke": SMOKE,
+                "quick": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
+                "full": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
+            },
+            "search": {
+                "smoke": SMOKE,
+                "quick": Budget(n_images=48, n_iter=8, eot=3, n_targets=3, square_queries=200),
+                "full": Budget(n_images=256, n_iter=20, eot=5, n_targets=9, square_queries=2000),
             },
             "probe": {
                 "smoke": SMOKE,
@@ -191,6 +207,8 @@ class Config:
         budget = dataclasses.replace(budget, n_images=min(budget.n_images, SIZES[self.split]))
         defaults = {name: getattr(profile, name)[self.norm] for name in ("eps", "t_star", "n_steps")}
         defaults |= dataclasses.asdict(budget) | {"guidance_weight": profile.guidance_weight}
+        if self.budget == "smoke":
+            defaults["n_steps"] = SMOKE_STEPS
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 fill(name, value)

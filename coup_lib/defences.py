@@ -12,7 +12,9 @@ from coup_lib.purify import DiffPurePurifier, Purified, Purifier
 GuidedScore = Callable[[nn.Module, nn.Module, float], nn.Module]  # score, guide, λ → score
 AVERAGED = 4  # purifications behind one decision of an averaging candidate
 SMOOTHING = 0.1  # noise of the smoothed guide, in units of the image
-SWITCH = 0.03  # guidance begins or ends here: late is below, early above
+# Guidance begins or ends here: late is below, early above. No step of the profiles' grids is at this time: it
+# would be on one side in float32 and on the other in float64.
+SWITCH = 0.0305
 
 
 @dataclass(frozen=True)

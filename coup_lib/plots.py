@@ -1,6 +1,6 @@
 """One look for every figure: fonts, sizes, colours; the same colour for the same defence everywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -56,24 +56,33 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     return folder / f"{name}.png"
 
 
+def bars(shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracies (k,) and what 95 % error bars reach below and above them (2, k), in percent.
+
+    Args:
+        shares: k times the share of right draws of each image, (n,).
+    """
+    points = [Accuracy.of(share) for share in shares]
+    values = np.array([point.value for point in points])
+    ends = np.array([[point.low, point.high] for point in points]).T
+    return values, np.abs(ends - values)
+
+
 def robustness_panel(
-    axes: Axes, results: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, str]
+    axes: Axes, results: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, str], width: int = 12
 ) -> None:
     """One group per column, one marker per defence with its 95 % Wilson interval, in percent.
 
     Args:
         results: defence → column → share of right draws of each image, (n,).
         columns: the columns to show, with their labels.
+        width: of a label's line, in characters.
     """
     offsets = np.linspace(-0.24, 0.24, len(results))
     for offset, (defence, row) in zip(offsets, results.items(), strict=True):
-        points = [Accuracy.of(row[name]) for name in columns]
-        values = np.array([point.value for point in points])
-        errors = [values - [point.low for point in points], [point.high for point in points] - values]
         axes.errorbar(
             np.arange(len(columns)) + offset,
-            values,
-            errors,
+            *bars([row[name] for name in columns]),
             fmt=MARKERS[defence],
             color=COLOURS[defence],
             label=LABELS[defence],
@@ -84,7 +93,7 @@ def robustness_panel(
     for edge in range(1, len(columns)):
         axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
     axes.set_xticks(
-        range(len(columns)), [fill(label, 12, break_on_hyphens=False) for label in columns.values()]
+        range(len(columns)), [fill(label, width, break_on_hyphens=False) for label in columns.values()]
     )
     axes.tick_params(axis="x", length=0, labelsize="small")
     axes.grid(visible=False, axis="x")

@@ -66,8 +66,7 @@ def chunked_record(
         combine: all chunks' dicts, in order, to the record's "result".
         progress: called as progress(chunks done, chunks in all) after each chunk.
 
-    Raises:
-        RuntimeError: if another process is working on the same record.
+    If another process is working on the same record, this one says so and waits for it.
     """
     path = record_path(profile, name, settings)
     if is_complete(path):
@@ -235,12 +234,11 @@ def _lock(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise RuntimeError(
-            f"another process is working on the record {path.name}; wait for it to end"
-        ) from None
+        print(f"another process is working on the record {path.name}; waiting for it to end", flush=True)
+        lock.acquire()
     try:
         yield
         # Whoever locks a new file of this name finds the record complete.
-        path.with_suffix(".lock").unlink()
+        path.with_suffix(".lock").unlink(missing_ok=True)
     finally:
         lock.release()

@@ -78,8 +78,13 @@ def numbers(results: Shares, config: Config, **more: str) -> pd.DataFrame:
 
 def reported_table(norm: str) -> pd.DataFrame:
     """The paper's Table 1 (linf) or 2 (l2): its own rows and those it quotes from the literature."""
-    rows = [(row, "quoted by the paper") for row in paper.LITERATURE[norm]]
-    rows += [(row, "reported by the paper") for row in paper.PURIFIERS[norm].values()]
+    return reported_rows(paper.LITERATURE[norm], list(paper.PURIFIERS[norm].values()))
+
+
+def reported_rows(literature: Sequence[paper.Reported], own: Sequence[paper.Reported]) -> pd.DataFrame:
+    """Rows of one of the paper's tables: what it quotes, then what it reports itself."""
+    rows = [(row, "quoted by the paper") for row in literature]
+    rows += [(row, "reported by the paper") for row in own]
     frame = pd.DataFrame(
         {
             "Defence": [row.defence for row, _ in rows],

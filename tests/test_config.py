@@ -1,9 +1,21 @@
 """Settings are checked before any network is loaded; messages name what was expected and what came."""
 
+import dataclasses
+
 import pytest
 
 from coup_lib import checkpoints
-from coup_lib.config import PROFILES, Config, count, from_notebook, number
+from coup_lib.config import (
+    BUDGETS,
+    NORM_LABELS,
+    PROFILES,
+    PURPOSES,
+    SMOKE_STEPS,
+    Config,
+    count,
+    from_notebook,
+    number,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +36,7 @@ def no_smoke(monkeypatch):
     [
         ({"profile": "imagenet"}, "profile: expected one of digits; got 'imagenet'"),
         ({"budget": "huge"}, "budget: expected one of smoke, quick, full; got 'huge'"),
+        ({"purpose": "show"}, f"purpose: expected one of {', '.join(PURPOSES)}; got 'show'"),
         ({"norm": "l3"}, "norm: expected one of linf, l2; got 'l3'"),
         (
             {"gradient": "numeric"},
@@ -58,7 +71,7 @@ def test_none_means_the_profiles_own_value(no_smoke):
     config, digits = Config(norm="L2"), PROFILES["digits"]
     assert (config.norm, config.norm_label) == ("l2", "L2")
     assert config.eps == digits.eps["l2"] and config.t_star == digits.t_star["l2"]
-    assert config.n_images == digits.budgets["quick"].n_images
+    assert config.n_images == digits.budgets["report"]["quick"].n_images
     assert Config(n_images=1e2).n_images == 100
 
 
@@ -66,6 +79,33 @@ def test_the_full_budget_is_the_papers_protocol(no_smoke):
     config = Config(budget="full")
     sizes = (config.n_images, config.n_iter, config.eot, config.n_targets, config.square_queries)
     assert sizes == (512, 100, 20, 9, 5000)
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_purpose_picks_the_sizes(no_smoke, purpose, budget):
+    config, expected = Config(purpose=purpose, budget=budget), PROFILES["digits"].budgets[purpose][budget]
+    sizes = {name: getattr(config, name) for name in dataclasses.asdict(expected)}
+    assert sizes == dataclasses.asdict(expected)
+    assert config.n_steps == (SMOKE_STEPS if budget == "smoke" else PROFILES["digits"].n_steps["linf"])
+    assert Config(purpose=purpose, budget=budget, eot=3).eot == 3  # and a size can still be told
+
+
+def test_no_purpose_spends_more_than_the_report():
+    for budgets in PROFILES["digits"].budgets.values():
+        for name, budget in budgets.items():
+            report = dataclasses.astuple(PROFILES["digits"].budgets["report"][name])
+            assert all(a <= b for a, b in zip(dataclasses.astuple(budget), report, strict=True))
+
+
+def test_a_small_split_gives_all_it_has(no_smoke):
+    assert Config(budget="full", split="validation").n_images == 285
+
+
+@pytest.mark.parametrize("norm", NORM_LABELS)
+def test_a_norm_is_spelt_as_autoattack_does(norm):
+    assert Config(norm=norm).norm_label == {"linf": "Linf", "l2": "L2"}[norm]
+    assert norm in PROFILES["digits"].robust_classifiers
 
 
 def test_the_same_settings_however_they_are_written():
@@ -76,9 +116,13 @@ def test_a_negative_weight_is_a_control_and_not_an_error():
     assert Config(guidance_weight=-0.5).guidance_weight == -0.5
 
 
-def test_smoke_makes_every_budget_small(monkeypatch):
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_smoke_makes_every_budget_small(monkeypatch, purpose):
     monkeypatch.setenv("COUP_SMOKE", "1")
-    assert Config(budget="full").n_images == PROFILES["digits"].budgets["smoke"].n_images
+    smoke = PROFILES["digits"].budgets[purpose]["smoke"]
+    config = Config(budget="full", purpose=purpose)
+    assert config.budget == "smoke" and config.n_images == smoke.n_images == 4
+    assert config.n_steps == SMOKE_STEPS and Config(n_steps=7).n_steps == 7
 
 
 def test_number_and_count():
@@ -107,6 +151,24 @@ def test_from_notebook_can_be_run_again_after_other_cells():
     """What later cells define is no parameter."""
     namespace = notebook("figure = 1\nbogus: int = 3", norm="linf", figure=1, bogus=3)
     assert from_notebook(Config, namespace).norm == "linf"
+
+
+def test_what_a_notebook_fixes_is_not_the_users_to_choose(no_smoke, capsys):
+    config = from_notebook(Config, notebook("# Parameters\nnorm = 'l2'", norm="l2"), purpose="compare")
+    assert (config.norm, config.purpose) == ("l2", "compare")
+    assert config.n_images == PROFILES["digits"].budgets["compare"]["quick"].n_images
+    assert "purpose" not in capsys.readouterr().out  # fixed, not overridden
+    given = notebook("# Parameters\npurpose = 'probe'", norm="linf", purpose="probe")
+    with pytest.raises(ValueError, match="unknown parameter 'purpose'; this notebook knows") as error:
+        from_notebook(Config, given, purpose="compare")
+    assert "purpose" not in str(error.value).split("knows")[1]
+
+
+def test_a_notebook_may_have_parameters_of_its_own():
+    given = notebook("# Parameters\ntrials = 3", norm="l2", trials=3)
+    assert from_notebook(Config, given, own=("trials",)).norm == "l2"
+    with pytest.raises(ValueError, match=r"unknown parameter 'trials'; this notebook knows .* tries"):
+        from_notebook(Config, given, own=("tries",))
 
 
 def test_overrides_are_echoed(capsys):

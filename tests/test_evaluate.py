@@ -1,16 +1,25 @@
 """Sources × targets on a few digits, and how draws become accuracies."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
-from coup_lib import paths
+from coup_lib import config as settings
+from coup_lib import evaluate, paths
+from coup_lib.attacks import ATTACKS, AttackResult
 from coup_lib.config import Config
+from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source, image_seeds
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.purify import FixedNoise
+from coup_lib.records import config_hash
 from coup_lib.stats import paired_interval, wilson
+
+TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
 
 
 @pytest.fixture
@@ -19,8 +28,23 @@ def results_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def score(report, suspicion, labels=(0, 0, 0), robust=None):
-    return Score(np.array(labels), np.array(report), np.array(suspicion), robust)
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Change the profile's chunk size for one test."""
+
+    def change(size):
+        profile = replace(settings.PROFILES["digits"], chunk_size=size)
+        monkeypatch.setitem(settings.PROFILES, "digits", profile)
+
+    return change
+
+
+def score(report, suspicion, labels=(0, 0, 0), robust=None, average=(0, 0, 0)):
+    return Score(*map(np.array, (labels, report, average, suspicion)), robust)
+
+
+def attack_hash(source, **changes):
+    return config_hash(Evaluation(Config(**TINY | changes)).attack_settings(source)[1])
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (337, 512)])
@@ -44,17 +68,25 @@ def test_paired_interval_covers_the_mean_19_times_in_20():
 
 
 def test_ways_of_counting():
-    found = score([[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 2]], [1, 1, 1], robust=np.array([True, True, False]))
+    report = [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 2]]
+    robust = np.array([True, True, False])
+    found = score(report, [1, 1, 1], robust=robust, average=[0, 1, 2])
     assert found.mean.value == pytest.approx(100 * (1 + 0.75 + 0.25) / 3)
     assert found.worst_draw.value == pytest.approx(100 / 3)
     assert found.majority.value == pytest.approx(200 / 3)
     assert found.autoattack.value == pytest.approx(200 / 3)
-    assert set(found.summary()) == {"mean", "worst_draw", "majority", "autoattack"}
+    assert found.averaged.value == pytest.approx(100 / 3)
+    assert found.counted.tolist() == [1.0, 1.0, 0.0]
+    assert set(found.summary()) == {"mean", "worst_draw", "majority", "averaged", "autoattack"}
+    assert found.summary()["averaged"]["n"] == 3
 
 
 def test_a_borrowed_attack_has_no_count_of_its_own():
-    with pytest.raises(ValueError, match="no count of its own"):
-        _ = score([[0]] * 3, [1, 1, 1]).autoattack
+    found = score([[0]] * 3, [1, 1, 1])
+    for name in ("counted", "autoattack"):
+        with pytest.raises(ValueError, match="no count of its own"):
+            getattr(found, name)
+    assert "autoattack" not in found.summary()
 
 
 def test_the_worst_source_is_chosen_per_image_and_rescored():
@@ -82,10 +114,131 @@ def test_difference_and_its_verdict():
 
 def test_sources_that_are_the_same_are_one():
     assert Source("apgd-ce", "reverse", "first_order") == Source("apgd-ce", "reverse")
+    assert Source("apgd-ce", "averaged", "first_order") == Source("apgd-ce", "averaged")
     assert Source("apgd-ce", "coup", "first_order") != Source("apgd-ce", "coup")
+    assert Source("apgd-ce", "late", "first_order") != Source("apgd-ce", "late")
+    assert Source("apgd-ce", "none", "bpda") == Source("apgd-ce", "none")
+    assert Source("square", "coup", "first_order") == Source("square", "coup")
     assert Source("clean", "coup") == CLEAN
-    with pytest.raises(ValueError, match="defence: expected one of none, diffpure, reverse, coup; got 'gan'"):
-        Source("apgd-ce", "gan")
+    assert Source("noise", "coup") == Source("noise", "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("apgd-ce", "gan"), "defence: expected one of none, diffpure, reverse, coup, .*; got 'gan'"),
+        (("rand", "coup"), "attack: expected one of clean, noise, .*; got 'rand'"),
+        (("pgd", "coup", "numeric"), "gradient: expected one of exact, .*; got 'numeric'"),
+        (("pgd", "coup", "exact", 0), "n_iter: expected a number greater than 0; got 0"),
+        (("pgd", "coup", "exact", 3, 1.5), "eot: expected a whole number; got 1.5"),
+        (("pgd", "coup", "exact", 3, 1, -2), "n_steps: expected a number greater than 0; got -2"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Source(*given)
+
+
+def test_a_source_says_what_it_is():
+    start = Source("apgd-ce", "reverse", n_steps=5)
+    source = Source("pgd", "coup", "first_order", eot=3, seed=0, fixed_noise=True, start=start)
+    assert str(source) == (
+        "pgd on coup, first_order, eot 3, seed 0, fixed noise, from apgd-ce on reverse, exact, n_steps 5"
+    )
+    assert (str(CLEAN), str(Source("square", "coup"))) == ("clean", "square on coup")
+
+
+OVERRIDES = {
+    "n_iter": 3,
+    "eot": 3,
+    "n_steps": 4,
+    "seed": 1,
+    "fixed_noise": True,
+    "start": Source("apgd-ce", "reverse"),
+    "gradient": "first_order",
+}
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce", "apgd-dlr", "apgd-margin"])
+def test_every_override_is_another_record(name):
+    sources = [Source(name, "coup")]
+    sources += [Source(name, "coup", **{field: value}) for field, value in OVERRIDES.items()]
+    sources.append(Source(name, "coup", start=Source("apgd-ce", "reverse", seed=1)))
+    sources.append(Source(name, "reverse"))
+    assert len({attack_hash(source) for source in sources}) == len(sources)
+
+
+@pytest.mark.parametrize("field", ["n_iter", "eot", "n_steps", "seed"])
+def test_an_override_equal_to_the_configuration_is_the_same_record(field):
+    plain = Source("apgd-ce", "coup")
+    equal = Source("apgd-ce", "coup", **{field: getattr(Config(**TINY), field)})
+    assert equal != plain and attack_hash(equal) == attack_hash(plain)
+    changed = Source("apgd-ce", "coup", **{field: OVERRIDES[field]})
+    assert attack_hash(changed) == attack_hash(plain, **{field: OVERRIDES[field]})
+    start, its_own = (Source("pgd", "coup", start=source) for source in (plain, equal))
+    assert attack_hash(start) == attack_hash(its_own)
+
+
+def test_what_an_attack_does_not_spend_does_not_name_its_record():
+    """FGSM takes one step, Square asks for no gradient, AutoAttack's standard version averages nothing."""
+    assert attack_hash(Source("fgsm", "coup"), n_iter=9) == attack_hash(Source("fgsm", "coup"))
+    assert attack_hash(Source("fgsm", "coup"), eot=9) != attack_hash(Source("fgsm", "coup"))
+    for name in ("square", "standard"):
+        source = Source(name, "coup")
+        assert attack_hash(source, eot=9) == attack_hash(source)
+        assert attack_hash(source, square_queries=9) != attack_hash(source)
+    for name in ("noise", "clean"):
+        assert attack_hash(Source(name, "none"), n_iter=9, eot=9) == attack_hash(Source(name, "none"))
+    assert attack_hash(CLEAN, seed=4, eps=0.3) == attack_hash(CLEAN)
+    assert attack_hash(Source("noise", "none"), seed=4) != attack_hash(Source("noise", "none"))
+
+
+def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch):
+    """A stand-in for the attack that writes down what it was made with."""
+    made = []
+
+    class Noted:
+        def __init__(self, name, norm, eps, **budget):
+            self.told = {"name": name, "norm": norm, "eps": eps} | budget
+
+        def __call__(self, model, x, y, start):
+            fixed = isinstance(model, FixedNoise)
+            purifier = (model.purified if fixed else model).purifier
+            made.append(self.told | {"steps": purifier.n_steps, "fixed": fixed, "start": start})
+            made[-1]["gradient"] = purifier.gradient
+            return AttackResult(x + 0.01, torch.ones(len(y), dtype=torch.bool))
+
+    monkeypatch.setattr(evaluate, "Attack", Noted)
+    evaluation = Evaluation(Config(**TINY), verbose=False)
+    start = Source("pgd", "reverse")
+    overridden = Source("pgd", "coup", "first_order", 7, 5, 4, 3, fixed_noise=True, start=start)
+    evaluation.attack(Source("pgd", "coup"))
+    evaluation.attack(overridden)
+    plain, begun, other = made
+    assert (plain["n_iter"], plain["eot"], plain["steps"], plain["gradient"]) == (2, 2, 3, "exact")
+    assert (other["n_iter"], other["eot"], other["steps"], other["gradient"]) == (7, 5, 4, "first_order")
+    assert other["fixed"] and not plain["fixed"] and other["seed"] != plain["seed"] == begun["seed"]
+    assert plain["start"] is begun["start"] is None
+    torch.testing.assert_close(other["start"], evaluation.images.x + 0.01)
+
+
+def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypatch):
+    in_chunks(3)
+    begun = []
+    attack = evaluate.Attack.__call__
+
+    def noted(self, model, x, y, start=None):
+        begun.append((x, start))
+        return attack(self, model, x, y, start)
+
+    monkeypatch.setattr(evaluate.Attack, "__call__", noted)
+    evaluation = Evaluation(Config(**TINY | {"n_images": 7}), verbose=False)
+    source = Source("noise", "none")
+    x_adv = torch.from_numpy(evaluation.attack(source)["arrays"]["x_adv"])
+    begun.clear()
+    evaluation.attack(Source("pgd", "none", start=source))
+    assert [len(x) for x, _ in begun] == [3, 3, 1]
+    assert torch.equal(torch.cat([start for _, start in begun]), x_adv)
 
 
 def test_an_images_noise_does_not_depend_on_the_number_of_images():
@@ -95,43 +248,109 @@ def test_an_images_noise_does_not_depend_on_the_number_of_images():
 
 
 def test_an_unknown_classifier_is_refused():
-    with pytest.raises(ValueError, match="classifier: expected one of cnn-small, cnn-large; got 'resnet'"):
+    expected = "classifier: expected one of cnn-small, cnn-large, cnn-small-linf, cnn-small-l2; got 'resnet'"
+    with pytest.raises(ValueError, match=expected):
         Evaluation(Config(), "resnet")
 
 
 def test_columns_and_their_records(results_folder, capsys):
     config = Config(n_images=6, n_draws=3)
-    columns = Evaluation(config).columns(("none", "reverse", "coup"), protocol=("rand",))
-    assert list(columns["coup"]) == ["clean", "rand", "adaptive", "first_order", "from_none", "from_reverse"]
+    columns = Evaluation(config).columns(("none", "reverse", "coup"))
+    assert list(columns["coup"]) == ["clean", "adaptive", "first_order", "from_none", "from_reverse"]
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
-    assert columns["coup"]["clean"].report.shape == (6, 3)
-    assert "[8/8] cnn-small: apgd-ce on coup (first_order): started" in capsys.readouterr().out
+    assert columns["none"]["adaptive"] is columns["none"]["from_none"]
+    assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
+    assert "[5/5] cnn-small: apgd-ce on coup, first_order: started" in capsys.readouterr().out
 
     path = next(results_folder.rglob("score-coup-on-cnn-small-linf-apgd-ce-coup-first_order-*.json"))
     record = json.loads(path.read_text())
     assert record["settings"]["attack"]["gradient"] == "first_order"
     assert record["settings"]["target"]["guidance_weight"] == 1.0
     assert record["result"]["accuracy"]["mean"]["n"] == 6
-    assert len(record["result"]["report"]) == 6
+    assert {len(record["result"][name]) for name in ("labels", "report", "average", "suspicion")} == {6}
 
     files = {path: path.stat().st_mtime_ns for path in results_folder.rglob("*.json")}
-    again = Evaluation(config, verbose=False).columns(("none", "reverse", "coup"), protocol=("rand",))
+    again = Evaluation(config, verbose=False).columns(("none", "reverse", "coup"))
     assert (again["coup"]["first_order"].report == columns["coup"]["first_order"].report).all()
     assert {path: path.stat().st_mtime_ns for path in results_folder.rglob("*.json")} == files
 
 
-def test_scores_do_not_depend_on_the_chunks(results_folder, monkeypatch):
+def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_folder, capsys):
+    evaluation = Evaluation(Config(**TINY))
+    columns = evaluation.columns(("none", "coup"), autoattack=True)
+    assert list(columns["coup"])[-2:] == ["standard", "dlr"]
+    for defence, row in columns.items():
+        for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
+            robust = evaluation.attack(Source(attack, defence))["result"]["robust"]
+            assert row[name].counted.tolist() == robust
+        assert row["clean"].attack_robust is None
+    assert columns["coup"]["from_reverse"].attack_robust is None
+    assert columns["none"]["from_none"].attack_robust is not None
+    said = evaluation.warnings("coup")
+    assert len(said) == len(set(said)) > 0 and "randomized" in " ".join(said)
+
+
+def test_an_attack_is_never_made_twice(results_folder, monkeypatch):
+    """Every target asks for it again; within an evaluation, and in a new one, it is read back."""
+    evaluation, source = Evaluation(Config(**TINY), verbose=False), Source("pgd", "coup")
+    first = evaluation.attack(source)
+    monkeypatch.setattr(evaluate, "Attack", None)
+    assert evaluation.attack(source) is first
+    again = Evaluation(Config(**TINY), verbose=False).attack(source)
+    assert (again["arrays"]["x_adv"] == first["arrays"]["x_adv"]).all()
+    evaluation.scores({target: {"it": source} for target in ("none", "coup")})
+
+
+def test_scores_do_not_depend_on_the_chunks(results_folder, in_chunks):
     config = Config(n_images=6, n_draws=4)
-    whole = Evaluation(config, verbose=False).score("coup", CLEAN)
-    for path in results_folder.rglob("*.json"):
-        path.unlink()
-    object.__setattr__(config.sizes, "chunk_size", 4)
-    try:
-        chunked = Evaluation(config, verbose=False).score("coup", CLEAN)
-    finally:
-        object.__setattr__(config.sizes, "chunk_size", 64)
-    assert (whole.report == chunked.report).all()
+    found = []
+    for size in (64, 4):
+        in_chunks(size)
+        found.append(Evaluation(config, verbose=False).score("coup", CLEAN))
+        for path in results_folder.rglob("*.json"):
+            path.unlink()
+    whole, chunked = found
+    assert (whole.report == chunked.report).all() and (whole.average == chunked.average).all()
     np.testing.assert_allclose(whole.suspicion, chunked.suspicion, atol=1e-6)
+
+
+def test_average_is_the_class_of_the_mean_logits(results_folder):
+    config = Config(n_images=12, n_draws=5)
+    evaluation = Evaluation(config, verbose=False)
+    source = Source("noise", "none")
+    found, model = evaluation.score("diffpure", source), evaluation.defence("diffpure")
+    x = torch.from_numpy(evaluation.attack(source)["arrays"]["x_adv"])
+    seeds = image_seeds(config.seed, evaluate.REPORT, range(12), 5)
+    logits = torch.stack([model(x, seeds=seeds[:, draw]) for draw in range(5)])
+    assert found.average.tolist() == logits.mean(0).argmax(1).tolist()
+    assert found.report.tolist() == logits.argmax(2).T.tolist()
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_every_defence_is_built_attacked_and_scored(results_folder, name):
+    evaluation = Evaluation(Config(**TINY), verbose=False)
+    found = evaluation.scores({name: {"clean": CLEAN, "pgd": Source("pgd", name)}})[name]
+    assert found["pgd"].report.shape == (4, 2)
+    assert found["pgd"].attack_robust.shape == (4,) and found["clean"].attack_robust is None
+    x_adv = evaluation.attack(Source("pgd", name))["arrays"]["x_adv"]
+    assert np.abs(x_adv - evaluation.images.x.numpy()).max() == pytest.approx(0.15, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_is_a_source(results_folder, name):
+    record = Evaluation(Config(**TINY), verbose=False).attack(Source(name, "coup"))
+    assert len(record["result"]["robust"]) == 4 and record["arrays"]["x_adv"].shape == (4, 1, 8, 8)
+
+
+def test_a_robust_guide_is_part_of_what_names_a_record():
+    linf, l2 = (Evaluation(Config(norm=norm)) for norm in ("linf", "l2"))
+    guides = {evaluation.defence_settings("robust-guide")["guide_sha256"] for evaluation in (linf, l2)}
+    assert len(guides) == 2
+    for name in DEFENCES:
+        robust = name in PURIFIERS and PURIFIERS[name].robust_guide
+        assert ("guide_sha256" in linf.defence_settings(name)) == robust
+    built = linf.defence("robust-guide")
+    assert built.classifier is linf.classifier is not built.purifier.score.classifier
 
 
 def test_only_the_settings_that_matter_name_a_record():

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from coup_lib.attacks import Attack, AttackResult
 from coup_lib.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
+from coup_lib.config import NORM_LABELS, PROFILES
 from coup_lib.data import load_split
 from coup_lib.networks import NETWORKS, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
@@ -21,10 +23,13 @@ from coup_lib.train import (
     model_card,
     redrawable,
     redrawn,
+    train,
+    train_classifier,
 )
 
 NUMBER = r"\d+\.?\d*"
-CLASSIFIERS = ("cnn-small", "cnn-large")
+# Accuracy on validation that each classifier is above; robustness costs some.
+CLASSIFIERS = {"cnn-small": 0.97, "cnn-large": 0.97, "cnn-small-linf": 0.94, "cnn-small-l2": 0.97}
 # Above, by a margin, the losses of the published weights (weights/digits/README.md).
 LOSS_BELOW = {0.05: 0.35, 0.1: 0.24, 0.2: 0.143}
 
@@ -48,15 +53,28 @@ def test_published_networks_are_frozen_small_and_deterministic(name, validation)
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     inputs = (validation.x, torch.full((285,), 0.1)) if name == "score" else (validation.x,)
     assert torch.equal(network(*inputs), network(*inputs))
-    assert sum(path.stat().st_size for path in WEIGHTS.glob("digits/*")) < 3e6
-    assert flops(network) < 6.5e6
+    assert sum(path.stat().st_size for path in WEIGHTS.glob("digits/*")) < 2.1e6
+    assert flops(network) < 1.3e6
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_know_the_digits(name, validation):
     network = load_network("digits", name)
     assert network(validation.x).shape == (285, 10)
-    assert accuracy(network, validation) >= 0.97
+    assert accuracy(network, validation) >= CLASSIFIERS[name]
+
+
+@pytest.mark.parametrize(("norm", "robust"), PROFILES["digits"].robust_classifiers.items())
+def test_adversarial_training_makes_robust(norm, robust, validation):
+    """Against APGD, which it was not trained on, at the profile's eps; beside the same architecture."""
+    attack = Attack("apgd-ce", NORM_LABELS[norm], PROFILES["digits"].eps[norm], n_iter=20, eot=1)
+    x, y = validation.x[:64], validation.y[:64]
+    left = {
+        name: float(attack(load_network("digits", name), x, y).robust.float().mean())
+        for name in (robust, "cnn-small")
+    }
+    assert left[robust] > 0.65
+    assert left[robust] > left["cnn-small"] + 0.15
 
 
 @pytest.mark.parametrize("t", LOSS_BELOW)
@@ -100,7 +118,7 @@ def test_twice_differentiable(name, validation):
 def test_loading_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"out of digits, got 'mnist'"):
         load_network("mnist", "score")
-    with pytest.raises(ValueError, match=r"out of cnn-small, cnn-large, score, got 'resnet'"):
+    with pytest.raises(ValueError, match=rf"out of {', '.join(NETWORKS['digits'])}, got 'resnet'"):
         load_network("digits", "resnet")
     with pytest.raises(FileNotFoundError, match=r"no weights at .*cnn-small\.safetensors"):
         load_network("digits", "cnn-small", folder=tmp_path)
@@ -143,6 +161,30 @@ def test_training_is_repeatable(tmp_path):
         main(["--only", "score", "--steps", "3", "--threads", "1", "--folder", str(folder)])
     assert (tmp_path / "a" / SUMS).read_text() == (tmp_path / "b" / SUMS).read_text()
     assert "| score |" in (tmp_path / "a" / "digits" / "README.md").read_text()
+
+
+def test_adversarial_training_is_repeatable_and_its_own():
+    """Seeded attacks and all; with an attack, other weights than without."""
+    one, again, plain = (
+        torch.cat([p.flatten() for p in train("digits", name, seed=3, steps=2).parameters()])
+        for name in ("cnn-small-linf", "cnn-small-linf", "cnn-small")
+    )
+    assert torch.equal(one, again) and not torch.equal(one, plain)
+
+
+def test_classifiers_learn_from_the_attacked_images():
+    """What the network is shown under training is what the attack made, of the right labels."""
+    made = []
+
+    def attack(network, x, y):
+        made.append(torch.rand_like(x))
+        return AttackResult(made[-1], torch.ones(len(y), dtype=torch.bool))
+
+    shown = []
+    network = build_network("digits", "cnn-small")
+    network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    train_classifier(network, load_split("digits", "train"), seed=0, steps=2, attack=attack)
+    assert len(made) == 2 and all(torch.equal(a, b) for a, b in zip(made, shown, strict=True))
 
 
 def test_model_card_matches_the_weights():

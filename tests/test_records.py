@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import filelock
@@ -103,28 +104,34 @@ def test_a_record_without_its_arrays_is_made_again(folder):
     assert run(square)["arrays"]["x"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_two_processes_on_one_record_are_told(folder):
+def test_a_second_process_on_a_record_waits_and_says_so(folder, capsys):
     path = records.record_path("digits", "work", {"a": 1})
     path.parent.mkdir(parents=True)
-    with (
-        filelock.FileLock(path.with_suffix(".lock")),
-        pytest.raises(RuntimeError, match="another process is working on the record work-"),
-    ):
-        run(square)
+    held, free = threading.Event(), threading.Event()
+
+    def other():
+        with filelock.FileLock(path.with_suffix(".lock")):
+            held.set()
+            free.wait(0.5)
+
+    threading.Thread(target=other).start()
+    held.wait()
+    assert run(square)["result"]["values"] == [0, 1, 4]
+    assert "another process is working on the record work-" in capsys.readouterr().out
 
 
 KILLED = """
     import os, sys, time
     from coup_lib.config import Config
+    from coup_lib.attacks import Attack
     from coup_lib.evaluate import Evaluation, Source
-    from coup_lib import evaluate
-    slow = evaluate.run_attack
+    slow = Attack.__call__
     def announced(*args, **kwargs):
         result = slow(*args, **kwargs)
         print("attacked", flush=True)
         time.sleep(float(sys.argv[1]))
         return result
-    evaluate.run_attack = announced
+    Attack.__call__ = announced
     object.__setattr__(Config().sizes, "chunk_size", 3)
     config = Config(n_images=12, n_iter=2, eot=2)
     Evaluation(config, verbose=False).score("coup", Source("apgd-ce", "coup"))

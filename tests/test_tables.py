@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from coup_lib import compare, paper, paths, plots, readme, tables
-from coup_lib.config import DEFENCES, Config
+from coup_lib.config import Config
+from coup_lib.defences import DEFENCES, LABELS
 from coup_lib.outcomes import Score
 from coup_lib.progress import Plan
 
@@ -16,12 +17,16 @@ N = 40
 
 
 def made_up(n_wrong, robust=None):
-    """N images, the first n_wrong of them always misclassified."""
+    """N images, the first n_wrong of them always misclassified; robust (n,) bool is the attack's count."""
     report = np.zeros((N, 5), dtype=int)
     report[:n_wrong] = 1
-    right = (report == 0).mean(1)
-    flags = None if robust is None else np.arange(N) >= robust
-    return Score(np.zeros(N, dtype=int), report, right, flags)
+    return Score(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), robust)
+
+
+def all_but(n_first, n_last=0):
+    """(N,) bool: false for the first n_first and the last n_last images."""
+    places = np.arange(N)
+    return (places >= n_first) & (places < N - n_last)
 
 
 @pytest.fixture
@@ -34,10 +39,10 @@ def results():
     def row(exact, first_order):
         return {
             "clean": made_up(1),
-            "standard": made_up(exact, robust=exact + 4),
-            "rand": made_up(exact, robust=exact + 2),
-            "adaptive": made_up(exact, robust=exact),
-            "first_order": made_up(first_order, robust=first_order),
+            "standard": made_up(exact, robust=all_but(exact + 1)),
+            "adaptive": made_up(exact, robust=all_but(exact)),
+            "dlr": made_up(exact, robust=all_but(exact - 2, 2)),
+            "first_order": made_up(first_order, robust=all_but(first_order)),
             "from_none": made_up(3),
             "from_reverse": made_up(4),
         }
@@ -46,10 +51,35 @@ def results():
     return tables.shares({defence: row(*wrong) for defence, wrong in rows.items()})
 
 
+def test_rand_is_what_ce_and_dlr_leave_together(results):
+    assert results["coup"]["rand"].tolist() == all_but(4, 2).astype(float).tolist()
+    assert results["coup"]["dlr"].mean() == 1 - 4 / N  # its own column is scored on fresh noise
+
+
 def test_robustness_is_the_worse_of_standard_and_rand(results):
-    assert results["coup"]["standard"].mean() == 1 - 8 / N
-    assert results["coup"]["autoattack"].mean() == 1 - 8 / N
+    assert results["coup"]["standard"].mean() == 1 - 5 / N
+    assert results["coup"]["autoattack"].mean() == results["coup"]["rand"].mean() == 1 - 6 / N
+    assert results["none"]["autoattack"].mean() == 0
     assert results["coup"]["worst"].mean() == 1 - 20 / N
+    row = {"clean": made_up(1), "standard": made_up(2, robust=all_but(9))}
+    row |= {name: made_up(2, robust=all_but(3)) for name in ("adaptive", "dlr")}
+    assert tables.shares({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
+
+
+def test_without_autoattack_there_are_no_columns_of_it():
+    """A table of APGD alone, whose counts are all on fresh noise."""
+    row = {"clean": made_up(1), "adaptive": made_up(4, robust=all_but(30))}
+    found = tables.shares({"coup": row})["coup"]
+    assert list(found) == ["clean", "adaptive", "worst"]
+    assert found["adaptive"].mean() == found["worst"].mean() == 1 - 4 / N
+
+
+def test_an_attacks_images_are_decided_in_four_ways():
+    report = np.tile([0, 0, 1], (N, 1))  # right twice in three draws
+    score = Score(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), all_but(10))
+    text = tables.draws_lines({"coup": {"adaptive": score}})
+    cells = [cell.split()[0] for cell in text.splitlines()[-1].strip("| ").split(" | ")]
+    assert cells == ["COUP", "75.00", "66.67", "100.00", "0.00"]
 
 
 def test_the_claim_is_judged_under_the_protocol_and_under_the_worst_of_all(results, config):
@@ -67,7 +97,7 @@ def test_the_papers_rows_and_ours_are_told_apart(results, config):
         "reported by the paper",
         "measured here, digits, n = 40",
     ]
-    assert frame.loc["COUP", "Robustness (%)"].tolist() == ["73.05", "80.00 [65.2, 89.5]"]
+    assert frame.loc["COUP", "Robustness (%)"].tolist() == ["73.05", "85.00 [70.9, 92.9]"]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -108,7 +138,7 @@ def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_
     plots.robustness_panel(axes, results, columns)
     assert len(axes.containers) == len(results)
     for (defence, row), container in zip(results.items(), axes.containers, strict=True):
-        assert container.get_label() == plots.LABELS[defence]
+        assert container.get_label() == LABELS[defence]
         heights = container.lines[0].get_ydata()
         np.testing.assert_allclose(heights, [100 * row[name].mean() for name in columns])
     plots.save(figure, "digits", "panel")
@@ -126,11 +156,26 @@ def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
     assert files[0] == files[1]
 
 
-def test_readme_blocks_are_replaced_and_nothing_else():
-    text = "before\n<!-- times -->\nold\n<!-- end -->\nafter\n"
+def test_readme_blocks_are_replaced_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "figures" / "digits").mkdir(parents=True)
+    (tmp_path / "figures" / "digits" / "table1.md").write_text("| new |\n")
+    text = "before\n<!-- digits/table1 -->\nold\n<!-- end -->\nafter <!-- other -->\n"
     filled = readme.filled(text)
-    assert "old" not in filled and filled.startswith("before\n<!-- times -->\n| figure or table |")
-    assert filled.endswith("<!-- end -->\nafter\n") and readme.filled(filled) == filled
+    assert filled == "before\n<!-- digits/table1 -->\n| new |\n<!-- end -->\nafter <!-- other -->\n"
+    assert readme.filled(filled) == filled
+
+
+def test_times_are_those_of_the_executed_notebooks(tmp_path):
+    for index, (_, notebook, norm) in enumerate(readme.RUNS):
+        metadata = {"papermill": {"duration": 60.0 * index + 30}}
+        path = tmp_path / f"{notebook}{'_' if norm else ''}{norm}.ipynb"
+        path.write_text(json.dumps({"metadata": metadata}))
+    lines = readme.times(tmp_path).splitlines()
+    assert len(lines) == 2 + len(readme.RUNS)
+    assert [float(line.split("|")[-2]) for line in lines[2:]] == [0.5 + i for i in range(len(readme.RUNS))]
+    (l2,) = [line for line in lines if line.startswith("| Table 2 |")]
+    assert "`papermill notebooks/04_autoattack.ipynb out.ipynb -p norm l2`" in l2
 
 
 def test_compare_says_what_agrees(tmp_path):
@@ -166,3 +211,17 @@ def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
         "[2/3] second: 1/2 chunks; 0:20 gone, about 2:20 left",
         "[3/3] third: started; 0:40 gone, about 2:00 left",
     ]
+
+
+def test_a_label_is_broken_where_it_is_told(results, config):
+    figure, axes = plt.subplots()
+    plots.robustness_panel(axes, results, {"clean": "Clean", "adaptive": "BPDA, EOT 20"}, width=7)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["Clean", "BPDA,\nEOT 20"]
+    plt.close(figure)
+
+
+def test_table_3_is_quoted_as_printed():
+    frame = tables.reported_rows(paper.BPDA_LITERATURE, list(paper.BPDA.values()))
+    assert frame.loc["GDMP (Wang et al. 2022)"].tolist() == ["93.50", "76.22", "quoted by the paper"]
+    assert frame.loc["COUP"].tolist() == ["90.04", "83.20", "reported by the paper"]
+    assert set(paper.BPDA) < set(DEFENCES)

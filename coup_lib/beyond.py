@@ -1,0 +1,212 @@
+"""The search of notebook 08: a guided purifier that keeps its gain under the worst of all attacks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from coup_lib.config import Config
+from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
+from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.plots import COLOURS, PALETTE, bars
+
+BASELINE = "reverse"
+RIVALS = ("reverse", "diffpure", "coup")
+WEIGHTS = {"smoke": (1.0,), "quick": (1.0,), "full": (0.5, 1.0, 3.0)}
+SOURCES = {
+    "clean": "Clean",
+    "exact": "APGD-ce, exact",
+    "first_order": "APGD-ce, first-order",
+    "margin": "APGD on the margin, exact",
+    "warm": "APGD-ce, first-order, from the undefended's images",
+    "from_none": "Transfer from undefended",
+    "from_reverse": "Transfer from reverse-only",
+    "from_diffpure": "Transfer from DiffPure",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A defence with its λ (None where there is no guidance)."""
+
+    defence: str
+    weight: float | None = None
+
+    def __str__(self) -> str:
+        return LABELS[self.defence] + ("" if self.weight is None else f", λ = {self.weight:g}")
+
+
+def sources(defence: str) -> dict[str, Source]:
+    """The same set of attackers for every defence, by the names of `SOURCES`."""
+    undefended = Source("apgd-ce", "none")
+    return {
+        "clean": CLEAN,
+        "exact": Source("apgd-ce", defence),
+        "first_order": Source("apgd-ce", defence, "first_order"),
+        "margin": Source("apgd-margin", defence),
+        "warm": Source("apgd-ce", defence, "first_order", start=undefended),
+        "from_none": undefended,
+        "from_reverse": Source("apgd-ce", "reverse"),
+        "from_diffpure": Source("apgd-ce", "diffpure"),
+    }
+
+
+def settings(weights: Sequence[float]) -> list[Setting]:
+    """The rivals and every candidate; each that is guided at every weight."""
+    return [
+        Setting(defence, weight)
+        for defence in (*RIVALS, *CANDIDATES)
+        for weight in (weights if is_guided(defence) else [None])
+    ]
+
+
+def scores(config: Config, chosen: Sequence[Setting]) -> dict[Setting, dict[str, Score]]:
+    """Every setting against its own set of sources."""
+    found = {}
+    for setting in chosen:
+        here = config if setting.weight is None else replace(config, guidance_weight=setting.weight)
+        row = Evaluation(here).scores({setting.defence: sources(setting.defence)})
+        found[setting] = row[setting.defence]
+    return found
+
+
+def worst(found: Mapping[Setting, Mapping[str, Score]]) -> dict[Setting, np.ndarray]:
+    """The share of right draws per image (n,) against each image's worst source."""
+    return {setting: worst_of(list(row.values())) for setting, row in found.items()}
+
+
+def best_guided(found: Mapping[Setting, Mapping[str, Score]]) -> Setting:
+    """The guided setting, COUP's own among them, with the highest accuracy under the worst of its sources."""
+    shares = worst(found)
+    guided = [setting for setting in found if is_guided(setting.defence)]
+    return max(guided, key=lambda setting: float(shares[setting].mean()))
+
+
+def to_confirm(winner: Setting, weight: float) -> list[Setting]:
+    """What is measured on the test split: the winner, the paper's COUP, and what each must be compared with.
+
+    A winner that averages over purifications is compared with averaging alone, too: what averaging does is
+    not guidance's merit.
+    """
+    fair = [Setting("averaged")] if PURIFIERS[winner.defence].draws > 1 else []
+    return list(dict.fromkeys([Setting(BASELINE), *fair, Setting("coup", weight), winner]))
+
+
+# --- what is shown ---
+
+
+def table(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
+    """One row per setting, best worst case first, "accuracy [95 % interval]" in percent per source."""
+    shares = worst(found)
+    order = sorted(found, key=lambda setting: -float(shares[setting].mean()))
+    rows = {
+        str(setting): {label: str(found[setting][name].mean) for name, label in SOURCES.items()}
+        | {"Worst of all, per image": str(Accuracy.of(shares[setting]))}
+        for setting in order
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Purifier (%)")
+
+
+def numbers(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
+    """The same in long form for a CSV."""
+    shares = worst(found)
+    rows = [
+        {"defence": setting.defence, "guidance_weight": setting.weight, "source": name} | vars(accuracy)
+        for setting, row in found.items()
+        for name, accuracy in [
+            *((name, score.mean) for name, score in row.items()),
+            ("worst", Accuracy.of(shares[setting])),
+        ]
+    ]
+    return pd.DataFrame(rows)
+
+
+def search_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
+    """Every setting's accuracy under exact, first-order and worst-of-sources attacks, best at the top."""
+    shares = worst(found)
+    order = sorted(found, key=lambda setting: float(shares[setting].mean()))
+    figure, axes = plt.subplots(figsize=(8.2, 0.8 + 0.27 * len(order)))
+    marks = (
+        ("first_order", "first-order attack", ">", PALETTE[4]),
+        ("exact", "exact attack", "<", PALETTE[0]),
+    )
+    for name, label, marker, colour in marks:
+        accuracies = [found[setting][name].mean.value for setting in order]
+        axes.plot(accuracies, range(len(order)), marker, color=colour, markersize=5, label=label, alpha=0.8)
+    values, errors = bars([shares[setting] for setting in order])
+    axes.errorbar(
+        values, range(len(order)), xerr=errors, fmt="o", color="black", capsize=2.5, label="worst of all"
+    )
+    baseline = Accuracy.of(shares[Setting(BASELINE)]).value
+    axes.axvline(baseline, color=COLOURS[BASELINE], linewidth=1.2, zorder=0)
+    axes.text(baseline, len(order) - 0.4, LABELS[BASELINE], color=COLOURS[BASELINE], ha="center", va="bottom")
+    axes.set_yticks(range(len(order)), [str(setting) for setting in order])
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.set_xlabel(f"accuracy (%), n = {len(shares[order[0]])}, 95 % interval")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.04), ncols=3)
+    return figure
+
+
+def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
+    """The confirmed settings: a group per source, a marker per setting, with 95 % intervals."""
+    shares = worst(found)
+    columns = SOURCES | {"worst": "Worst of all, per image"}
+    figure, axes = plt.subplots(figsize=(9.5, 4.0))
+    colours = {"reverse": COLOURS["reverse"], "coup": COLOURS["coup"], "averaged": PALETTE[5]}
+    offsets = np.linspace(-0.24, 0.24, len(found))
+    for offset, marker, (setting, row) in zip(offsets, "sDo^", found.items(), strict=False):
+        right = [row[name].right if name in row else shares[setting] for name in columns]
+        is_paper = setting.defence in colours
+        axes.errorbar(
+            np.arange(len(columns)) + offset,
+            *bars(right),
+            fmt=marker,
+            color=colours[setting.defence] if is_paper else PALETTE[3],
+            label=str(setting),
+            markersize=5,
+            capsize=2.5,
+        )
+    wrapped = [label.replace(", ", ",\n").replace(" from ", "\nfrom ") for label in columns.values()]
+    axes.set_xticks(range(len(columns)), wrapped, fontsize="small")
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
+    for edge in range(1, len(columns)):
+        axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))
+    axes.set_ylabel(f"accuracy (%), n = {len(right[0])}, 95 % interval")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4)
+    return figure
+
+
+def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting) -> str:
+    """Markdown: paired differences of the winner to its rivals, under the worst of all and under exact."""
+    shares = worst(found)
+    lines = []
+    for rival in found:
+        if rival == winner:
+            continue
+        difference = Difference.of(shares[winner], shares[rival])
+        exact = Difference.of(found[winner]["exact"].right, found[rival]["exact"].right)
+        lines.append(
+            f"- *{winner}* is more robust than *{rival}*: under the worst of all attacks this "
+            f"**{difference.verdict}** ({difference}); under each one's own exact attack it "
+            f"**{exact.verdict}** ({exact})."
+        )
+    gain = Difference.of(shares[winner], shares[Setting(BASELINE)])
+    fair = [rival for rival in found if rival.defence == "averaged"]
+    beaten = gain.low > 0 and all(Difference.of(shares[winner], shares[rival]).low > 0 for rival in fair)
+    closing = (
+        f"**On these images {winner} keeps its gain under the worst of all attacks tried.**"
+        if beaten
+        else "**No guided purifier of this search is shown to keep a gain under the worst of all attacks.**"
+    )
+    if PURIFIERS[winner.defence].robust_guide:
+        closing += (
+            " Its guide was adversarially trained in the norm of the attack, so it knows more than "
+            "reverse-only does: this is no longer a defence that assumes nothing of the attack."
+        )
+    return "\n".join([f"n = {gain.n}, paired 95 % intervals:", "", *lines, "", closing])

@@ -1,0 +1,331 @@
+"""One page: every number and claim of the paper beside what is measured here, from the records."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from coup_lib import bpda, case_study, cross, paper, sweeps, tables, toy, toy_figures
+from coup_lib.config import NORMS, Config
+from coup_lib.defences import LABELS, PAPER
+from coup_lib.evaluate import Evaluation
+from coup_lib.outcomes import Accuracy, Difference
+from coup_lib.plots import COLOURS
+from coup_lib.records import record
+
+QUOTED = "not comparable: quoted by the paper, not measured here"
+LEVEL = "not comparable: other data and networks"
+ELSEWHERE = "not comparable: another profile's experiment"
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number or claim: where it stands in the paper, what it says, what is measured here, the verdict.
+
+    here and verdict are under the paper's own protocol; worst and worst_verdict under the worst of all.
+    """
+
+    where: str
+    what: str
+    reported: str
+    here: str = NOTHING
+    n: int | None = None
+    verdict: str = NOTHING
+    worst: str = NOTHING
+    worst_verdict: str = NOTHING
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A claimed difference of two defences: the paper's number, if it gives one, and ours in two ways."""
+
+    what: str
+    reported: float | None
+    protocol: Difference
+    worst: Difference | None
+
+
+def level(where: str, what: str, reported: float, share: np.ndarray, worst: np.ndarray | None = None) -> Line:
+    """An accuracy of the paper beside ours; levels of other data and networks do not compare."""
+    here, strongest = Accuracy.of(share), NOTHING if worst is None else str(Accuracy.of(worst))
+    return Line(where, what, f"{reported:.2f}", str(here), here.n, LEVEL, strongest)
+
+
+def claim(where: str, gap: Gap) -> Line:
+    """A claimed difference beside ours, with its verdict."""
+    reported = "larger" if gap.reported is None else f"{gap.reported:+.2f} points"
+    worst = {} if gap.worst is None else {"worst": str(gap.worst), "worst_verdict": gap.worst.verdict}
+    return Line(where, gap.what, reported, str(gap.protocol), gap.protocol.n, gap.protocol.verdict, **worst)
+
+
+def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
+    """Table 1 or 2, by the norm of the configuration of notebook 04."""
+    where = paper.TITLES[config.norm].split(":")[0]
+    results = tables.shares(Evaluation(config).columns(PAPER, autoattack=True))
+    lines, norm = [], config.norm_label
+    for row in paper.LITERATURE[config.norm]:
+        lines.append(Line(where, f"{row.defence}: accuracy", f"{row.accuracy:.2f}", verdict=QUOTED))
+        lines.append(Line(where, f"{row.defence}: robustness", f"{row.robustness:.2f}", verdict=QUOTED))
+    for name, row in paper.PURIFIERS[config.norm].items():
+        found = results[name]
+        lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
+        lines.append(
+            level(where, f"{LABELS[name]}: robustness", row.robustness, found["autoattack"], found["worst"])
+        )
+    ours, rival = paper.PURIFIERS[config.norm]["coup"], paper.PURIFIERS[config.norm]["diffpure"]
+
+    def gap(than: str, column: str, reported: float | None, what: str) -> Gap:
+        worst = None
+        if column != "clean":
+            worst = Difference.of(results["coup"]["worst"], results[than]["worst"])
+        return Gap(what, reported, Difference.of(results["coup"][column], results[than][column]), worst)
+
+    gaps = [
+        gap("diffpure", "clean", ours.accuracy - rival.accuracy, f"{norm}: COUP − DiffPure, accuracy"),
+        gap(
+            "diffpure",
+            "autoattack",
+            ours.robustness - rival.robustness,
+            f"{norm}: COUP − DiffPure, AutoAttack",
+        ),
+        gap("reverse", "autoattack", None, f"{norm}: COUP − COUP w/o guidance, AutoAttack"),
+    ]
+    return [*lines, *(claim(where, one) for one in gaps)], gaps
+
+
+def ablation(config: Config) -> tuple[list[Line], list[Gap]]:
+    """Fig. 2b, by the configuration of notebook 02: bars without numbers, so only the order is claimed."""
+    gaps = []
+    for classifier in config.sizes.classifiers:
+        results = tables.shares(Evaluation(config, classifier).columns(("diffpure", "reverse", "coup")))
+        for than in ("reverse", "diffpure"):
+            pair = [
+                Difference.of(results["coup"][column], results[than][column])
+                for column in ("adaptive", "worst")
+            ]
+            gaps.append(Gap(f"{classifier}: COUP − {LABELS[than]}, APGD-ce", None, *pair))
+    return [claim("Fig. 2b", gap) for gap in gaps], gaps
+
+
+def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
+    """Table 3, by the configuration of notebook 05: BPDA with the most EOT draws, a single purification."""
+    where, eot = "Table 3", max(bpda.EOT_COUNTS)
+    counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
+    rows = {defence: bpda.sources(defence, bpda.EOT_COUNTS, config.eot) for defence in PAPER}
+    results = bpda.by_rule(Evaluation(counted).scores(rows))["single"]
+    lines = []
+    for row in paper.BPDA_LITERATURE:
+        lines.append(Line(where, f"{row.defence}: accuracy", f"{row.accuracy:.2f}", verdict=QUOTED))
+        lines.append(Line(where, f"{row.defence}: robustness", f"{row.robustness:.2f}", verdict=QUOTED))
+    for name, row in paper.BPDA.items():
+        found = results[name]
+        lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
+        lines.append(level(where, f"{LABELS[name]}: robustness", row.robustness, found[bpda.column(eot)]))
+    pair = results["coup"][bpda.column(eot)], results["diffpure"][bpda.column(eot)]
+    reported = paper.BPDA["coup"].robustness - paper.BPDA["diffpure"].robustness
+    gap = Gap("Linf: COUP − DiffPure, BPDA + EOT", reported, Difference.of(*pair), None)
+    return [*lines, claim(where, gap)], [gap]
+
+
+def combination(configs: dict[str, Config]) -> tuple[list[Line], list[Gap]]:
+    """Fig. 2c: the cross setting, and COUP around adversarially trained classifiers, in every setting."""
+    found, lines, gaps = cross.measure(configs), [], []
+    alone, behind = paper.TRAINED_THEN_COUP
+    for norm, panel in found.items():
+        (other,) = set(found) - {norm}
+        attack = f"attacked in {cross.NORM_NAMES[norm]}"
+        own, crossed = panel[norm]["none"], panel[other]["none"]
+        pair = [Difference.of(own[column], crossed[column]) for column in cross.JUDGED]
+        what = f"{attack}: trained for {cross.NORM_NAMES[norm]} − trained for {cross.NORM_NAMES[other]}"
+        lines.append(claim("Fig. 2c", Gap(what, None, *pair)))
+        for training in found:
+            row = panel[training]
+            both = [Difference.of(row["coup"][column], row["none"][column]) for column in cross.JUDGED]
+            what = f"trained for {cross.NORM_NAMES[training]}, {attack}: COUP − alone"
+            gaps.append(Gap(what, behind - alone, *both))
+    return lines + [claim("Sec. 5.4.1", gap) for gap in gaps], gaps
+
+
+def hyperparameters(config: Config) -> list[Line]:
+    """Fig. 4, by the configuration of notebook 03, on the validation split."""
+    times = sweeps.sweep(config, "t_star", sweeps.values_to_sweep(config, "t_star", sweeps.T_STARS))
+    weights = sweeps.values_to_sweep(config, "guidance_weight", sweeps.WEIGHTS)
+    along = sweeps.sweep(config, "guidance_weight", weights)
+    verdict, evidence = sweeps.falls(times)
+    lines = [Line("Fig. 4a", "accuracy falls as t* grows", "falls", evidence, config.n_images, verdict)]
+    judged = (
+        ("Fig. 4a", "too short and too long t* are worse", "inside", sweeps.peaks_inside, (times,)),
+        ("Fig. 4a", "the most robust t*", f"{config.t_star:g}", sweeps.is_best, (times, config.t_star)),
+        (
+            "Fig. 4b",
+            "the most robust λ",
+            f"{config.guidance_weight:g}",
+            sweeps.is_best,
+            (along, config.guidance_weight),
+        ),
+    )
+    for where, what, reported, judge, (found, *value) in judged:
+        (verdict, here), (worst_verdict, worst) = (judge(found, column, *value) for column in sweeps.JUDGED)
+        lines.append(Line(where, what, reported, here, config.n_images, verdict, worst, worst_verdict))
+    return lines
+
+
+def paths(config: Config) -> list[Line]:
+    """Fig. 2a, by the configuration of notebook 01: every bad case at the profile's eps."""
+    study = case_study.case_study(config)
+    n = len(study.rescued("all"))
+    said = case_study.verdicts(study, "all")
+    rescued = f"{Accuracy.of(study.rescued('all'))} % rescued" if n else NOTHING
+    return [
+        Line(
+            "Fig. 2a",
+            statement,
+            f"{case_study.PAPER_CASES} bad cases",
+            rescued if name == "3" else NOTHING,
+            n,
+            verdict,
+        )
+        for name, statement in case_study.STATEMENTS.items()
+        for verdict in [said[name]]
+    ]
+
+
+def toy_claims() -> list[Line]:
+    """Fig. 3b and the Propositions, from the records of notebook 00."""
+    settings, data = toy.ToySettings(), toy.TwoGaussians()
+    found = {
+        name: record("toy", name, asdict(settings), partial(measure, data, settings))["result"]
+        for name, measure in (
+            ("label_flips", toy.label_flips),
+            ("prop1", toy.prop1_hypotheses),
+            ("prop2", toy.prop2_check),
+        )
+    }
+    flips, n = found["label_flips"], settings.n_runs
+
+    def versus_none(level: int) -> tuple[str, str]:
+        share, ends = toy_figures.shares(flips, "flipped", level)
+        here = f"{100 * share[0]:.2f} → {100 * share[-1]:.2f} % of runs at λ = {flips['weights'][-1]:g}"
+        apart = ends[-1][1] < ends[0][0], ends[-1][0] > ends[0][1]
+        return here, "holds" if apart[0] else "does not hold" if apart[1] else "is not decided"
+
+    lines = []
+    for index, noise in enumerate(flips["levels"]):
+        here, verdict = versus_none(index)
+        what = f"guidance lowers label flips, noisy classifier, c = {noise:g}"
+        reported = "helpful" if noise <= 1 else "an appropriate λ should be chosen"
+        lines.append(Line("Fig. 3b", what, reported, here, n, verdict))
+    (_, slope), harmed = found["prop1"]["slope"], sum(flips["crossed_harmed"][0])
+    hypothesis, crossed = f"∂f₀/∂x ≤ {slope:.3g} everywhere", f"{harmed} runs made to cross"
+    held = min(found["prop2"]["held_printed"])
+    said = {True: "holds", False: "does not hold"}
+    return [
+        *lines,
+        Line("Prop. 1", "its hypothesis (ii)", "assumed", hypothesis, None, said[slope >= 0]),
+        Line("Prop. 1", "its conclusion, true classifier", "Eq. 7", crossed, n, said[harmed == 0]),
+        Line("Prop. 2", "the bound of Eq. 8", "all runs", f"{100 * held:.2f} % of runs", n, said[held == 1]),
+    ]
+
+
+def elsewhere() -> list[Line]:
+    """What only another profile can measure."""
+    return [
+        Line("Sec. 5.2.1", f"CIFAR-100, likelihood maximisation{what}: robustness", number, verdict=ELSEWHERE)
+        for what, number in ((", guided", "40.55"), ("", "38.67"))
+    ]
+
+
+def everything(config: Config) -> tuple[list[Line], list[Gap]]:
+    """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook."""
+    same: dict[str, Any] = {"profile": config.profile, "budget": config.budget, "seed": config.seed}
+
+    def of(purpose: str, **more: Any) -> Config:
+        return Config(purpose=purpose, **same, **more)
+
+    sections = [
+        autoattack(of("report")),
+        autoattack(of("report", norm="l2")),
+        bpda_table(of("sweep")),
+        ablation(of("report")),
+        combination({norm: of("sweep", norm=norm) for norm in NORMS}),
+    ]
+    lines = [line for section, _ in sections for line in section]
+    lines += [*paths(of("compare")), *toy_claims()]
+    lines += [*hyperparameters(of("sweep", split="validation")), *elsewhere()]
+    return lines, [gap for _, gaps in sections for gap in gaps]
+
+
+def table(lines: Sequence[Line]) -> pd.DataFrame:
+    """The lines as a table, one row each."""
+    frame = pd.DataFrame([asdict(line) for line in lines])
+    frame["n"] = [NOTHING if line.n is None else f"{line.n:,}" for line in lines]
+    frame.columns = [
+        "Where",
+        "What",
+        "Paper",
+        "Here, the paper's protocol",
+        "n",
+        "Verdict",
+        "Here, worst of all attacks",
+        "Verdict",
+    ]
+    return frame.set_index("Where")
+
+
+def counts(lines: Sequence[Line]) -> str:
+    """Markdown: how many claims hold, do not hold, or are not decided, in both ways of attacking."""
+
+    def said(verdicts: Sequence[str]) -> str:
+        return ", ".join(
+            f"{sum(verdict == word for verdict in verdicts)} {word}"
+            for word in ("holds", "does not hold", "is not decided")
+        )
+
+    return (
+        f"Under the paper's protocol: {said([line.verdict for line in lines])}. Under the worst of all "
+        f"attacks, of those that speak of robustness: {said([line.worst_verdict for line in lines])}. "
+        f"{sum(line.verdict.startswith('not comparable') for line in lines)} numbers are not comparable."
+    )
+
+
+def caption(config: Config) -> str:
+    """What stands behind the page."""
+    return (
+        f"{config.profile}, budget {config.budget}, seed {config.seed}; accuracies in % with 95 % Wilson "
+        "intervals, differences in points with paired 95 % intervals. Fig. 4 is judged on the validation "
+        "split, all else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one training and "
+        "one attack that the paper does not name, so it stands beside all four."
+    )
+
+
+def figure(gaps: Sequence[Gap]) -> Figure:
+    """Every claimed difference: the paper's number, and ours with 95 % intervals in two ways."""
+    drawn, axes = plt.subplots(figsize=(8.5, 0.9 + 0.42 * len(gaps)))
+    places = np.arange(len(gaps))[::-1]
+    ways = (
+        ("here, the paper's protocol", 0.13, "o", COLOURS["coup"], [gap.protocol for gap in gaps]),
+        ("here, worst of all attacks", -0.13, "s", "black", [gap.worst for gap in gaps]),
+    )
+    for label, shift, marker, colour, differences in ways:
+        rows = [(place, one) for place, one in zip(places, differences, strict=True) if one]
+        values = np.array([one.value for _, one in rows])
+        ends = np.abs(np.array([[one.low, one.high] for _, one in rows]).T - values)
+        heights = [place + shift for place, _ in rows]
+        axes.errorbar(
+            values, heights, xerr=ends, fmt=marker, color=colour, label=label, markersize=5, capsize=2.5
+        )
+    reported = [(gap.reported, place) for gap, place in zip(gaps, places, strict=True) if gap.reported]
+    axes.plot(*np.array(reported).T, "D", color=COLOURS["diffpure"], label="the paper")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(places, [gap.what for gap in gaps])
+    axes.set_ylim(-0.6, len(gaps) - 0.4)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("difference in accuracy (points), paired 95 % interval; the claim is that it is positive")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return drawn

@@ -1,0 +1,89 @@
+"""The search of notebook 08 on made-up scores and on a few images."""
+
+import numpy as np
+import pytest
+
+from coup_lib import beyond, paths
+from coup_lib.beyond import Setting
+from coup_lib.config import Config
+from coup_lib.defences import CANDIDATES
+from coup_lib.outcomes import Score
+
+
+def row(**right):
+    """Scores of ten images of which the first `right` are right, per source."""
+    made = {}
+    for name in beyond.SOURCES:
+        n_right = right.get(name, 10)
+        wrong = (np.arange(10) >= n_right).astype(int)
+        made[name] = Score(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
+    return made
+
+
+@pytest.fixture
+def found():
+    return {
+        Setting("reverse"): row(exact=6),
+        Setting("coup", 1.0): row(exact=9, first_order=5),
+        Setting("smoothed", 1.0): row(exact=8, from_none=7),
+        Setting("averaged"): row(exact=9),
+    }
+
+
+def test_the_winner_is_guided_and_best_under_its_worst_source(found):
+    assert beyond.best_guided(found) == Setting("smoothed", 1.0)
+    assert beyond.worst(found)[Setting("coup", 1.0)].mean() == pytest.approx(0.5)
+
+
+def test_an_averaging_winner_must_face_averaging():
+    fair = beyond.to_confirm(Setting("coup-averaged", 2.0), 1.0)
+    assert fair == [
+        Setting("reverse"),
+        Setting("averaged"),
+        Setting("coup", 1.0),
+        Setting("coup-averaged", 2.0),
+    ]
+    assert beyond.to_confirm(Setting("coup", 1.0), 1.0) == [Setting("reverse"), Setting("coup", 1.0)]
+
+
+def test_every_candidate_is_tried_at_every_weight():
+    tried = beyond.settings([0.5, 2.0])
+    assert {setting.defence for setting in tried} == {*beyond.RIVALS, *CANDIDATES}
+    assert Setting("coup", 0.5) in tried and Setting("coup", 2.0) in tried
+    assert [setting for setting in tried if setting.defence == "reverse"] == [Setting("reverse")]
+
+
+def test_everyone_faces_the_same_kinds_of_attack():
+    for defence in (*beyond.RIVALS, *CANDIDATES):
+        assert set(beyond.sources(defence)) == set(beyond.SOURCES)
+
+
+def test_the_verdict_says_what_the_interval_says(found):
+    wins = beyond.verdict_lines(found, Setting("smoothed", 1.0))
+    assert "**No guided purifier" in wins
+    better = {Setting("reverse"): row(exact=0), Setting("smoothed", 1.0): row()}
+    assert "keeps its gain under the worst of all attacks" in beyond.verdict_lines(
+        better, Setting("smoothed", 1.0)
+    )
+    robust = {Setting("reverse"): row(exact=0), Setting("robust-guide", 1.0): row()}
+    assert "adversarially trained in the norm" in beyond.verdict_lines(robust, Setting("robust-guide", 1.0))
+
+
+def test_tables_and_figures_have_every_setting(found):
+    frame = beyond.table(found)
+    assert next(iter(frame.index)) == "no guidance, averaged"
+    assert len(beyond.numbers(found)) == len(found) * (len(beyond.SOURCES) + 1)
+    ticks = [text.get_text() for text in beyond.search_figure(found).axes[0].get_yticklabels()]
+    assert ticks == [str(setting) for setting in sorted(found, key=lambda s: beyond.worst(found)[s].mean())]
+    assert len(beyond.confirm_figure(found).axes[0].get_legend().texts) == len(found)
+
+
+def test_a_search_on_a_few_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    config = Config(n_images=3, n_draws=2, split="validation", purpose="search")
+    tried = [Setting("reverse"), Setting("smoothed", 2.0)]
+    found = beyond.scores(config, tried)
+    assert list(found) == tried
+    assert all(score.report.shape == (3, 2) for scores in found.values() for score in scores.values())
+    assert len(list(tmp_path.rglob("*guided*"))) == 0
+    assert list(tmp_path.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))

@@ -1,0 +1,312 @@
+"""The candidates of notebook 08: each against its definition, and their gradients in float64."""
+
+import math
+
+import pytest
+import torch
+from closed_forms import GaussianMixtureScore, small_problem
+from torch import nn
+
+from coup_lib import gradients
+from coup_lib.candidates import STRIDE, Averaged, Between, ConfidenceGuided, DenoisedGuided, Smoothed
+from coup_lib.config import PROFILES
+from coup_lib.defences import (
+    CANDIDATES,
+    DEFENCES,
+    LABELS,
+    PAPER,
+    PURIFIERS,
+    SWITCH,
+    build,
+    is_guided,
+)
+from coup_lib.guidance import Guided, first_order, to_image, to_state
+from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier
+from coup_lib.sde import VPSDE
+from coup_lib.solver import solve, step_times, time_grid
+
+SEEDS = torch.tensor([11, 22, 33, 44, 55])
+GUIDED = [name for name in PURIFIERS if is_guided(name)]
+T = torch.tensor(0.05, dtype=torch.float64)
+
+
+class Guide(nn.Module):
+    """Another smooth classifier than the one that decides."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(8)
+        self.weights = nn.Parameter(torch.randn(4, 3, generator=generator, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.tanh(2 * x.flatten(1) @ self.weights)
+
+
+def made(name, gradient="exact", n_steps=4, t_star=0.1):
+    """(the named defence on the closed-form problem, its images); the grid lies on both sides of SWITCH."""
+    score, classifier, x = small_problem()
+    guide = Guide() if PURIFIERS[name].robust_guide else classifier
+    defence = build(
+        name,
+        classifier,
+        score,
+        guide,
+        guidance_weight=1.5,
+        t_star=t_star,
+        n_steps=n_steps,
+        gradient=gradient,
+    )
+    return defence, 0.25 + x / 2  # away from the clamp's kink
+
+
+def input_gradient(defence, x):
+    """The gradient of a fixed mixture of logits."""
+    x = x.clone().requires_grad_()
+    weights = torch.arange(1.0, 4.0, dtype=x.dtype)
+    return torch.autograd.grad((defence(x, seeds=SEEDS) * weights).sum(), x)[0]
+
+
+def by_differences(function, x, step=1e-6):
+    """∇ of function, (B, ...) to (B,), pixel by pixel."""
+    result = torch.zeros_like(x)
+    for place in range(x[0].numel()):
+        shift = torch.zeros_like(x).flatten(1)
+        shift[:, place] = step
+        shift = shift.view_as(x)
+        slope = (function(x + shift) - function(x - shift)) / (2 * step)
+        result += shift / step * slope[:, None, None, None]
+    return result
+
+
+def relative_error(value, reference):
+    """‖value - reference‖ / ‖reference‖, the worst image's."""
+    difference = (value - reference).flatten(1).norm(dim=1)
+    return float((difference / reference.flatten(1).norm(dim=1)).max())
+
+
+# --- all of them ---
+
+
+def test_every_name_has_a_label_of_its_own():
+    assert set(LABELS) == set(DEFENCES) == {"none", *PURIFIERS}
+    assert len(set(LABELS.values())) == len(LABELS)
+    assert set(PAPER) | set(CANDIDATES) == set(DEFENCES) and not set(PAPER) & set(CANDIDATES)
+    assert not is_guided("none") and not is_guided("averaged") and is_guided("coup-averaged")
+
+
+@pytest.mark.parametrize("name", PURIFIERS)
+def test_every_defence_keeps_its_recipe(name):
+    """Runs, repeats with its seeds and not without, is frozen, and is made of what the recipe says."""
+    recipe, (defence, x) = PURIFIERS[name], made(name)
+    logits = defence(x, seeds=SEEDS)
+    assert logits.shape == (5, 3) and logits.dtype == torch.float64 and logits.isfinite().all()
+    assert torch.equal(defence(x, seeds=SEEDS), logits)
+    assert not torch.equal(defence(x), defence(x))
+    assert not any(parameter.requires_grad for parameter in defence.parameters())
+    assert isinstance(defence.purifier, DiffPurePurifier) == recipe.forward_noise
+    assert isinstance(defence.purifier.score, Guided) == is_guided(name)
+    assert getattr(defence, "draws", 1) == recipe.draws
+    if recipe.robust_guide:
+        assert isinstance(defence.purifier.score.classifier, Guide)
+
+
+@pytest.mark.parametrize("name", PURIFIERS)
+def test_exact_gradients_are_central_differences(name, monkeypatch):
+    """Twice: with all activations kept, and with every step replayed."""
+    defence, x = made(name)
+    weights = torch.arange(1.0, 4.0, dtype=x.dtype)
+    numeric = by_differences(lambda x: (defence(x, seeds=SEEDS) * weights).sum(1), x)
+    for budget in (2**30, 0):
+        monkeypatch.setattr(gradients.solve_with_gradient, "__defaults__", (budget,))
+        assert relative_error(input_gradient(defence, x), numeric) < 1e-6
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_exact_gradients_pass_gradcheck(name):
+    defence, x = made(name)
+    x = x[:2].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: defence(x, seeds=SEEDS[:2]), (x,), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_first_order_holds_the_guidance_and_nothing_else(name):
+    """Against autograd through a solver whose guidance is detached by hand; the values do not change."""
+    guided = made(name)[0].purifier.score
+    sde, times, x = VPSDE(), time_grid(0.1, 6), small_problem()[2]
+
+    class Detached(nn.Module):
+        def forward(self, x, t):
+            return guided.score(x, t) + (guided(x, t) - guided.score(x, t)).detach()
+
+    ends = {}
+    for way, score in (("ours", first_order(guided)), ("by hand", Detached()), ("exact", guided)):
+        state = to_state(x).requires_grad_()
+        end = solve(score, sde, state, times)
+        ends[way] = end.detach(), torch.autograd.grad(end, state, torch.ones_like(x))[0]
+    torch.testing.assert_close(ends["ours"][0], ends["exact"][0], rtol=0, atol=1e-14)
+    assert relative_error(ends["ours"][1], ends["by hand"][1]) < 1e-12
+    assert relative_error(ends["ours"][1], ends["exact"][1]) > 1e-4  # there is something to hold
+
+
+@pytest.mark.parametrize("name", PURIFIERS)
+@pytest.mark.parametrize("gradient", ["first_order", "bpda"])
+def test_every_gradient_has_the_same_forward_pass(name, gradient):
+    (reference, x), (other, _) = made(name), made(name, gradient)
+    x.requires_grad_()
+    torch.testing.assert_close(other(x, seeds=SEEDS), reference(x, seeds=SEEDS), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_no_weight_is_no_guidance(name):
+    recipe = PURIFIERS[name]
+    score, classifier, x = small_problem()
+    state = to_state(x)
+    guided = recipe.guidance(score, classifier, 0.0)
+    for t in (0.01, 0.05):
+        t = torch.tensor(t, dtype=torch.float64)
+        assert torch.equal(guided(state, t), score(state, t))
+
+
+# --- guidance ---
+
+
+def test_denoised_guidance_is_by_the_denoised_image():
+    """Tweedie's formula on one Gaussian has a closed form; the gradient goes through it."""
+    _, classifier, x = small_problem()
+    mean, spread, sde, state = torch.full((1, 4), 0.2, dtype=torch.float64), 0.3, VPSDE(), to_state(x)
+    guided = DenoisedGuided(GaussianMixtureScore(mean, spread), classifier, 2.0)
+    m, variance = sde.mean_coeff(T), sde.std(T) ** 2
+    gain = m * spread**2 / (m**2 * spread**2 + variance)  # E[x_0 | x_t] = μ + gain (x_t - m μ)
+
+    def denoised(state):
+        return 0.2 + gain * (state - m * 0.2)
+
+    torch.testing.assert_close(guided.denoised(state, T), denoised(state))
+
+    def log_confidence(state):
+        return classifier(to_image(denoised(state))).softmax(1).amax(1).log()
+
+    torch.testing.assert_close(
+        guided.guidance(state, T), 2 * by_differences(log_confidence, state), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_confidence_guidance_is_the_plain_one_times_the_confidence():
+    score, classifier, x = small_problem()
+    state = to_state(x)
+    fading, plain = ConfidenceGuided(score, classifier, 2.0), Guided(score, classifier, 2.0)
+    p = classifier(x).softmax(1).amax(1)[:, None, None, None]
+    torch.testing.assert_close(fading.guidance(state, T), p * plain.guidance(state, T))
+
+
+@pytest.mark.parametrize(
+    ("t", "late", "early", "always"),
+    [(0.05, False, True, True), (0.02, True, False, True), (0.03, True, True, True)],
+)
+def test_between_guides_between_its_times_only(t, late, early, always):
+    score, classifier, x = small_problem()
+    guided, state, t = Guided(score, classifier, 2.0), to_state(x), torch.tensor(t, dtype=torch.float64)
+    for switched, on in (
+        (Between(guided, high=0.03), late),
+        (Between(guided, low=0.03), early),
+        (Between(guided), always),
+    ):
+        expected = guided.guidance(state, t) if on else torch.zeros_like(state)
+        assert torch.equal(switched.guidance(state, t), expected)
+        assert torch.equal(switched(state, t), score(state, t) + expected)
+
+
+@pytest.mark.parametrize("t_star", PROFILES["digits"].t_star.values())
+@pytest.mark.parametrize("n_steps", [10, 20, 50, 100])
+def test_every_step_is_early_or_late_in_every_precision(t_star, n_steps):
+    """A switch on a point of the grid would fall to one side in float32 and to the other in float64."""
+    times, sides = time_grid(t_star, n_steps), []
+    for dtype in (torch.float32, torch.float64):
+        steps = [float(t) for t, _ in step_times(times, dtype, times.device)]
+        sides.append([t < SWITCH for t in steps])
+        assert min(abs(t - SWITCH) for t in steps) > 1e-5
+    assert sides[0] == sides[1] and set(sides[0]) == {True, False}
+
+
+def test_late_and_early_share_out_the_guidance():
+    """On any step one of them is COUP's score and the other has no guidance."""
+    score, classifier, x = small_problem()
+    state, coup = to_state(x), Guided(score, classifier, 1.5)
+    scores = {name: made(name)[0].purifier.score for name in ("late", "early")}
+    for t in time_grid(0.1, 10)[:-1]:
+        guiding, resting = ("late", "early") if t < SWITCH else ("early", "late")
+        torch.testing.assert_close(scores[guiding](state, t), coup(state, t))
+        torch.testing.assert_close(scores[resting](state, t), score(state, t))
+
+
+def test_smoothed_is_the_mean_probability_over_fixed_noise():
+    _, classifier, x = small_problem()
+    smoothed = Smoothed(classifier, std=0.2, draws=3, seed=5)
+    noise = torch.randn(3, 1, 1, 2, 2, generator=torch.Generator().manual_seed(5)).double()
+    by_hand = sum(classifier(x + 0.2 * draw).softmax(1) for draw in noise) / 3
+    logits = smoothed(x)
+    torch.testing.assert_close(logits.softmax(1), by_hand)
+    torch.testing.assert_close(logits - math.log(3), by_hand.log())
+    assert torch.equal(smoothed(x[2:4]), logits[2:4])  # the same noise in whatever batch
+    torch.testing.assert_close(Smoothed(classifier, std=0.0)(x).softmax(1), classifier(x).softmax(1))
+
+
+# --- averaging and fixed noise ---
+
+
+def test_averaged_is_the_mean_of_single_purifications():
+    """Of the image's own seed and of others, whose noise is other noise."""
+    score, classifier, x = small_problem()
+    purifier = Purifier(Guided(score, classifier), n_steps=4)
+    single, averaged = Purified(classifier, purifier), Averaged(classifier, purifier, draws=3)
+    seeds = torch.tensor([5, 2**62 - 1, 7, 0, 5])  # the second one wraps around
+    draws = [single(x, seeds=torch.tensor([(int(s) + k * STRIDE) % 2**62 for s in seeds])) for k in range(3)]
+    torch.testing.assert_close(averaged(x, seeds=seeds), sum(draws) / 3, rtol=0, atol=1e-13)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert ((draws[one] - draws[other]).abs().amax(1) > 1e-6).all()
+    alone = torch.cat([averaged(x[i : i + 1], seeds=seeds[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(alone, averaged(x, seeds=seeds), rtol=0, atol=1e-13)
+    torch.testing.assert_close(Averaged(classifier, purifier, 1)(x, seeds), single(x, seeds))
+
+
+def test_averaged_draws_fresh_noise_for_every_purification():
+    """Without seeds: as many as the purifier's own generator gives, in order."""
+    score, classifier, x = small_problem()
+    averaged = Averaged(classifier, Purifier(score, n_steps=4), draws=3)
+    averaged.purifier.reseed(9)
+    logits = averaged(x)
+    averaged.purifier.reseed(9)
+    singles = classifier(averaged.purifier(x.repeat_interleave(3, dim=0)))
+    torch.testing.assert_close(logits, singles.reshape(5, 3, 3).mean(1))
+    assert singles.reshape(5, 3, 3).std(1).min() > 0
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_averaging_calms_the_decision(seeded):
+    """The spread of the mean of 16 draws is a quarter of that of one, on seeds as on fresh noise."""
+    score, classifier, x = small_problem()
+    purifier = Purifier(score, n_steps=4, seed=3)
+    one, many = Purified(classifier, purifier), Averaged(classifier, purifier, draws=16)
+    x, seeds = x[:1].expand(400, -1, -1, -1), torch.arange(400) if seeded else None
+    ratio = float(many(x, seeds).std(0).mean() / one(x, seeds).std(0).mean())
+    assert ratio == pytest.approx(1 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["diffpure", "coup", "coup-averaged"])
+def test_fixed_noise_is_the_same_for_every_image_and_call(name):
+    defence, x = made(name)
+    fixed = FixedNoise(defence, seed=3)
+    logits = fixed(x)
+    torch.manual_seed(1)
+    assert torch.equal(fixed(x), logits)
+    torch.testing.assert_close(logits, defence(x, seeds=torch.full((5,), 3)), rtol=0, atol=0)
+    twins = fixed(x[:1].expand(4, -1, -1, -1))  # one image, one noise, one answer
+    torch.testing.assert_close(twins, logits[:1].expand(4, -1), rtol=0, atol=1e-13)
+    assert not torch.allclose(FixedNoise(defence, seed=4)(x), logits)
+    assert not torch.allclose(defence(x), logits)
+    assert len(list(fixed.parameters())) == len(list(defence.parameters())) > 0
+
+
+def test_fixed_noise_takes_seeds_of_62_bits():
+    defence, x = made("coup")
+    assert not torch.allclose(FixedNoise(defence, 2**62 - 1)(x), FixedNoise(defence, 2**62 - 2)(x))

@@ -1,0 +1,128 @@
+"""Gradients that foretell and gradients that do not: closed forms, and the trained networks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from coup_lib import mechanism, paths
+from coup_lib.config import Config
+from coup_lib.evaluate import Evaluation, Source
+from coup_lib.guidance import Guided
+
+
+class Linear(torch.nn.Module):
+    """Two logits, ±slope·(first pixel − ½)."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        z = self.slope * (x.flatten(1)[:, :1] - 0.5)
+        return torch.cat([z, -z], 1)
+
+
+class Scaled(torch.nn.Module):
+    """A "defence" whose loss is known: logits linear in the image, whatever the seeds."""
+
+    def forward(self, x):
+        return torch.cat([x.flatten(1)[:, :1], torch.zeros(len(x), 1, dtype=x.dtype)], 1)
+
+
+def test_the_guidance_jumps_and_the_smoothed_one_does_not():
+    """Across the boundary ∇ log max p = ±slope/2; the smoothed one is odd, so it passes through zero."""
+    score = torch.nn.Identity()
+    states = torch.tensor([-1e-6, 1e-6], dtype=torch.float64).reshape(2, 1, 1, 1)
+    kinked = Guided(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
+    smooth = mechanism.SmoothMax(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
+    # d/dstate of log σ(2·slope·state/2) at 0 is slope/2, on either side.
+    torch.testing.assert_close(kinked, torch.tensor([-2.0, 2.0], dtype=torch.float64), rtol=1e-4, atol=0)
+    assert smooth.abs().max() < 1e-4
+
+
+def test_far_from_the_boundary_the_smoothed_maximum_is_the_maximum():
+    states = torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64)
+    kinked = Guided(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
+    smooth = mechanism.SmoothMax(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
+    torch.testing.assert_close(kinked, smooth, atol=1e-6, rtol=0)
+
+
+def test_draws_are_those_of_a_deterministic_loss():
+    x, y = torch.rand(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 0])
+    seeds = torch.zeros(3, 5, dtype=torch.int64)
+    gradients = mechanism.draw_gradients(Scaled(), x, y, seeds)
+    p = x.flatten(1)[:, 0].sigmoid()
+    expected = torch.where(y == 0, p - 1, p)  # d CE / d first pixel
+    torch.testing.assert_close(gradients[:, :, 0, 0, 0], expected[:, None].expand(-1, 5))
+    losses = mechanism.draw_losses(Scaled(), x, y, seeds)
+    torch.testing.assert_close(losses[:, 0], F.cross_entropy(Scaled()(x), y, reduction="none"))
+
+
+def test_a_smooth_loss_has_the_slope_that_its_gradient_foretells():
+    x, y = torch.rand(4, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 0, 1])
+    seeds = torch.zeros(4, 2, dtype=torch.int64)
+    gradient = mechanism.draw_gradients(Scaled(), x, y, seeds).mean(1)
+    direction = mechanism.step_direction(gradient, Config(norm="l2"))
+    measured = mechanism.central_difference(Scaled(), x, y, seeds, 1e-3 * direction) / 1e-3
+    np.testing.assert_allclose(measured, (gradient * direction).flatten(1).sum(1), rtol=1e-5)
+
+
+def test_signal_to_noise_of_known_draws():
+    gradients = torch.tensor([[1.0, 3.0], [-1.0, 1.0]], dtype=torch.float64).reshape(2, 2, 1, 1, 1)
+    ratios = mechanism.signal_to_noise(gradients)
+    assert ratios.tolist() == pytest.approx([2 / 2**0.5, 0])
+
+
+def test_step_directions():
+    gradient = torch.tensor([3.0, -4.0]).reshape(1, 1, 1, 2)
+    assert mechanism.step_direction(gradient, Config()).flatten().tolist() == [1, -1]
+    assert mechanism.step_direction(gradient, Config(norm="l2")).flatten().tolist() == pytest.approx(
+        [0.6, -0.8]
+    )
+
+
+def test_foretold_over_measured():
+    result = {"foretold_exact": np.full(8, 3.0), "measured_exact": np.full((2, 8), 2.0)}
+    assert mechanism.ratio_of(result, "exact") == (1.5, 1.5, 1.5)
+
+
+@pytest.fixture
+def results_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+
+
+def test_without_guidance_there_is_no_second_order_term(results_folder):
+    config = Config(purpose="probe", n_images=4, n_iter=2, eot=2)
+    statistics = mechanism.gradient_statistics(config, draws=4)
+    assert statistics["second_order"].shape == (config.n_steps, 4)
+    assert statistics["second_order"].max() > 1e-3
+    none = mechanism.gradient_statistics(Config(purpose="probe", n_images=4, guidance_weight=0), draws=4)
+    assert none["second_order"].max() < 1e-6
+    np.testing.assert_allclose(none["cosine"], 1, atol=1e-5)
+    np.testing.assert_allclose(none["ratio"], 1, atol=1e-5)
+
+
+def test_on_trained_networks_the_exact_gradient_foretells_where_nothing_jumps(results_folder):
+    config = Config(purpose="probe", n_images=12, n_iter=10, eot=2, n_steps=10)
+    error = {}
+    for case in ("reverse", "coup", "smooth"):
+        result = mechanism.slopes(config, case, draws=8)
+        error[case] = abs(mechanism.ratio_of(result, "exact")[0] - 1)
+    assert error["reverse"] < 0.1 and error["smooth"] < 0.1
+    assert error["coup"] > error["smooth"]
+
+
+def test_the_smoothed_evaluation_changes_coup_alone():
+    config = Config(purpose="probe")
+    plain, smooth = Evaluation(config), mechanism.SmoothEvaluation(config)
+    for name, same in (("reverse", True), ("coup", False)):
+        source = Source("apgd-ce", name)
+        assert (plain.attack_settings(source) == smooth.attack_settings(source)) is same
+    assert isinstance(smooth.defence("coup").purifier.score, mechanism.SmoothMax)
+    assert isinstance(smooth.defence("reverse").purifier.score, type(smooth.score_network))
+
+
+def test_series_of_draws_and_iterations():
+    assert mechanism.eot_counts(Config(purpose="probe", eot=20)) == (1, 5, 20, 64)
+    assert mechanism.halved(Config(n_iter=1)).n_iter == 1

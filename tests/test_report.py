@@ -1,0 +1,69 @@
+"""The page that puts the paper beside what is measured here."""
+
+from pathlib import Path
+
+import numpy as np
+import papermill
+import pytest
+
+from coup_lib import bpda, report, sweeps
+from coup_lib.outcomes import Difference
+from coup_lib.report import Gap, Line
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def gap(value, worst=None, reported=2.41):
+    """A gap over 100 images, `value` of which only the first defence gets right."""
+
+    def difference(points):
+        return Difference.of((np.arange(100) < points).astype(float), np.zeros(100))
+
+    return Gap("COUP − DiffPure", reported, difference(value), None if worst is None else difference(worst))
+
+
+def test_a_claim_carries_both_verdicts():
+    line = report.claim("Table 1", gap(20, worst=0))
+    assert (line.reported, line.n, line.verdict) == ("+2.41 points", 100, "holds")
+    assert line.worst_verdict == "is not decided" and line.worst.startswith("+0.00")
+    assert report.claim("Fig. 2b", gap(20, reported=None)).reported == "larger"
+    assert report.claim("Table 3", gap(20)).worst_verdict == report.NOTHING
+
+
+def test_levels_are_not_compared():
+    line = report.level("Table 1", "COUP: accuracy", 90.04, np.ones(50))
+    assert line.reported == "90.04" and line.here.startswith("100.00 [") and line.n == 50
+    assert line.verdict == report.LEVEL
+
+
+def test_counts_and_table():
+    lines = [
+        report.claim("Table 1", gap(20, worst=0)),
+        report.claim("Table 2", gap(0)),
+        Line("Table 1", "AWP", "59.18", verdict=report.QUOTED),
+    ]
+    text = report.counts(lines)
+    assert "protocol: 1 holds, 0 does not hold, 1 is not decided" in text
+    assert "1 numbers are not comparable" in text
+    assert report.table(lines).shape == (3, 7)
+    assert list(report.table(lines)["n"]) == ["100", "100", report.NOTHING]
+
+
+def test_the_figure_shows_the_papers_number_only_where_there_is_one():
+    figure = report.figure([gap(20, worst=3), gap(5, reported=None)])
+    (papers,) = [line for line in figure.axes[0].lines if line.get_label() == "the paper"]
+    assert papers.get_xdata().tolist() == [2.41]
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts][-1].startswith("here")
+
+
+@pytest.mark.parametrize(
+    ("notebook", "parameter", "values"),
+    [
+        ("03_sweeps", "t_stars", sweeps.T_STARS),
+        ("03_sweeps", "guidance_weights", sweeps.WEIGHTS),
+        ("05_bpda", "eot_counts", bpda.EOT_COUNTS),
+    ],
+)
+def test_the_page_reads_what_the_notebooks_write(notebook, parameter, values):
+    found = papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))[parameter]
+    assert found["default"] == str(list(values))

@@ -1,0 +1,107 @@
+"""The same sources for every defence, and checks that can fail."""
+
+import numpy as np
+import pytest
+
+from coup_lib import paths, stronger
+from coup_lib.config import Config
+from coup_lib.outcomes import Score
+
+RIGHT, WRONG = np.ones(40), np.zeros(40)
+HALF = np.tile([1.0, 0.0], 20)
+
+
+def score(right, labels=None):
+    labels = np.arange(len(right)) % 10 if labels is None else labels
+    report = np.where(right[:, None] == 1, labels[:, None], (labels[:, None] + 1) % 10)
+    return Score(labels, report, report[:, 0], right, right == 1)
+
+
+def test_purifiers_face_the_same_sources():
+    """COUP alone has a first-order gradient of its own; the names, budgets and counts are the same."""
+    config = Config(purpose="probe")
+    rows = {name: stronger.sources(config, name) for name in ("diffpure", "reverse", "coup")}
+    assert rows["diffpure"].keys() == rows["reverse"].keys() == rows["coup"].keys()
+    for name in rows["coup"]:
+        budgets = {(r[name].attack, r[name].n_iter, r[name].eot, r[name].n_steps) for r in rows.values()}
+        assert len(budgets) == 1
+    assert rows["reverse"]["first_order"] == rows["reverse"]["exact"]
+    assert rows["coup"]["first_order"] != rows["coup"]["exact"]
+    assert rows["reverse"]["pgd_first_order"] == rows["reverse"]["pgd"]
+    assert {"adjoint", "bpda", "coarse"} & stronger.sources(config, "none").keys() == set()
+
+
+def test_the_full_size_is_the_fields():
+    full = Config(purpose="probe", n_iter=50, eot=20)
+    row = stronger.sources(full, "coup")
+    assert row["pgd"].n_iter == 200
+    assert [row[f"eot_{place}"].eot for place in (1, 2, 3, 4)] == [1, 5, 20, 64]
+    names = stronger.labels(full)
+    assert names["pgd"] == "PGD-200, exact" and names["eot_4"].endswith("EOT 64")
+    assert set(row) - set(names) == {"short", "quarter"}  # these two are only for the convergence check
+    assert not [label for label in names.values() if "{" in label]
+
+
+def purifier_row(**right):
+    names = ("clean", "noise", "fgsm", "exact", "short", "quarter", "restart", "square")
+    row = dict.fromkeys((*names, *stronger.CHEAPER), WRONG)
+    row |= {"clean": RIGHT, "noise": RIGHT} | right
+    return {name: score(values) for name, values in row.items()}
+
+
+SERIES = {0.0: RIGHT, 1.0: HALF, 2.0: WRONG}
+RISING = np.linspace(0, 1, 6)[:, None].repeat(40, 1)
+
+
+def failed(row, series=SERIES, losses=RISING):
+    found = stronger.checks({"coup": row}, {"coup": series}, {"coup": losses})
+    assert [check.name for check in found] == list(stronger.CHECKS)
+    return {check.name for check in found if not check.holds}
+
+
+def test_a_sound_attack_passes_every_check():
+    assert failed(purifier_row()) == set()
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [
+        ({"exact": HALF, "restart": HALF}, {"one_step", "black_box", "cheaper"}),
+        ({"short": HALF, "exact": WRONG}, {"iterations"}),
+        ({"noise": HALF}, {"noise"}),
+        ({"first_order": WRONG, "exact": HALF, "short": HALF, "restart": WRONG}, {"restarts"}),
+    ],
+)
+def test_each_check_can_fail(right, expected):
+    assert expected <= failed(purifier_row(**right))
+
+
+def test_accuracy_that_does_not_fall_and_loss_that_does_not_rise_fail():
+    assert failed(purifier_row(), series=SERIES | {2.0: HALF}) == {"eps"}  # does not reach chance
+    assert failed(purifier_row(), series={0.0: RIGHT, 1.0: WRONG, 2.0: RIGHT, 4.0: WRONG}) == {"eps"}
+    assert failed(purifier_row(), losses=RISING[::-1]) == {"loss"}
+
+
+def test_failures_are_named_with_their_meaning():
+    row = purifier_row(exact=HALF, restart=HALF, short=HALF)
+    found = stronger.checks({"coup": row}, {"coup": SERIES}, {"coup": RISING})
+    text = stronger.check_lines(found)
+    assert "*no cheaper or borrowed attack is stronger* fails for COUP (exact 50.0, " in text
+    assert "**gradient masking** in COUP" in text
+    assert stronger.check_lines([check for check in found if check.holds]).startswith("All ")
+
+
+def test_columns_shares_and_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    config = Config(purpose="probe", n_images=3, n_iter=1, eot=1, square_queries=3, n_draws=2)
+    columns = stronger.columns(config, ("none", "reverse", "coup"), verbose=False)
+    results = stronger.shares(columns)
+    for defence, row in results.items():
+        assert all(row["worst"].mean() <= score.right.mean() for score in columns[defence].values())
+        assert row["two_runs"].mean() <= min(row["exact"].mean(), row["restart"].mean())
+    assert (results["coup"]["fixed_own"] == columns["coup"]["fixed"].attack_robust).all()
+    frame = stronger.sources_table(results, config)
+    assert frame.loc["APGD-ce, BPDA", "No defence"] == "–"
+    assert frame.index[-1] == "Worst of all, per image"
+    assert list(stronger.difference_table(results, config).index) == list(frame.index)
+    assert len(stronger.decisions_table(columns, config)) == 3

@@ -1,0 +1,170 @@
+"""Sweeps of t* and λ: which values, which claims hold, and what is confirmed."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from coup_lib import paths, plots, sweeps
+from coup_lib.config import Config
+from coup_lib.outcomes import Difference
+
+N = 200
+
+
+def share(wrong):
+    """N images, the first `wrong` of them always misclassified."""
+    return (np.arange(N) >= wrong).astype(float)
+
+
+def made_up(wrong, clean=None):
+    """A sweep over 0, 1, 2, … with this many images lost in every column but "clean"."""
+    columns = ("adaptive", "first_order", "from_none", "from_reverse", "worst")
+    clean = clean or [0] * len(wrong)
+    return {
+        float(value): {"clean": share(right)} | {name: share(lost) for name in columns}
+        for value, (lost, right) in enumerate(zip(wrong, clean, strict=True))
+    }
+
+
+@pytest.fixture
+def results_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_profiles_own_value_is_swept_too():
+    config = Config(norm="l2")
+    assert sweeps.values_to_sweep(config, "t_star", [0.2, 0.05]) == [0.05, 0.075, 0.2]
+    assert sweeps.values_to_sweep(config, "guidance_weight", [2, 1, 0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("values", ["0.1,0.2", 0.1, [0.1], ["much", 1]])
+def test_what_cannot_be_swept_is_refused(values):
+    with pytest.raises(ValueError, match="t_star: expected"):
+        sweeps.values_to_sweep(Config(), "t_star", values)
+
+
+def test_bonferroni_widens_the_interval_and_keeps_the_difference():
+    right, reference = share(40), share(60)
+    one, many = (sweeps.simultaneous(right, reference, comparisons) for comparisons in (1, 6))
+    plain = Difference.of(right, reference)
+    assert (one.value, one.low, one.high) == pytest.approx((plain.value, plain.low, plain.high))
+    # z of a two-sided interval at 95 % and at 1 − 0.05/6, from a table of the normal distribution
+    assert (many.high - many.low) / (one.high - one.low) == pytest.approx(2.6383 / 1.9600, abs=1e-4)
+
+
+def test_of_equal_values_the_smallest_is_best():
+    assert sweeps.best(made_up([50, 10, 10]), "worst") == 1
+
+
+@pytest.mark.parametrize(
+    ("clean", "verdict"),
+    [([0, 10, 40], "holds"), ([40, 10, 0], "does not hold"), ([0, 0, 1], "is not decided")],
+)
+def test_accuracy_falls(clean, verdict):
+    assert sweeps.falls(made_up([9, 9, 9], clean))[0] == verdict
+
+
+def test_one_rise_on_the_way_is_enough_against_a_fall():
+    ends = made_up([9, 9, 9], [0, 80, 40])
+    assert Difference.of(ends[0]["clean"], ends[2]["clean"]).verdict == "holds"
+    assert sweeps.falls(ends)[0] == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict"),
+    [
+        ([90, 20, 10, 90], "holds"),
+        ([90, 60, 50, 10], "does not hold"),
+        ([90, 20, 10, 11], "is not decided"),
+    ],
+)
+def test_a_peak_between_the_ends(wrong, verdict):
+    found, evidence = sweeps.peaks_inside(made_up(wrong), "worst")
+    assert found == verdict
+    assert evidence.startswith("2 minus 0: +40.00 points") or verdict == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict"),
+    [([90, 10, 80], "holds"), ([90, 40, 10], "does not hold"), ([90, 10, 11], "is not decided")],
+)
+def test_one_value_is_best(wrong, verdict):
+    found, evidence = sweeps.is_best(made_up(wrong), "worst", 1.0)
+    assert found == verdict
+    assert evidence.startswith("1 minus its strongest rival, 2: ")
+
+
+def test_the_table_of_claims_judges_every_one():
+    config = Config(n_images=N)
+    times = {0.05: made_up([90])[0], 0.1: made_up([10])[0], 0.2: made_up([80])[0]}
+    weights = {0.0: made_up([10])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    text = sweeps.claim_lines(times, weights, config)
+    assert "| t* = 0.1 is best | APGD-ce, exact | **holds** | 0.1 minus its strongest rival, 0.2" in text
+    assert "| λ = 1 is best | Worst of all, per image | **does not hold** |" in text
+    assert text.count("**") == 2 * 7
+
+
+def test_masking_is_named_only_where_the_attacks_disagree():
+    config = Config(n_images=N)
+    weights = {0.0: made_up([40])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    text = sweeps.guidance_line(weights, config)
+    assert "λ = 4 minus λ = 0): APGD-ce, exact: **does not hold** (-25.00" in text
+    assert "worse guide" not in text
+    weights[4.0]["adaptive"] = share(0)
+    assert sweeps.guidance_line(weights, config).endswith("a worse guide for attacks.")
+
+
+def test_a_choice_changes_one_setting_and_is_compared_with_the_papers():
+    config = Config(n_images=N, split="validation")
+    times = {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
+    weights = {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    chosen = sweeps.choices(times, weights, config)
+    assert [(each.t_star, each.guidance_weight) for each in chosen.values()] == [(0.1, 1), (0.2, 1), (0.1, 1)]
+    confirmed = {
+        label: (each, row)
+        for (label, each), row in zip(chosen.items(), (times[0.1], times[0.2], weights[1]), strict=True)
+    }
+    frame = sweeps.confirmation_table(confirmed)
+    column = "Minus the paper's: Worst of all, per image"
+    assert frame[column].str[:6].tolist() == ["–", "+15.00", "–"]
+    assert set(frame["n"]) == {str(N)}
+    first, second = sweeps.confirmation_lines(confirmed).splitlines()
+    assert "t* = 0.2, λ = 1" in first and "**holds** (+15.00 points" in first
+    assert second.endswith("is the paper's own setting.")
+
+
+def test_without_guidance_coup_is_reverse_only(results_folder):
+    config = Config(n_images=4, n_draws=2)
+    found = sweeps.sweep(config, "guidance_weight", [0.0, 1.0])
+    assert (found[0]["adaptive"] == found[0]["from_reverse"]).all()
+    names = {path.name for path in results_folder.rglob("score-*.json")}
+    assert any(name.startswith("score-reverse-on-") for name in names)
+    frame = sweeps.numbers(found, config, "guidance_weight")
+    assert frame.groupby("guidance_weight")["defence"].unique().map(list).tolist() == [["reverse"], ["coup"]]
+    assert len(sweeps.sweep_table(found, config, "guidance_weight")) == 2
+
+
+def test_the_figure_rings_the_best_and_marks_the_papers_choice():
+    config = Config(n_images=N)
+    times = {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
+    weights = {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    figure = sweeps.figure(times, times, weights, config)
+    left, right = figure.axes
+    for axes, height in ((left, 95), (right, 80)):
+        rings = [item.get_offsets()[0, 1] for item in axes.collections if hasattr(item, "get_sizes")]
+        assert [ring for ring in rings if ring] == pytest.approx([height, height])
+    assert [text.get_text() for text in right.get_xticklabels()] == ["0", "1", "4"]
+    texts = [text.get_text() for text in left.texts]
+    assert {"clean", "exact", "first-order", "worst of all", "the paper's"} < set(texts)
+    plt.close(figure)
+    assert "t* = 0.2 and λ = 1" in sweeps.figure_caption(times, weights, config)
+
+
+def test_error_bars_reach_the_ends_of_the_interval():
+    heights, errors = plots.bars([share(20), share(200)])
+    assert heights.tolist() == [90, 0]
+    accuracy = sweeps.Accuracy.of(share(20))
+    assert heights[0] - errors[0, 0] == pytest.approx(accuracy.low)
+    assert heights[0] + errors[1, 0] == pytest.approx(accuracy.high)
+    assert errors[0, 1] == pytest.approx(0, abs=1e-9)
