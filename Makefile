@@ -9,8 +9,8 @@ PYTHON ?= python3
 BUDGET ?= quick
 BIN := .venv/bin
 DONE := build/done-$(BUDGET)
-# results/, figures/ and notebooks/ hold the full run. A reproduction computes its own, here, and compares at
-# the end; run it again after a kill and it goes on where it stopped.
+# results/, figures/ and notebooks/ hold what is committed. A reproduction computes its own, here, and compares
+# at the end; run it again after a kill and it goes on where it stopped.
 RESULTS ?= $(if $(filter full,$(BUDGET)),results,build/reproduced/results)
 FIGURES ?= $(if $(filter full,$(BUDGET)),figures,build/reproduced/figures)
 # Two notebooks run at a time; threads beyond a process's share make small networks slower, not faster.
@@ -25,7 +25,7 @@ reproduce: run
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
-	@cp build/notebooks-full/0*[a-z].ipynb notebooks/
+	@cp $(patsubst %,build/notebooks-full/%.ipynb,$(filter-out %@l2,$(NOTEBOOKS)) 09_report) notebooks/
 
 setup: .venv/installed
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +13,7 @@ from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluate import CLEAN, Evaluation, Source
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
-from coup_lib.plots import COLOURS, PALETTE, bars
+from coup_lib.plots import COLOURS, MARKERS, PALETTE, bars
 
 BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
@@ -22,7 +23,7 @@ SOURCES = {
     "exact": "APGD-ce, exact",
     "first_order": "APGD-ce, first-order",
     "margin": "APGD on the margin, exact",
-    "warm": "APGD-ce, first-order, from the undefended's images",
+    "warm": "APGD-ce, first-order, warm start",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse-only",
     "from_diffpure": "Transfer from DiffPure",
@@ -156,21 +157,21 @@ def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
     shares = worst(found)
     columns = SOURCES | {"worst": "Worst of all, per image"}
     figure, axes = plt.subplots(figsize=(9.5, 4.0))
-    colours = {"reverse": COLOURS["reverse"], "coup": COLOURS["coup"], "averaged": PALETTE[5]}
+    looks = {name: (COLOURS[name], MARKERS[name]) for name in RIVALS} | {"averaged": (PALETTE[5], "p")}
     offsets = np.linspace(-0.24, 0.24, len(found))
-    for offset, marker, (setting, row) in zip(offsets, "sDo^", found.items(), strict=False):
+    for offset, (setting, row) in zip(offsets, found.items(), strict=True):
         right = [row[name].right if name in row else shares[setting] for name in columns]
-        is_paper = setting.defence in colours
+        colour, marker = looks.get(setting.defence, (PALETTE[3], "^"))
         axes.errorbar(
             np.arange(len(columns)) + offset,
             *bars(right),
             fmt=marker,
-            color=colours[setting.defence] if is_paper else PALETTE[3],
+            color=colour,
             label=str(setting),
             markersize=5,
             capsize=2.5,
         )
-    wrapped = [label.replace(", ", ",\n").replace(" from ", "\nfrom ") for label in columns.values()]
+    wrapped = [fill(label, 12, break_on_hyphens=False) for label in columns.values()]
     axes.set_xticks(range(len(columns)), wrapped, fontsize="small")
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
@@ -206,7 +207,7 @@ def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting)
     )
     if PURIFIERS[winner.defence].robust_guide:
         closing += (
-            " Its guide was adversarially trained in the norm of the attack, so it knows more than "
-            "reverse-only does: this is no longer a defence that assumes nothing of the attack."
+            f" The guide of “{winner}” was adversarially trained in the norm of the attack: it is not a "
+            "defence that assumes nothing of the attack."
         )
     return "\n".join([f"n = {gain.n}, paired 95 % intervals:", "", *lines, "", closing])

@@ -66,7 +66,9 @@ def test_the_verdict_says_what_the_interval_says(found):
         better, Setting("smoothed", 1.0)
     )
     robust = {Setting("reverse"): row(exact=0), Setting("robust-guide", 1.0): row()}
-    assert "adversarially trained in the norm" in beyond.verdict_lines(robust, Setting("robust-guide", 1.0))
+    assert "was adversarially trained in the norm" in beyond.verdict_lines(
+        robust, Setting("robust-guide", 1.0)
+    )
 
 
 def test_tables_and_figures_have_every_setting(found):
