@@ -455,8 +455,9 @@ def _slope_line(found: Mapping[str, Mapping[str, np.ndarray]], statistics: Mappi
     )
     if wrong and mended and closer:
         return text_ + (
-            " This is the reason. COUP's guidance is the gradient of log max p: it **jumps** where the "
-            f"classifier changes its mind, as it does on {statistics['switched'].mean():.0%} of the paths. "
+            " The numbers support this reason. COUP's guidance is the gradient of log max p: it **jumps** "
+            "where the classifier changes its mind, as it does on "
+            f"{statistics['switched'].mean():.0%} of the paths. "
             "Between the jumps log max p is concave, so the second-order term damps (flipped: magnifies) "
             "just the directions that lead to another class; the jump at the boundary gives it back, but no "
             "derivative of a path ever sees a jump, with however many draws: the mean of the gradients is "
@@ -661,7 +662,7 @@ def mechanism_figure(
     )
     for letter, axes, title in zip("abcdefgh", panels, titles, strict=True):
         axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
-    panels[0].legend(loc="upper left", fontsize="small", title="hollow: smoothed max", title_fontsize="small")
+    panels[0].legend(loc="lower left", fontsize="small", title="hollow: smoothed max", title_fontsize="small")
     panels[6].legend(loc="best", fontsize="small")
     panels[7].legend(loc="best", fontsize="small")
     return figure
