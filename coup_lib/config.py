@@ -150,7 +150,7 @@ PROFILES = {
             "sweep": {
                 "smoke": SMOKE,
                 "quick": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
-                "full": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
+                "full": Budget(n_images=512, n_iter=30, eot=8, n_targets=9, square_queries=2000),
             },
             "search": {
                 "smoke": SMOKE,
