@@ -85,31 +85,34 @@ class Attack:
         elif self.name == "noise":
             shift = torch.randn_like(x)
             x_adv = (x + self.eps * (shift.sign() if self.norm == "Linf" else _unit(shift))).clamp(0, 1)
-        elif self.name in ("fgsm", "pgd"):
+        elif self.name == "fgsm":
+            x_adv = self._climb(x, self._gradient(model).mean_gradient(x, y)[0], x, self.eps)
+        elif self.name == "pgd":
             x_adv = self._pgd(model, x, y, start)
         else:
             return self._apgd(model, x, y, start, listener)
         return x_adv, x_adv
 
     def _pgd(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> Tensor:
-        """Steps along the sign (L2: the unit vector) of the mean gradient; the point of highest mean loss.
-
-        One step is FGSM: from the image itself to the surface. More begin at a random point.
-        """
-        gradient = BatchedEOT(model, self.eot, self.max_batch, cross_entropy)
-        single = self.name == "fgsm"
-        step, n_iter = (self.eps, 1) if single else (PGD_STEP * self.eps, self.n_iter)
-        noise = self.eps * (2 * torch.rand_like(x) - 1)
-        x_adv = x if single else project(x + noise if start is None else start, x, self.norm, self.eps)
+        """The point of highest mean loss on a climb from a random point, or from `start`."""
+        gradient, noise = self._gradient(model), self.eps * (2 * torch.rand_like(x) - 1)
+        x_adv = project(x + noise if start is None else start, x, self.norm, self.eps)
         best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
-        for _ in range(n_iter):
+        for _ in range(self.n_iter):
             slope, loss = gradient.mean_gradient(x_adv, y)
             best = torch.where((loss > highest).reshape(-1, 1, 1, 1), x_adv, best)
             highest = torch.maximum(loss, highest)
-            direction = slope.sign() if self.norm == "Linf" else _unit(slope)
-            x_adv = project(x_adv + step * direction, x, self.norm, self.eps)
-        loss = gradient.mean_gradient(x_adv, y)[1] if not single else highest + 1
+            x_adv = self._climb(x_adv, slope, x, PGD_STEP * self.eps)
+        loss = gradient.mean_gradient(x_adv, y)[1]
         return torch.where((loss > highest).reshape(-1, 1, 1, 1), x_adv, best)
+
+    def _gradient(self, model: nn.Module) -> "BatchedEOT":
+        return BatchedEOT(model, self.eot, self.max_batch, cross_entropy)
+
+    def _climb(self, x_adv: Tensor, slope: Tensor, x: Tensor, step: float) -> Tensor:
+        """A step along the sign of the slope (L2: its unit vector), kept in the ball around x."""
+        direction = slope.sign() if self.norm == "Linf" else _unit(slope)
+        return project(x_adv + step * direction, x, self.norm, self.eps)
 
     def _apgd(
         self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, listener: "_Listener"

@@ -57,12 +57,11 @@ def rules(purifications: int) -> dict[str, str]:
 
 def decided(score: Score, rule: str) -> np.ndarray:
     """The share of right decisions per image, (n,): of single draws, or 0 or 1 where all draws decide."""
-    if rule == "single":
-        return score.right
-    if rule == "averaged":
-        return (score.average == score.labels).astype(float)
-    votes = np.array([np.bincount(row).argmax() for row in score.report])
-    return (votes == score.labels).astype(float)
+    return {
+        "single": score.right,
+        "averaged": score.average_right,
+        "majority": score.majority_right,
+    }[rule]
 
 
 def by_rule(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Shares]:

@@ -78,6 +78,17 @@ class Score:
         return (self.report == self.labels[:, None]).mean(1)
 
     @property
+    def majority_right(self) -> np.ndarray:
+        """Whether the most frequent class is right (ties go to the smaller class index), (n,), 0 or 1."""
+        votes = np.array([np.bincount(row).argmax() for row in self.report])
+        return (votes == self.labels).astype(float)
+
+    @property
+    def average_right(self) -> np.ndarray:
+        """Whether the mean of the logits is right, (n,), 0 or 1."""
+        return (self.average == self.labels).astype(float)
+
+    @property
     def mean(self) -> Accuracy:
         """Accuracy of a single draw, averaged over the draws."""
         return Accuracy.of(self.right)
@@ -90,13 +101,12 @@ class Score:
     @property
     def majority(self) -> Accuracy:
         """An image counts if the most frequent class is right (ties go to the smaller class index)."""
-        votes = np.array([np.bincount(row).argmax() for row in self.report])
-        return Accuracy.of((votes == self.labels).astype(float))
+        return Accuracy.of(self.majority_right)
 
     @property
     def averaged(self) -> Accuracy:
         """An image counts if the mean of the logits over the draws is right."""
-        return Accuracy.of((self.average == self.labels).astype(float))
+        return Accuracy.of(self.average_right)
 
     def summary(self) -> dict[str, Any]:
         """Every way of counting, as plain numbers for a record."""

@@ -57,6 +57,15 @@ def level(where: str, what: str, reported: float, share: np.ndarray, worst: np.n
     return Line(where, what, f"{reported:.2f}", str(here), here.n, LEVEL, strongest)
 
 
+def quoted(where: str, rows: Sequence[paper.Reported]) -> list[Line]:
+    """Rows that the paper takes from the literature: accuracy and robustness, a line each."""
+    return [
+        Line(where, f"{row.defence}: {what}", f"{value:.2f}", verdict=QUOTED)
+        for row in rows
+        for what, value in (("accuracy", row.accuracy), ("robustness", row.robustness))
+    ]
+
+
 def claim(where: str, gap: Gap) -> Line:
     """A claimed difference beside ours, with its verdict."""
     reported = "larger" if gap.reported is None else f"{gap.reported:+.2f} points"
@@ -68,10 +77,7 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     """Table 1 or 2, by the norm of the configuration of notebook 04."""
     where = paper.TITLES[config.norm].split(":")[0]
     results = tables.shares(Evaluation(config).columns(PAPER, autoattack=True))
-    lines, norm = [], config.norm_label
-    for row in paper.LITERATURE[config.norm]:
-        lines.append(Line(where, f"{row.defence}: accuracy", f"{row.accuracy:.2f}", verdict=QUOTED))
-        lines.append(Line(where, f"{row.defence}: robustness", f"{row.robustness:.2f}", verdict=QUOTED))
+    lines, norm = quoted(where, paper.LITERATURE[config.norm]), config.norm_label
     for name, row in paper.PURIFIERS[config.norm].items():
         found = results[name]
         lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
@@ -119,10 +125,7 @@ def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
     counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
     rows = {defence: bpda.sources(defence, bpda.EOT_COUNTS, config.eot) for defence in PAPER}
     results = bpda.by_rule(Evaluation(counted).scores(rows))["single"]
-    lines = []
-    for row in paper.BPDA_LITERATURE:
-        lines.append(Line(where, f"{row.defence}: accuracy", f"{row.accuracy:.2f}", verdict=QUOTED))
-        lines.append(Line(where, f"{row.defence}: robustness", f"{row.robustness:.2f}", verdict=QUOTED))
+    lines = quoted(where, paper.BPDA_LITERATURE)
     for name, row in paper.BPDA.items():
         found = results[name]
         lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))

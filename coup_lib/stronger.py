@@ -17,7 +17,7 @@ from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
-from coup_lib.plots import COLOURS, MARKERS
+from coup_lib.plots import COLOURS, MARKERS, bars
 from coup_lib.stats import Z_95
 
 Columns = dict[str, dict[str, Score]]
@@ -399,9 +399,7 @@ def sources_panel(
     for offset, defence in zip(offsets, defences, strict=True):
         shares = results[defence]
         places = [place for place, name in enumerate(rows) if name in shares]
-        points = [Accuracy.of(shares[name]) for name in rows if name in shares]
-        values = np.array([point.value for point in points])
-        errors = [values - [point.low for point in points], [point.high for point in points] - values]
+        values, errors = bars([shares[name] for name in rows if name in shares])
         axes.errorbar(
             values,
             np.array(places) + offset,
@@ -437,13 +435,9 @@ def points_panel(
     at = np.array(range(len(keys)) if places is None else places, dtype=float)
     widths = np.diff(at, append=at[-1] + (at[-1] - at[-2] if len(at) > 1 else 1))
     for number, (defence, row) in enumerate(results.items()):
-        points = [Accuracy.of(row[key]) for key in keys]
-        values = np.array([point.value for point in points])
-        errors = [values - [point.low for point in points], [point.high for point in points] - values]
         axes.errorbar(
             at + 0.07 * (number - (len(results) - 1) / 2) * widths.min(),
-            values,
-            errors,
+            *bars([row[key] for key in keys]),
             fmt=MARKERS[defence] + style,
             color=COLOURS[defence],
             label=LABELS[defence],
