@@ -1,20 +1,27 @@
-"""Trained weights in the package: written whole or not at all, read only if their SHA-256 is as recorded."""
+"""Trained weights in the package: written whole or not at all, read only if their SHA-256 is as recorded.
+
+And weights that others published: put into a network only if they fit it.
+"""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from coup_lib.files import write_atomically
 from coup_lib.networks import build_network
 from coup_lib.paths import WEIGHTS
 
 SUMS = "SHA256SUMS"
+WRAPPERS = ("state_dict", "model", "net")  # the keys under which training scripts save the weights
+PREFIXES = ("module.", "model.")  # what DataParallel and wrapped models put before each key
 
 
 class CheckpointError(RuntimeError):
-    """A weights file is not the one that was published."""
+    """Weights are not the ones that were published, or do not fit their network."""
 
 
 def load_network(profile_dataset: str, name: str, *, folder: Path = WEIGHTS) -> nn.Module:
@@ -62,6 +69,70 @@ def read_sums(folder: Path = WEIGHTS) -> dict[str, str]:
     """The digest of each file, named relative to folder, as sha256sum writes them."""
     lines = (folder / SUMS).read_text().splitlines()
     return {file: digest for digest, file in (line.split(maxsplit=1) for line in lines)}
+
+
+def load_state(network: nn.Module, state: Mapping[str, Any], where: str) -> nn.Module:
+    """The network with the weights of a loaded checkpoint, in eval mode and with requires_grad off.
+
+    One level of {"state_dict": ...}, {"model": ...} or {"net": ...} is unwrapped, and the prefixes "module."
+    and "model." are taken off when all keys have them and none of the network's does. Only BatchNorm's
+    num_batches_tracked, which old files lack and eval mode ignores, may be missing.
+
+    Args:
+        state: what torch.load(..., weights_only=True) gave.
+        where: the file's name, for the message.
+
+    Raises:
+        CheckpointError: for anything but names and weights, and for weights that do not fit, naming the first
+            missing, the first unexpected and the first misshapen key.
+    """
+    own, given = network.state_dict(), _weights(state, where)
+    while prefix := _spare_prefix(given, own):
+        given = {key.removeprefix(prefix): value for key, value in given.items()}
+    if misfits := _misfits(own, given):
+        raise CheckpointError(f"{where} does not fit {type(network).__name__}: {'; '.join(misfits)}")
+    network.load_state_dict(own | given)
+    return network.eval().requires_grad_(False)
+
+
+def _weights(state: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The state without its wrapper."""
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{where}: expected a mapping of names to weights, got {_described(state)}")
+    return dict(state)
+
+
+def _spare_prefix(given: Mapping[str, Any], own: Mapping[str, Tensor]) -> str | None:
+    """The prefix that all of the given keys have and none of the network's."""
+    for prefix in PREFIXES:
+        spare = given and not any(key.startswith(prefix) for key in own)
+        if spare and all(key.startswith(prefix) for key in given):
+            return prefix
+    return None
+
+
+def _misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
+    """A phrase for each way in which the given weights do not fit."""
+    keys = {
+        "missing": [key for key in own if key not in given and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in given if key not in own],
+        "misshapen": [key for key in own if key in given and _described(own[key]) != _described(given[key])],
+    }
+    return [
+        f"{len(names)} {kind}, the first {names[0]}: "
+        f"expected {_described(own.get(names[0]))}, got {_described(given.get(names[0]))}"
+        for kind, names in keys.items()
+        if names
+    ]
+
+
+def _described(value: Any) -> str:
+    """What is at a key, as far as it matters for fitting."""
+    if value is None:
+        return "nothing"
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _relative(path: Path, folder: Path) -> str:

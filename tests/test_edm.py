@@ -1,0 +1,336 @@
+"""EDM's denoiser against the published one (tests/parity); scores as denoisers and the other way round."""
+
+import hashlib
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coup_lib.checkpoints import CheckpointError
+from coup_lib.edm import (
+    Denoiser,
+    EDMNetwork,
+    Preconditioning,
+    edm_cifar,
+    edm_preconditioning,
+    load_edm,
+    vp_cifar,
+    vp_preconditioning,
+)
+from coup_lib.score import DenoisedScore, ScoreDenoiser
+from coup_lib.sde import VPSDE, per_image
+
+PARITY = Path(__file__).parent / "parity"
+PRECONDITIONINGS = {"edm": edm_preconditioning, "vp": vp_preconditioning}
+TIGHT = 1e-5  # relative L2
+# The fixtures' weights: drawn with this seed, of this digest over the raw bytes in the order of the keys.
+WEIGHT_SEED, WEIGHT_SHA256 = 1700, "c637451b1797a41b4881a25b1157373b0dee0feb5a52fbfe3175f6c907af234d"
+both = pytest.mark.parametrize("name", PRECONDITIONINGS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def manifest(start: str) -> dict[str, Any]:
+    """Of the model whose description starts so."""
+    models = json.loads((PARITY / "edm_manifests.json").read_text())["models"]
+    (found,) = (model for description, model in models.items() if description.startswith(start))
+    return found
+
+
+@cache
+def published(name: str) -> dict[str, Tensor]:
+    with np.load(PARITY / f"edm_reduced_{name}_io.npz") as file:
+        return {key: torch.from_numpy(value) for key, value in file.items()}
+
+
+@cache
+def weights() -> dict[str, Tensor]:
+    """The weights that the fixtures were made with: drawn in order from NumPy's legacy generator."""
+    generator, state = np.random.RandomState(WEIGHT_SEED), {}
+    for key, shape, *_ in manifest("reduced edm")["keys"]:
+        z = generator.standard_normal(int(np.prod(shape))).astype(np.float32).reshape(shape)
+        if key.endswith("resample_filter"):
+            z = np.full(shape, 0.25, np.float32)
+        elif key.endswith("bias"):
+            z = np.float32(0.1) * z
+        elif len(shape) == 1:
+            z = 1 + np.float32(0.1) * z
+        else:
+            z = z * np.float32(1 / np.sqrt(np.prod(shape[1:])))
+        state[key] = torch.from_numpy(z)
+    return state
+
+
+def fresh(precondition: Preconditioning = edm_preconditioning, **changes: Any) -> Denoiser:
+    return Denoiser(EDMNetwork(**{"width": 16, "blocks": 1} | changes), precondition)
+
+
+def reduced(name: str = "edm", dtype: torch.dtype = torch.float32) -> Denoiser:
+    return load_edm(weights(), fresh(PRECONDITIONINGS[name])).to(dtype)
+
+
+def off(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours - theirs‖ / ‖theirs‖."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def random_like(x: Tensor, seed: int) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("start", "build"),
+    [("EDMPrecond", edm_cifar), ("VPPrecond", vp_cifar), ("reduced edm", fresh), ("reduced vp", fresh)],
+)
+def test_keys_shapes_and_order_are_the_published_ones(start, build):
+    with torch.device("meta"):
+        denoiser = build()
+    parameters = {key for key, _ in denoiser.named_parameters()}
+    ours = [
+        [key, list(value.shape), f"{value.dtype}"[6:], "parameter" if key in parameters else "buffer"]
+        for key, value in denoiser.state_dict().items()
+    ]
+    assert ours == manifest(start)["keys"]
+    assert sum(p.numel() for p in denoiser.parameters()) == manifest(start)["n_parameters"]
+
+
+def test_the_weights_are_those_of_the_fixtures():
+    digest = hashlib.sha256()
+    for value in weights().values():
+        digest.update(value.numpy())
+    assert digest.hexdigest() == WEIGHT_SHA256
+
+
+@both
+def test_network(name):
+    theirs = published(name)
+    assert off(reduced(name).model(theirs["raw_x"], theirs["raw_c_noise"]), theirs["raw_F"]) < TIGHT
+
+
+@both
+def test_denoised(name):
+    """Also of what is taken away: at σ = 0.01 it is 1 % of x, and has all the network's part in it."""
+    theirs, denoiser = published(name), reduced(name)
+    x, denoised = theirs["x_noisy"], theirs["denoised"]
+    ours = denoiser(x, theirs["sigma"])
+    for at, sigma in enumerate(theirs["sigma"]):
+        assert off(ours[at], denoised[at]) < TIGHT
+        assert off(ours[at] - x[at], denoised[at] - x[at]) < 1e-4
+        torch.testing.assert_close(denoiser(x[at : at + 1], sigma)[0], ours[at], rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_preconditioning_is_seen():
+    theirs = published("vp")
+    assert off(reduced("edm")(theirs["x_noisy"], theirs["sigma"]), theirs["denoised"]) > 0.01
+
+
+def test_sigma_and_time_of_the_vp_preconditioning():
+    """Upstream's formulas cancel in float32: 1 is added to σ², and taken away again."""
+    theirs, sde = {key: value.double() for key, value in published("vp").items()}, VPSDE()
+    sigma = sde.std(theirs["t"]) / sde.mean_coeff(theirs["t"])
+    lost = 1e-7 / sigma**2 + 1e-6
+    assert ((theirs["sigma_of_t"] / sigma - 1).abs() < lost).all()
+    t = sde.time_at(theirs["sigma_of_t"])
+    assert ((theirs["t_of_sigma"] / t - 1).abs() < lost).all()
+    torch.testing.assert_close(vp_preconditioning(theirs["sigma_of_t"])[3], 999 * t)
+
+
+@both
+def test_double_precision(name):
+    """In float64 the same function, nearer to it than float32 is."""
+    theirs, denoiser = published(name), reduced(name, torch.float64)
+    ours = denoiser(theirs["x_noisy"].double(), theirs["sigma"].double())
+    assert ours.dtype == torch.float64
+    assert off(ours, theirs["denoised"]) < TIGHT
+
+
+@both
+def test_first_and_second_derivative(name):
+    """A vector-Jacobian and a Hessian-vector product of a frozen denoiser, by central differences."""
+    denoiser = reduced(name, torch.float64)
+    x, sigma = published(name)["x_noisy"][2:].double(), torch.tensor([0.34, 1.0], dtype=torch.float64)
+    v, direction, h = random_like(x, 1), random_like(x, 2), 1e-5
+    ahead, behind = (x + step * direction for step in (h, -h))
+
+    def objective(x: Tensor) -> Tensor:
+        return (denoiser(x, sigma) * v).sum()
+
+    def gradient(x: Tensor, create_graph: bool = False) -> Tensor:
+        x = x if create_graph else x.detach().requires_grad_()
+        return torch.autograd.grad(objective(x), x, create_graph=create_graph)[0]
+
+    slope = (objective(ahead) - objective(behind)) / (2 * h)
+    assert float(slope) == pytest.approx(float((gradient(x) * direction).sum()), rel=1e-7)
+    x.requires_grad_()
+    (exact,) = torch.autograd.grad(gradient(x, create_graph=True), x, direction)
+    assert off((gradient(ahead) - gradient(behind)) / (2 * h), exact) < 1e-7
+
+
+def test_dropout_is_for_training_only():
+    theirs, denoiser = published("edm"), reduced()
+    arguments = theirs["x_noisy"], theirs["sigma"]
+    assert torch.equal(denoiser(*arguments), denoiser(*arguments))
+    denoiser.train()
+    assert not torch.equal(denoiser(*arguments), denoiser(*arguments))
+
+
+def test_other_sizes():
+    network = EDMNetwork(
+        width=8, multipliers=(1, 2), blocks=1, attention_at=(8, 4), image_size=8, channels=1, augmentations=9
+    )
+    assert Denoiser(network)(torch.zeros(2, 1, 8, 8), torch.tensor([0.1, 1.0])).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("sizes", [{"width": 18}, {"image_size": 34}])
+def test_sizes_that_cannot_be_split(sizes):
+    with pytest.raises(ValueError, match=rf"multiple of.*got.*{next(iter(sizes.values()))}"):
+        EDMNetwork(blocks=1, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma", "message"),
+    [
+        ((2, 1, 32, 32), (2,), "expected x (B, 3, 32, 32) and labels (B,); got (2, 1, 32, 32) and (2,)"),
+        ((2, 3, 28, 28), (), "expected x (B, 3, 32, 32) and labels (B,); got (2, 3, 28, 28) and (2,)"),
+        ((2, 3, 32, 32), (3,), "expected sigma () or (2,), one per image; got (3,)"),
+        ((2, 3, 32, 32), (2, 1, 1, 1), "expected sigma () or (2,), one per image; got (2, 1, 1, 1)"),
+    ],
+)
+def test_wrong_inputs(x, sigma, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fresh()(torch.zeros(x), torch.ones(sigma))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "module.model."])
+def test_prefixes_come_off(prefix):
+    state = {prefix + key.removeprefix("model."): value for key, value in weights().items()}
+    denoiser = fresh()
+    assert load_edm(state, denoiser) is denoiser
+    assert all(torch.equal(value, weights()[key]) for key, value in denoiser.state_dict().items())
+    assert not denoiser.training and not any(p.requires_grad for p in denoiser.parameters())
+
+
+def test_weights_for_augmentations_are_loaded_and_change_nothing():
+    theirs = published("edm")
+    state = {"model.map_augment.weight": torch.ones(16, 9), **weights()}
+    denoiser = load_edm(state, fresh(augmentations=9))
+    assert torch.equal(denoiser.model.map_augment.weight, torch.ones(16, 9))
+    arguments = theirs["x_noisy"], theirs["sigma"]
+    assert torch.equal(denoiser(*arguments), reduced()(*arguments))
+
+
+QKV = "model.enc.16x16_block0.qkv.weight"
+FILTER = "model.dec.32x32_up.skip.resample_filter"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({QKV: None}, r"^a\.pt .*missing.* enc\.16x16_block0\.qkv\.weight.*\(96, 32, 1, 1\), got nothing"),
+        ({"model.map_label.weight": torch.ones(16, 10)}, r"unexpected.* map_label\.weight.*\(16, 10\)"),
+        ({QKV: torch.ones(64, 32, 1, 1)}, r"qkv\.weight: .*\(96, 32, 1, 1\), got .*\(64, 32, 1, 1\)"),
+        ({FILTER: torch.ones(1, 1, 4, 4)}, r"filter: expected .*\(1, 1, 2, 2\), got .*\(1, 1, 4, 4\)"),
+    ],
+    ids=["missing", "of a conditional network", "of another shape", "of NCSN++"],
+)
+def test_a_spoilt_checkpoint_is_refused_and_changes_nothing(change, message):
+    state = {key: value for key, value in (weights() | change).items() if value is not None}
+    denoiser = fresh()
+    before = {key: value.clone() for key, value in denoiser.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_edm(state, denoiser, "a.pt")
+    assert all(torch.equal(value, before[key]) for key, value in denoiser.state_dict().items())
+
+
+def test_augmentation_weights_that_are_not_there():
+    with pytest.raises(CheckpointError, match=r"map_augment\.weight: expected .*\(16, 9\), got nothing"):
+        load_edm(weights(), fresh(augmentations=9))
+
+
+class GaussianScore(nn.Module):
+    """The score of images whose pixels are N(mean, variance), carried through the VP-SDE: t () or (B,)."""
+
+    mean, variance, sde = 0.3, 0.2, VPSDE()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        m, std = per_image(self.sde.mean_coeff(t), x), per_image(self.sde.std(t), x)
+        return (m * self.mean - x) / (m**2 * self.variance + std**2)
+
+
+class GaussianDenoiser(nn.Module):
+    """E[image | image + σ noise = x] for the same images."""
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        noise, variance = per_image(sigma, x) ** 2, GaussianScore.variance
+        return (variance * x + noise * GaussianScore.mean) / (variance + noise)
+
+
+class Wavy(nn.Module):
+    """As a score or as a denoiser: nothing in particular, but for every level another function."""
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return torch.sin(3 * x) + per_image(level, x)
+
+
+X = random_like(torch.empty(4, 3, 2, 2, dtype=torch.float64), 0)
+LEVELS = [torch.tensor([1e-3, 0.01, 0.1, 1.0], dtype=torch.float64), torch.tensor(0.07, dtype=torch.float64)]
+at_levels = pytest.mark.parametrize("level", LEVELS, ids=["per image", "for all"])
+
+
+@at_levels
+def test_denoiser_of_a_gaussian_score(level):
+    torch.testing.assert_close(ScoreDenoiser(GaussianScore())(X, 5 * level), GaussianDenoiser()(X, 5 * level))
+
+
+@at_levels
+def test_score_of_a_gaussian_denoiser(level):
+    score = DenoisedScore(GaussianDenoiser())(X, level)
+    torch.testing.assert_close(score, GaussianScore()(X, level), rtol=1e-9, atol=1e-9)
+
+
+@at_levels
+@pytest.mark.parametrize("sde", [VPSDE(), VPSDE(0.2, 5.0)], ids=["usual", "other"])
+def test_the_two_are_inverse_to_each_other(level, sde):
+    as_score = DenoisedScore(ScoreDenoiser(Wavy(), sde), sde)
+    torch.testing.assert_close(as_score(X, level), Wavy()(X, level), rtol=1e-9, atol=1e-9)
+    as_denoiser = ScoreDenoiser(DenoisedScore(Wavy(), sde), sde)
+    torch.testing.assert_close(as_denoiser(X, level), Wavy()(X, level), rtol=1e-9, atol=1e-9)
+
+
+def test_a_denoiser_of_edm_becomes_a_score():
+    """At its own σ the two say the same: the network meets the image it was published with."""
+    theirs, sde = published("vp"), VPSDE()
+    t = sde.time_at(theirs["sigma"])
+    m, std = (per_image(value, theirs["x_noisy"]) for value in (sde.mean_coeff(t), sde.std(t)))
+    score = DenoisedScore(reduced("vp"))(m * theirs["x_noisy"], t)
+    assert off(score, m * (theirs["denoised"] - theirs["x_noisy"]) / std**2) < 1e-4
+
+
+TIMES = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 61)]).double()
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VPSDE(0.2, 5.0), VPSDE(3.0, 3.0)], ids=repr)
+def test_time_at_is_the_inverse_of_std_over_mean(sde):
+    sigma = sde.std(TIMES) / sde.mean_coeff(TIMES)
+    torch.testing.assert_close(sde.time_at(sigma), TIMES, rtol=1e-14, atol=0)
+    assert sde.time_at(sigma[5]).shape == ()
+
+
+def test_time_at_keeps_its_digits_in_float32():
+    sigma = (VPSDE().std(TIMES) / VPSDE().mean_coeff(TIMES)).float()
+    exact = VPSDE().time_at(sigma.double())
+    torch.testing.assert_close(VPSDE().time_at(sigma).double(), exact, rtol=4e-7, atol=0)

@@ -1,0 +1,250 @@
+"""Wide ResNets against the published ones: manifests, and numbers on random weights (tests/parity)."""
+
+import hashlib
+import json
+import sys
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coup_lib.checkpoints import CheckpointError, load_state
+from coup_lib.guidance import gradient_of, log_confidence
+from coup_lib.wideresnet import CIFAR10_STATISTICS, WideResNet, wrn_28_10, wrn_40_2, wrn_70_16
+
+PARITY = Path(__file__).parent / "parity"
+TOLERANCE = 1e-5  # relative L2; another implementation reached 3e-7 for logits, 8e-7 for gradients
+MANIFESTS = {
+    "WideResNet-28-10 (robustbench Standard, cifar10)": wrn_28_10,
+    "WideResNet-28-10 100 classes (no robustbench Standard for cifar100; same class, num_classes=100)": (
+        lambda: wrn_28_10(100)
+    ),
+    "wrn_16_2": lambda: WideResNet(16, 2),
+    "wrn_10_1": lambda: WideResNet(10, 1),
+}
+
+
+@cache
+def manifest(name: str) -> list[tuple[str, list[int]]]:
+    """The keys and shapes of a published network, in order."""
+    files = ("wideresnet_manifests.json", "wideresnet_reduced_manifests.json")
+    models = {name: model for file in files for name, model in read_json(file)["models"].items()}
+    return [(key, shape) for key, shape, _dtype, _kind in models[name]["keys"]]
+
+
+def read_json(file: str) -> dict:
+    return json.loads((PARITY / file).read_text())
+
+
+def on_meta(build) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def layout(network: nn.Module) -> list[tuple[str, list[int]]]:
+    return [(key, list(value.shape)) for key, value in network.state_dict().items()]
+
+
+def seeded_weights(network: nn.Module, io) -> dict[str, Tensor]:
+    """The weights behind a fixture, drawn in the order of the network's keys and checked by their hash."""
+    generator = np.random.RandomState(int(io["weight_seed"]))
+    digest, weights = hashlib.sha256(), {}
+    for key, value in network.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            z = generator.standard_normal(value.numel()).astype(np.float32).reshape(value.shape)
+            weights[key] = torch.from_numpy(scaled(z, key.rpartition(".")[2]))
+            digest.update(weights[key].numpy().tobytes())
+    assert digest.hexdigest() == str(io["weights_sha256"])
+    return weights
+
+
+def scaled(z: np.ndarray, kind: str) -> np.ndarray:
+    """Standard normal numbers as weights of this kind, by the fixtures' recipe."""
+    if kind == "running_var":
+        return 1 + np.float32(0.25) * np.abs(z)
+    if kind in ("bias", "running_mean"):
+        return np.float32(0.1) * z
+    if z.ndim == 1:
+        return 1 + np.float32(0.1) * z
+    return z * np.float32(1 / np.sqrt(np.prod(z.shape[1:])))
+
+
+def off(ours: Tensor, theirs: np.ndarray) -> float:
+    """‖ours - theirs‖ / ‖theirs‖."""
+    theirs = torch.from_numpy(theirs).double()
+    return float((ours.detach().double() - theirs).norm() / theirs.norm())
+
+
+def assert_reproduces(network: nn.Module, io) -> None:
+    """Logits, their vector-Jacobian product and the gradient of log max_y p(y|x), all as published."""
+    x, v = torch.from_numpy(io["x"]), torch.from_numpy(io["grad_v"])
+    with torch.no_grad():
+        logits = network(x)
+    assert off(logits, io["logits"]) < TOLERANCE
+    assert off(logits, io["logits_float64"]) < TOLERANCE
+    assert off(gradient_of(lambda x: (network(x) * v).sum(1), x), io["grad_x"]) < TOLERANCE
+    # log_confidence takes a state in [-1, 1], in which an image moves by half as much.
+    guidance = gradient_of(lambda state: log_confidence(network, state), 2 * x - 1)
+    assert off(2 * guidance, io["conf_grad_x"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "build"), MANIFESTS.items())
+def test_keys_shapes_and_order_are_the_published_ones(name, build):
+    network = on_meta(build)
+    assert layout(network) == manifest(name)
+    assert all(value.dtype == torch.float32 for value in network.parameters())
+
+
+def test_wrn_70_16_has_the_shapes_of_robustbenchs():
+    """Its manifest is of DeepMind's variant, which names things differently and has the same tensors."""
+    published = [shape for _, shape in manifest("DMWideResNet-70-16 cifar10 (Wang2023Better_WRN-70-16)")]
+    assert [shape for _, shape in layout(on_meta(wrn_70_16))] == published
+
+
+def test_wrn_40_2_has_the_published_number_of_parameters():
+    """2,255,156: RepDistiller's wrn_40_2 with 100 classes."""
+    assert sum(value.numel() for value in on_meta(wrn_40_2).parameters()) == 2_255_156
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "widen"), [("wrn_10_1_io", 10, 1), ("wrn_28_10_seeded_io", 28, 10)]
+)
+def test_it_computes_what_the_published_network_does(name, depth, widen):
+    io, network = np.load(PARITY / f"{name}.npz"), WideResNet(depth, widen)
+    assert_reproduces(load_state(network, seeded_weights(network, io), name), io)
+
+
+@pytest.mark.skipif(not find_spec("robustbench"), reason="robustbench is not installed (an extra)")
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "classes"),
+    [
+        ("dmwrn_10_1_c10_io", 10, 1, 10),
+        ("dmwrn_10_1_c100_io", 10, 1, 100),
+        ("dmwrn_28_10_c10_seeded_io", 28, 10, 10),
+    ],
+)
+def test_robustbenchs_own_class_still_computes_what_it_did(name, depth, width, classes, monkeypatch):
+    """The architecture of Wang2023Better, which is loaded through robustbench and not written anew."""
+    # robustbench 1.1.1 depends on pyautoattack but imports autoattack.
+    monkeypatch.setitem(sys.modules, "autoattack", import_module("pyautoattack"))
+    monkeypatch.setitem(sys.modules, "autoattack.state", import_module("pyautoattack.state"))
+    dm = import_module("robustbench.model_zoo.architectures.dm_wide_resnet")
+    mean, std = (dm.CIFAR100_MEAN, dm.CIFAR100_STD) if classes == 100 else (dm.CIFAR10_MEAN, dm.CIFAR10_STD)
+    io = np.load(PARITY / f"{name}.npz")
+    network = dm.DMWideResNet(classes, depth, width, nn.SiLU, mean, std)
+    assert_reproduces(load_state(network, seeded_weights(network, io), name), io)
+
+
+def test_normalisation_is_inside_and_not_in_the_state():
+    mean, std = CIFAR10_STATISTICS
+    plain = WideResNet(10, 1)
+    normalised = load_state(WideResNet(10, 1, 10, mean, std), plain.state_dict(), "weights")
+    x = torch.rand(2, 3, 32, 32)
+    outside = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(normalised(x), plain.eval()(outside))
+
+
+def test_the_second_derivative_is_the_slope_of_the_first():
+    """Float64, a Hessian-vector product of the confidence against a difference too small to meet a kink."""
+    torch.manual_seed(0)
+    mean, std = CIFAR10_STATISTICS
+    network = WideResNet(10, 1, 10, mean, std)
+    io = np.load(PARITY / "wrn_10_1_io.npz")
+    network = load_state(network, seeded_weights(network, io), "weights").double()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64).requires_grad_()
+    v, h = torch.randn_like(x), 1e-8
+    gradient = gradient_of(lambda x: log_confidence(network, x), x)
+    exact = torch.autograd.grad(gradient, x, v)[0]
+    ahead, behind = (
+        gradient_of(lambda x: log_confidence(network, x), (x + s * h * v).detach()) for s in (1, -1)
+    )
+    assert exact.norm() > 0
+    assert (exact - (ahead - behind) / (2 * h)).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("depth", [4, 27, 32])
+def test_another_depth_is_refused(depth):
+    with pytest.raises(ValueError, match=rf"6n \+ 4.*got {depth}"):
+        WideResNet(depth, 1)
+
+
+def test_a_mean_without_a_std_is_refused():
+    with pytest.raises(ValueError, match="expected mean and std, or neither"):
+        WideResNet(10, 1, mean=(0.5, 0.5, 0.5))
+
+
+def test_load_state_freezes_in_eval_mode_and_copies_every_weight():
+    state = WideResNet(10, 1).state_dict()
+    network = load_state(WideResNet(10, 1), state, "weights")
+    assert not network.training
+    assert not any(value.requires_grad for value in network.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "model.module."])
+def test_load_state_unwraps_and_takes_prefixes_off(wrapper, prefix):
+    weights = WideResNet(10, 1).state_dict()
+    given = {prefix + key: value for key, value in weights.items()}
+    network = load_state(WideResNet(10, 1), {"epoch": 3, wrapper: given} if wrapper else given, "weights")
+    assert torch.equal(network.fc.weight, weights["fc.weight"])
+
+
+def test_load_state_leaves_a_prefix_that_is_the_networks_own():
+    inner = nn.Linear(2, 3)
+    network = load_state(
+        nn.ModuleDict({"model": nn.Linear(2, 3)}),
+        {"model.weight": inner.weight} | {"model.bias": inner.bias},
+        "weights",
+    )
+    assert torch.equal(network["model"].weight, inner.weight)
+
+
+def test_load_state_does_without_batch_counters_only():
+    weights = WideResNet(10, 1).state_dict()
+    old = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    load_state(WideResNet(10, 1), old, "weights")
+    del old["bn1.running_mean"]
+    with pytest.raises(
+        CheckpointError, match=r"1 missing, the first bn1.running_mean: expected shape \(64,\)"
+    ):
+        load_state(WideResNet(10, 1), old, "weights")
+
+
+def test_load_state_names_each_kind_of_misfit():
+    weights = WideResNet(10, 1).state_dict()
+    del weights["conv1.weight"]
+    weights |= {"fc.weight": torch.zeros(100, 64), "fc.bias": torch.zeros(100), "extra": torch.zeros(1, 2)}
+    with pytest.raises(CheckpointError) as error:
+        load_state(WideResNet(10, 1), weights, "folder/Standard.pt")
+    assert str(error.value) == (
+        "folder/Standard.pt does not fit WideResNet: "
+        "1 missing, the first conv1.weight: expected shape (16, 3, 3, 3), got nothing; "
+        "1 unexpected, the first extra: expected nothing, got shape (1, 2); "
+        "2 misshapen, the first fc.weight: expected shape (10, 64), got shape (100, 64)"
+    )
+
+
+def test_load_state_leaves_the_network_alone_when_it_refuses():
+    network = WideResNet(10, 1)
+    before = network.fc.weight.clone()
+    with pytest.raises(CheckpointError):
+        load_state(network, {"fc.weight": torch.zeros(10, 64)}, "weights")
+    assert torch.equal(network.fc.weight, before)
+
+
+@pytest.mark.parametrize(("state", "got"), [([torch.zeros(1)], "a list"), ({0: torch.zeros(1)}, "a dict")])
+def test_load_state_takes_names_and_weights_only(state, got):
+    with pytest.raises(CheckpointError, match=f"expected a mapping of names to weights, got {got}"):
+        load_state(WideResNet(10, 1), state, "weights")
+
+
+def test_load_state_refuses_what_is_no_tensor():
+    weights = WideResNet(10, 1).state_dict() | {"fc.bias": "none"}
+    with pytest.raises(CheckpointError, match=r"fc.bias: expected shape \(10,\), got a str"):
+        load_state(WideResNet(10, 1), weights, "weights")
