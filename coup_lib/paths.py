@@ -9,6 +9,8 @@ _checkout = PACKAGE.parent
 ROOT = _checkout if (_checkout / "notebooks").is_dir() else Path.cwd()
 
 SMOKE_VARIABLE = "COUP_SMOKE"
+DATA_VARIABLE = "COUP_DATA"
+MODELS_VARIABLE = "COUP_MODELS"
 
 
 def is_smoke() -> bool:
@@ -21,3 +23,19 @@ _outputs = ROOT / "build" / "smoke" if is_smoke() else ROOT
 WEIGHTS = PACKAGE / "weights"
 FIGURES = Path(os.environ.get("COUP_FIGURES", _outputs / "figures")).absolute()
 RESULTS = Path(os.environ.get("COUP_RESULTS", _outputs / "results")).absolute()
+
+
+def data_dir() -> Path:
+    """Where CIFAR lies, torchvision's root: COUP_DATA, or else a folder in the user's cache."""
+    return Path(os.environ.get(DATA_VARIABLE) or cache_dir() / "data").expanduser().absolute()
+
+
+def model_dir() -> Path:
+    """Where published networks lie, RobustBench's model_dir: COUP_MODELS, or else the folder of downloads."""
+    return Path(os.environ.get(MODELS_VARIABLE) or cache_dir()).expanduser().absolute()
+
+
+def cache_dir() -> Path:
+    """Where downloads go unless told otherwise: $TORCH_HOME/coup, $XDG_CACHE_HOME/coup or ~/.cache/coup."""
+    home = os.environ.get("TORCH_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "coup"
