@@ -12,12 +12,59 @@ from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, solve, time_grid
 
 
-class Purifier(nn.Module):
+class StochasticPurifier(nn.Module):
+    """What every purifier shares: noise of its own, and its gradient by name.
+
+    Images (B, C, H, W) in [0, 1] go in and come out. Noise comes from the purifier's own generator, never
+    from torch's global one: attacks reseed that, and would freeze the defence's noise.
+
+    Args:
+        gradient: one of `config.GRADIENTS`.
+        seed: of the purifier's generator.
+
+    Raises:
+        ValueError: for an unknown gradient.
+    """
+
+    def __init__(self, gradient: str, seed: int) -> None:
+        super().__init__()
+        self.gradient = choice("gradient", gradient, GRADIENTS)
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Start the purifier's own generator anew."""
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Purify x (B, C, H, W) in [0, 1]; seeds (B,) int64 fix each image's noise, else it is fresh.
+
+        One seed gives one image the same noise in whatever batch, place and precision.
+        """
+        noise = self._noise(x, seeds)
+        if self.gradient == "bpda":
+            with torch.no_grad():
+                purified = self._run(x, noise)
+            return x + (purified - x).detach()
+        return self._run(x, noise)
+
+    def _noise(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(x),), generator=self._generator)
+        return self._draw(x, seeds)
+
+    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """All noise that purifying x takes, the image's at place b from seeds[b] alone."""
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, noise: Tensor) -> Tensor:
+        """The purified x, differentiable as `gradient` says ("bpda" is not asked)."""
+        raise NotImplementedError
+
+
+class Purifier(StochasticPurifier):
     """The reverse-time SDE run straight from the image ("COUP w/o guidance"; with a `Guided` score, COUP).
 
-    Images (B, C, H, W) in [0, 1] go in and come out; the SDE lives in [-1, 1]. The result is clamped, as in
-    the COUP release. Noise comes from the purifier's own generator, never from torch's global one: attacks
-    reseed that, and would freeze the defence's noise.
+    The SDE lives in [-1, 1]. The result is clamped, as in the COUP release.
 
     Args:
         score: s(x, t) on states.
@@ -42,28 +89,10 @@ class Purifier(nn.Module):
         sde: VPSDE | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.gradient = choice("gradient", gradient, GRADIENTS)
+        super().__init__(gradient, seed)
         self.score, self.sde = score.eval().requires_grad_(False), sde or VPSDE()
         self.t_star, self.n_steps = t_star, n_steps
         self.times = time_grid(t_star, n_steps)
-        self.reseed(seed)
-
-    def reseed(self, seed: int) -> None:
-        """Start the purifier's own generator anew."""
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Purify x (B, C, H, W) in [0, 1]; seeds (B,) int64 fix each image's noise, else it is fresh.
-
-        One seed gives one image the same noise in whatever batch, place and precision.
-        """
-        noise = self._noise(x, seeds)
-        if self.gradient == "bpda":
-            with torch.no_grad():
-                purified = self._run(x, noise)
-            return x + (purified - x).detach()
-        return self._run(x, noise)
 
     def trajectory(
         self, x: Tensor, callback: Callback, *, brownian: bool = True, seeds: Tensor | None = None
@@ -87,10 +116,8 @@ class Purifier(nn.Module):
         gradient = "exact" if self.gradient == "bpda" else self.gradient
         return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, noise[1:]))
 
-    def _noise(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
         """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""
-        if seeds is None:
-            seeds = torch.randint(2**62, (len(x),), generator=self._generator)
         return standard_normal(seeds, self.n_steps + 1, x)
 
     def extra_repr(self) -> str:
@@ -115,10 +142,10 @@ class Purified(nn.Module):
     The networks are put into eval mode and frozen: what is differentiated is the input.
     """
 
-    def __init__(self, classifier: nn.Module, purifier: Purifier) -> None:
+    def __init__(self, classifier: nn.Module, purifier: StochasticPurifier) -> None:
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
-        self.purifier = purifier
+        self.purifier: Any = purifier  # what more it can do than purify depends on its kind
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Logits of the purified x; `seeds` as in `Purifier.forward`."""
@@ -158,17 +185,14 @@ def coup(classifier: nn.Module, score: nn.Module, guidance_weight: float = 1.0, 
 def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
     """(n, *like.shape) standard normal noise, the image at place b drawn from seeds[b] alone.
 
-    Drawn in float32 and then cast, so that a seed means the same noise in every precision.
+    Drawn in float32 on the CPU and then cast, so that a seed means the same noise on every device and in
+    every precision.
 
     Raises:
         ValueError: unless there is one seed per image.
     """
     if seeds.shape != like.shape[:1]:
         raise ValueError(f"seeds: expected one per image, shape ({len(like)},); got {tuple(seeds.shape)}")
-    generator = torch.Generator(like.device)
-    shape = (n, *like.shape[1:])
-    draws = [
-        torch.randn(shape, generator=generator.manual_seed(seed), device=like.device)
-        for seed in seeds.tolist()
-    ]
-    return torch.stack(draws, dim=1).to(like.dtype)
+    generator, shape = torch.Generator(), (n, *like.shape[1:])
+    draws = [torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
+    return torch.stack(draws, dim=1).to(like)
