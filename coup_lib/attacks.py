@@ -191,7 +191,7 @@ class BatchedEOT:
     def predict(self, x: Tensor) -> Tensor:
         """Logits (n, K) of one draw."""
         with torch.no_grad():
-            return self.model(x)
+            return torch.cat([self.model(part) for part in x.split(self.max_batch)])
 
     def get_logits_loss_grad_xent(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (n, K), loss (n,) and its mean gradient, like x, under the name that APGD calls for "ce"."""
@@ -211,14 +211,21 @@ class BatchedEOT:
         draws_at_once = max(1, self.max_batch // len(x))
         for first in range(0, self.eot, draws_at_once):
             draws = min(draws_at_once, self.eot - first)
-            repeated = x.detach().repeat(draws, 1, 1, 1).requires_grad_()
-            with torch.enable_grad():
-                logits = self.model(repeated)
-                loss = self.loss(logits, y.repeat(draws))
-                (gradient,) = torch.autograd.grad(loss.sum(), repeated)
+            rows = x.detach().repeat(draws, 1, 1, 1), y.repeat(draws)
+            parts = zip(*(values.split(self.max_batch) for values in rows), strict=True)
+            logits, loss, gradient = map(torch.cat, zip(*(self._one(*part) for part in parts), strict=True))
             total += gradient.reshape(draws, *x.shape).sum(0)
-            losses.append(loss.detach().reshape(draws, -1))
-        return logits[-len(x) :].detach(), torch.cat(losses), total / self.eot
+            losses.append(loss.reshape(draws, -1))
+        return logits[-len(x) :], torch.cat(losses), total / self.eot
+
+    def _one(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, losses, gradient) of one draw for each x, in one call."""
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            logits = self.model(x)
+            loss = self.loss(logits, y)
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+        return logits.detach(), loss.detach(), gradient
 
 
 def autoattack_class() -> type:

@@ -138,7 +138,7 @@ def numbers(results: Mapping[str, Shares], headings: Mapping[str, str], config: 
 def caption(eot: int, config: Config) -> str:
     """What stands behind the numbers."""
     return (
-        f"{config.profile}, {config.split} split, {config.sizes.classifiers[0]}; {config.norm_label}, "
+        f"{config.profile}, {config.split} split, {config.classifier}; {config.norm_label}, "
         f"eps = {config.eps:g}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; PGD-{N_ITER} with the paper's ratio of step to eps, "
         f"BPDA with {eot} EOT draws where nothing else is said; n = {config.n_images}, seed {config.seed}. "

@@ -131,7 +131,7 @@ def case_study(config: Config, shown: int = 3) -> CaseStudy:
     brownian = evaluation.run({"reverse": [source]})["reverse"][source].right
 
     def compute() -> dict[str, Any]:
-        x_adv = torch.from_numpy(evaluation.attack(source)["arrays"]["x_adv"])
+        x_adv = evaluation.x_adv(source)
         return _measure(evaluation, x_adv, shown)
 
     name, attack = evaluation.attack_settings(source)
@@ -173,8 +173,8 @@ def _measure(evaluation: Evaluation, x_adv: Tensor, shown: int) -> dict[str, Any
         "times": defences["reverse"].purifier.times.tolist(),
     }
     for name in PATHS:
-        values[f"p_true_{name}"] = paths[name][:, bad, labels[bad]].numpy()
-        values[f"p_adv_{name}"] = paths[name][:, bad, adversarial[bad]].numpy()
+        values[f"p_true_{name}"] = paths[name][:, bad, labels[bad]].cpu().numpy()
+        values[f"p_adv_{name}"] = paths[name][:, bad, adversarial[bad]].cpu().numpy()
     return values | _strips(defences, x, x_adv, index)
 
 
@@ -192,11 +192,11 @@ def _strips(defences: dict[str, Purified], x: Tensor, x_adv: Tensor, index: Tens
         p.append(torch.stack([clean, *confidence[kept]], dim=1))
     top = torch.stack(p)[:, : len(index)].max(dim=-1)
     return {
-        "strip_index": index.numpy(),
+        "strip_index": index.cpu().numpy(),
         "strip_columns": np.array([float("nan"), *times[kept].tolist()]),
-        "strip_images": torch.stack(images)[:, : len(index)].numpy(),
-        "strip_class": top.indices.numpy(),
-        "strip_confidence": top.values.numpy(),
+        "strip_images": torch.stack(images)[:, : len(index)].cpu().numpy(),
+        "strip_class": top.indices.cpu().numpy(),
+        "strip_confidence": top.values.cpu().numpy(),
     }
 
 

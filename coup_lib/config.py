@@ -1,4 +1,4 @@
-"""Profiles, and the one place where a user's settings are checked."""
+"""The settings of a run, and the one place where they are checked."""
 
 import ast
 import dataclasses
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from coup_lib.data import SIZES
+import torch
+
+from coup_lib.data import SPLITS, split_size, subsets
 from coup_lib.paths import SMOKE_VARIABLE, is_smoke
+from coup_lib.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
 
 T = TypeVar("T")
 
@@ -42,6 +45,19 @@ def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> in
     if isinstance(value, bool) or result != int(result):
         raise ValueError(f"{name}: expected a whole number; got {value!r}")
     return int(result)
+
+
+def device(name: str) -> torch.device:
+    """The device of this name, "auto" being the first GPU or else the CPU.
+
+    ValueError for an unknown name, or a GPU that this machine does not have.
+    """
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "auto":
+        return torch.device(found[1] if len(found) > 1 and found[1] != "mps" else "cpu")
+    known = ("auto", *found, *(["cuda"] if torch.cuda.is_available() else []))
+    return torch.device(choice("device", name, known))
 
 
 def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[str] = (), **fixed: Any) -> T:
@@ -87,87 +103,6 @@ def _assigned_names(cells: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much work an attack run does; to `report` in `full` is the paper's protocol."""
-
-    n_images: int
-    n_iter: int  # APGD and FAB iterations
-    eot: int  # noise draws per gradient of APGD-ce and of AutoAttack's rand version
-    n_targets: int  # target classes of APGD-t and FAB-t
-    square_queries: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Data, networks and sizes; the code that runs is the same for every profile."""
-
-    dataset: str
-    classifiers: tuple[str, ...]  # the first one is the default
-    robust_classifiers: dict[str, str]  # the first one's architecture, adversarially trained for each norm
-    score: str
-    eps: dict[str, float]
-    t_star: dict[str, float]
-    t_max: float  # the score network knows no later time
-    guidance_weight: float
-    n_steps: dict[str, int]
-    chunk_size: int
-    max_batch: int  # images in one network call; EOT draws are batched up to this
-    budgets: dict[str, dict[str, Budget]]  # purpose → budget
-
-
-# What a run is for: a table of the paper; a few defences beside each other; many settings of one; a search
-# among many; many attacks.
-PURPOSES = ("report", "compare", "sweep", "search", "probe")
-BUDGETS = ("smoke", "quick", "full")
-SMOKE_STEPS = 3
-SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
-
-PROFILES = {
-    "digits": Profile(
-        dataset="digits",
-        classifiers=("cnn-small", "cnn-large"),
-        robust_classifiers={"linf": "cnn-small-linf", "l2": "cnn-small-l2"},
-        score="score",
-        # 8/255 is invisible to a digit classifier; 0.15 breaks it as 8/255 breaks one of CIFAR-10.
-        eps={"linf": 0.15, "l2": 0.5},
-        t_star={"linf": 0.1, "l2": 0.075},
-        t_max=0.3,
-        guidance_weight=1.0,
-        n_steps={"linf": 10, "l2": 10},
-        chunk_size=128,
-        max_batch=1280,
-        budgets={
-            "report": {
-                "smoke": SMOKE,
-                "quick": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
-                "full": Budget(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000),
-            },
-            "compare": {
-                "smoke": SMOKE,
-                "quick": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200),
-                "full": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
-            },
-            "sweep": {
-                "smoke": SMOKE,
-                "quick": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
-                "full": Budget(n_images=512, n_iter=30, eot=8, n_targets=9, square_queries=2000),
-            },
-            "search": {
-                "smoke": SMOKE,
-                "quick": Budget(n_images=48, n_iter=8, eot=3, n_targets=3, square_queries=200),
-                "full": Budget(n_images=256, n_iter=20, eot=5, n_targets=9, square_queries=2000),
-            },
-            "probe": {
-                "smoke": SMOKE,
-                "quick": Budget(n_images=32, n_iter=20, eot=5, n_targets=3, square_queries=200),
-                "full": Budget(n_images=128, n_iter=50, eot=20, n_targets=9, square_queries=2000),
-            },
-        },
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Config:
     """The settings of an evaluation. None means the profile's own value; every field is checked on creation.
 
@@ -178,6 +113,9 @@ class Config:
     profile: str = "digits"
     budget: str = "quick"
     norm: str = "linf"
+    classifier: Any = None  # of the profile, or the name of any RobustBench model for its data set
+    subset: Any = None  # of the test images
+    device: str = "auto"  # "auto" is a GPU where there is one; "cpu", "cuda", "cuda:1"
     gradient: str = "exact"  # what the adaptive attack of the paper's protocol differentiates with
     eps: Any = None
     n_images: Any = None
@@ -202,10 +140,16 @@ class Config:
         fill("budget", "smoke" if is_smoke() else choice("budget", self.budget, BUDGETS))
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         choice("gradient", self.gradient, GRADIENTS)
-        choice("split", self.split, SIZES)
+        device(self.device)
+        choice("split", self.split, SPLITS)
+        if self.subset is None:
+            fill("subset", profile.subset)
+        choice("subset", self.subset, subsets(profile.dataset))
+        available = split_size(profile.dataset, self.split, self.subset)
         budget = profile.budgets[self.purpose][self.budget]
-        budget = dataclasses.replace(budget, n_images=min(budget.n_images, SIZES[self.split]))
-        defaults = {name: getattr(profile, name)[self.norm] for name in ("eps", "t_star", "n_steps")}
+        budget = dataclasses.replace(budget, n_images=min(budget.n_images, available))
+        defaults: dict[str, Any] = {"classifier": profile.classifiers[0]}
+        defaults |= {name: getattr(profile, name)[self.norm] for name in ("eps", "t_star", "n_steps")}
         defaults |= dataclasses.asdict(budget) | {"guidance_weight": profile.guidance_weight}
         if self.budget == "smoke":
             defaults["n_steps"] = SMOKE_STEPS
@@ -216,10 +160,15 @@ class Config:
         fill("t_star", number("t_star", self.t_star, 1e-5, profile.t_max))
         # Negative weights are a legitimate control: guidance with its sign flipped.
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))
-        fill("n_images", count("n_images", self.n_images, SIZES[self.split]))
+        fill("n_images", count("n_images", self.n_images, available))
         for name in ("n_iter", "eot", "n_targets", "square_queries", "n_steps", "n_draws"):
             fill(name, count(name, getattr(self, name)))
         fill("seed", count("seed", self.seed, 2**31, low=0))
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where networks and images are."""
+        return device(self.device)
 
     @property
     def sizes(self) -> Profile:

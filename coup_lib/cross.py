@@ -26,7 +26,7 @@ Panels = dict[str, dict[str, Shares]]  # norm of the attack → classifier → d
 
 def classifiers(config: Config) -> dict[str, str]:
     """Training → name of the classifier: "linf" and "l2" (adversarial), "standard"; one architecture."""
-    return config.sizes.robust_classifiers | {"standard": config.sizes.classifiers[0]}
+    return config.sizes.robust_classifiers | {"standard": config.classifier}
 
 
 def title(training: str) -> str:

@@ -1,5 +1,6 @@
 """The images of each profile, in splits that never move."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,8 +10,21 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-SIZES = {"train": 1000, "validation": 285, "test": 512}
-DATASETS = ("digits",)
+from coup_lib import cifar
+from coup_lib.paths import data_dir
+
+_CIFAR = {
+    "train": cifar.TRAIN - cifar.TRAIN // cifar.HELD_OUT,
+    "validation": cifar.TRAIN // cifar.HELD_OUT,
+    "test": cifar.TEST,
+}
+SIZES = {
+    "digits": {"train": 1000, "validation": 285, "test": 512},
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+}
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 2408
 
 
@@ -31,30 +45,83 @@ class Images:
         return Images(self.x[:n], self.y[:n])
 
 
-def load_split(dataset: str, split: str) -> Images:
-    """One split of a data set, always in the same shuffled order: its first n images are a fair sample.
+def split_size(dataset: str, split: str, subset: str = "first") -> int:
+    """How many images a split has; `subset` as in `load_split`.
+
+    ValueError for an unknown data set, split or subset.
+    """
+    _check("data set", dataset, SIZES)
+    _check("split", split, SPLITS)
+    _check(f"subset of {dataset}", subset, subsets(dataset))
+    if split == "test" and subset != "first":
+        return len(cifar.SUBSETS[subset]())
+    return SIZES[dataset][split]
+
+
+def subsets(dataset: str) -> tuple[str, ...]:
+    """The orders in which the test images of a data set can be asked for."""
+    return ("first",) if dataset == "digits" else tuple(cifar.SUBSETS)
+
+
+def load_split(dataset: str, split: str, subset: str = "first") -> Images:
+    """One split of a data set, always in the same order: its first n images are a fair sample.
 
     digits: scikit-learn's 1797 images of 8×8 pixels; 1000 train, 285 validation, 512 test, stratified.
-    ValueError for an unknown data set or split.
+    cifar10, cifar100: every tenth training image is for validation; of the test images `subset` takes the
+    "first" ones, the 512 of the "paper" or the 512 of "diffpure". See `cifar.pixels` for where they lie.
+
+    Raises:
+        ValueError: for an unknown data set, split or subset.
+        FileNotFoundError: when images are missing, naming what is expected where.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"expected a data set out of {', '.join(DATASETS)}, got {dataset!r}")
-    if split not in SIZES:
-        raise ValueError(f"expected a split out of {', '.join(SIZES)}, got {split!r}")
-    x, y = _digits()
-    rows = split_rows()[split]
-    return Images(x[rows].clone(), y[rows].clone())
+    split_size(dataset, split, subset)
+    if dataset == "digits":
+        x, y = _digits()
+        rows = split_rows()[split]
+        return Images(x[rows].clone(), y[rows].clone())
+    pixels = cifar.pixels(dataset, "test" if split == "test" else "train", data_dir())
+    rows = _held_rows(dataset, split, subset, pixels)
+    return Images(torch.from_numpy(pixels.x[rows]).float() / 255, torch.from_numpy(pixels.y[rows]))
+
+
+def fingerprint(dataset: str, split: str, subset: str, n: int) -> str:
+    """Twelve hex digits that name the first n images of a split by their places in the data set.
+
+    "" for digits: there the split alone says which images they are.
+    """
+    if dataset == "digits":
+        return ""
+    pixels = cifar.pixels(dataset, "test" if split == "test" else "train", data_dir())
+    places = pixels.place[_held_rows(dataset, split, subset, pixels)[:n]]
+    return hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:12]
+
+
+def _held_rows(dataset: str, split: str, subset: str, pixels: cifar.Pixels) -> np.ndarray:
+    """The rows of a split in what is at hand. Of a stand-in with fewer training images all are taken."""
+    if split != "test":
+        rows = pixels.rows_of(cifar.training_places(split, SPLIT_SEED))
+        return rows[rows >= 0]
+    rows = pixels.rows_of(cifar.SUBSETS[subset]())
+    if subset == "first":
+        return rows[: np.argmin(rows) if rows.min() < 0 else None]
+    if rows.min() < 0:
+        raise FileNotFoundError(
+            f"{(rows < 0).sum()} of the {len(rows)} test images of subset {subset!r} are not in "
+            f"{data_dir()}, which holds {len(pixels.y)} of {dataset}; get the whole data set, or choose "
+            "subset 'first'"
+        )
+    return rows
 
 
 @cache
 def split_rows() -> dict[str, np.ndarray]:
     """The rows of load_digits() in each split: disjoint, shuffled, with the same share of each digit."""
-    labels = load_digits().target
+    labels, sizes = load_digits().target, SIZES["digits"]
     rest, test = train_test_split(
-        np.arange(len(labels)), test_size=SIZES["test"], stratify=labels, random_state=SPLIT_SEED
+        np.arange(len(labels)), test_size=sizes["test"], stratify=labels, random_state=SPLIT_SEED
     )
     train, validation = train_test_split(
-        rest, test_size=SIZES["validation"], stratify=labels[rest], random_state=SPLIT_SEED
+        rest, test_size=sizes["validation"], stratify=labels[rest], random_state=SPLIT_SEED
     )
     return {"train": train, "validation": validation, "test": test}
 
@@ -64,3 +131,8 @@ def _digits() -> tuple[Tensor, Tensor]:
     digits = load_digits()
     x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
     return x, torch.tensor(digits.target, dtype=torch.int64)
+
+
+def _check(what: str, value: str, known: object) -> None:
+    if value not in known:  # type: ignore[operator]
+        raise ValueError(f"expected a {what} out of {', '.join(known)}, got {value!r}")  # type: ignore[arg-type]

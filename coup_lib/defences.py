@@ -7,7 +7,9 @@ from torch import nn
 
 from coup_lib.candidates import Averaged, Between, ConfidenceGuided, DenoisedGuided, Smoothed
 from coup_lib.guidance import Guided
+from coup_lib.likelihood import likelihood
 from coup_lib.purify import DiffPurePurifier, Purified, Purifier
+from coup_lib.score import ScoreDenoiser
 
 GuidedScore = Callable[[nn.Module, nn.Module, float], nn.Module]  # score, guide, λ → score
 AVERAGED = 4  # purifications behind one decision of an averaging candidate
@@ -23,7 +25,7 @@ class Recipe:
 
     label: its name in figures and tables. guidance: makes the guided score (None: no guidance).
     forward_noise: starts like DiffPure. robust_guide: guided by the adversarially trained classifier.
-    draws: purifications whose logits are averaged.
+    draws: purifications whose logits are averaged. maximised: no SDE but likelihood maximisation.
     """
 
     label: str
@@ -31,6 +33,7 @@ class Recipe:
     forward_noise: bool = False
     robust_guide: bool = False
     draws: int = 1
+    maximised: bool = False
 
 
 def guided_late(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
@@ -68,11 +71,14 @@ PURIFIERS = {
     "averaged": Recipe("no guidance, averaged", draws=AVERAGED),
     "coup-averaged": Recipe("COUP, averaged", Guided, draws=AVERAGED),
     "robust-guide-averaged": Recipe("robust guide, averaged", Guided, robust_guide=True, draws=AVERAGED),
+    "likelihood": Recipe("likelihood maximisation", maximised=True),
+    "guided-likelihood": Recipe("guided likelihood maximisation", Guided, maximised=True),
 }
 LABELS = {"none": "No defence"} | {name: recipe.label for name, recipe in PURIFIERS.items()}
 DEFENCES = tuple(LABELS)
 PAPER = ("none", "diffpure", "reverse", "coup")
-CANDIDATES = tuple(name for name in PURIFIERS if name not in PAPER)
+MAXIMISERS = tuple(name for name in PURIFIERS if PURIFIERS[name].maximised)  # Sec. 5.2.1
+CANDIDATES = tuple(name for name in PURIFIERS if name not in (*PAPER, *MAXIMISERS))
 
 
 def build(
@@ -86,8 +92,14 @@ def build(
     n_steps: int,
     gradient: str,
 ) -> Purified:
-    """The purifier `name` around the classifier; `guide` is whose confidence guides, if any does."""
+    """The purifier `name` around the classifier; `guide` is whose confidence guides, if any does.
+
+    Likelihood maximisation has iterations of its own, and knows neither t_star nor n_steps.
+    """
     recipe = PURIFIERS[name]
+    if recipe.maximised:
+        weight = guidance_weight if recipe.guidance else 0.0
+        return likelihood(classifier, ScoreDenoiser(score), weight, gradient=gradient)
     guided = recipe.guidance(score, guide, guidance_weight) if recipe.guidance else score
     kind = DiffPurePurifier if recipe.forward_noise else Purifier
     purifier = kind(guided, t_star=t_star, n_steps=n_steps, gradient=gradient)

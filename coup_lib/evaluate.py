@@ -1,24 +1,28 @@
 """Attack sources × targets: images are made once per source, and scored on every target on fresh noise."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coup_lib.attacks import ATTACKS, Attack
-from coup_lib.checkpoints import load_network, read_sums
 from coup_lib.config import GRADIENTS, Config, choice, count
-from coup_lib.data import Images, load_split
-from coup_lib.defences import DEFENCES, PURIFIERS, build, is_guided
+from coup_lib.data import Images, fingerprint, load_split
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
+from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified
 from coup_lib.records import Progress, chunked_record, is_complete, record_path
-from coup_lib.score import NoiseScore
+from coup_lib.zoo import check_classifier, digest, load_classifier, load_score
+
+T = TypeVar("T")
 
 # What a run's seed is spent on; each use has a stream of its own.
 ATTACK, DEFENCE, REPORT, SELECT = range(4)
@@ -85,37 +89,67 @@ class Source:
 CLEAN = Source("clean", "none")
 
 
+@dataclass(frozen=True)
+class Job:
+    """A source that a run needs, and the targets it is scored on. done: its record is there."""
+
+    config: Config
+    classifier: str
+    source: Source
+    targets: tuple[str, ...]
+    done: bool
+
+
+_planned: ContextVar[list[Job] | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planning() -> Iterator[list[Job]]:
+    """In here evaluations compute nothing: they list what they would do, and call every draw right."""
+    jobs: list[Job] = []
+    token = _planned.set(jobs)
+    try:
+        yield jobs
+    finally:
+        _planned.reset(token)
+
+
 class Evaluation:
     """Runs sources and scores targets for one classifier under one configuration.
 
     Networks are loaded when the first record is missing, not before.
 
     Args:
-        classifier: one of the profile's, adversarially trained or not; None is its first.
+        classifier: takes the place of the configuration's.
         verbose: print progress with an estimate of the time left.
     """
 
     def __init__(self, config: Config, classifier: str | None = None, *, verbose: bool = True) -> None:
-        known = (*config.sizes.classifiers, *config.sizes.robust_classifiers.values())
         self.config = config
-        self.classifier_name = choice("classifier", classifier or known[0], known)
+        self.classifier_name = check_classifier(config.sizes.dataset, classifier or config.classifier)
         self.verbose = verbose
+        self.max_batch = config.sizes.max_batch
         self._attacks: dict[Source, dict[str, Any]] = {}
 
     @cached_property
     def images(self) -> Images:
-        """The images under attack."""
-        return load_split(self.config.sizes.dataset, self.config.split).first(self.config.n_images)
+        """The images under attack, on the configured device."""
+        config = self.config
+        images = load_split(config.sizes.dataset, config.split, config.subset).first(config.n_images)
+        return Images(images.x.to(config.torch_device), images.y.to(config.torch_device))
 
     @cached_property
     def classifier(self) -> nn.Module:
         """The undefended classifier."""
-        return load_network(self.config.sizes.dataset, self.classifier_name)
+        return self._classifier(self.classifier_name)
 
     @cached_property
     def score_network(self) -> nn.Module:
         """s(x, t) of the profile."""
-        return NoiseScore(load_network(self.config.sizes.dataset, self.config.sizes.score))
+        return load_score(self.config.sizes.dataset, self.config.sizes.score).to(self.config.torch_device)
+
+    def _classifier(self, name: str) -> nn.Module:
+        return load_classifier(self.config.sizes.dataset, name).to(self.config.torch_device)
 
     def defence(self, name: str, gradient: str = "exact", n_steps: int | None = None) -> nn.Module:
         """The named defence around the classifier, ready to be attacked; n_steps overrides the path's."""
@@ -127,7 +161,7 @@ class Evaluation:
             name,
             self.classifier,
             self.score_network,
-            load_network(self.config.sizes.dataset, self._guide) if robust else self.classifier,
+            self._classifier(self._guide) if robust else self.classifier,
             guidance_weight=self.config.guidance_weight,
             t_star=self.config.t_star,
             n_steps=n_steps or self.config.n_steps,
@@ -141,6 +175,9 @@ class Evaluation:
     def run(self, targets: dict[str, Sequence[Source]]) -> dict[str, dict[Source, Score]]:
         """All sources on all targets: target → source → score. Finished records are read back."""
         sources = list(dict.fromkeys(source for row in targets.values() for source in row))
+        if (jobs := _planned.get()) is not None:
+            jobs += [self._job(source, targets) for source in sources]
+            return {target: dict.fromkeys(row, self._all_right()) for target, row in targets.items()}
         costs = [0.0 if self._is_done(source) else self._cost(source) for source in sources]
         plan = Plan(costs, verbose=self.verbose)
         for source in sources:
@@ -209,7 +246,7 @@ class Evaluation:
                 eot=source.eot or config.eot,
                 n_targets=config.n_targets,
                 square_queries=config.square_queries,
-                max_batch=config.sizes.max_batch,
+                max_batch=self.max_batch,
             )
             model = self.defence(source.defence, source.gradient, source.n_steps)
             if isinstance(model, Purified):
@@ -219,7 +256,7 @@ class Evaluation:
             return {
                 "robust": result.robust.int().tolist(),
                 "warnings": list(result.warnings),
-                "x_adv": result.x_adv.numpy(),
+                "x_adv": result.x_adv.cpu().numpy(),
             }
 
         def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -231,14 +268,36 @@ class Evaluation:
 
         if source not in self._attacks:  # every target asks for it again
             name, settings = self.attack_settings(source)
-            record = chunked_record(config.profile, name, settings, starts, compute, combine, progress)
+            fitting = self._fitting(compute)
+            record = chunked_record(config.profile, name, settings, starts, fitting, combine, progress)
             self._attacks[source] = record
         return self._attacks[source]
 
     def _x_adv(self, source: Source, start: int) -> Tensor:
         """The source's images of the chunk that begins at `start`."""
         stop = start + self.config.sizes.chunk_size
-        return torch.from_numpy(self.attack(source)["arrays"]["x_adv"][start:stop])
+        return self.x_adv(source)[start:stop]
+
+    def x_adv(self, source: Source) -> Tensor:
+        """The source's images (n, C, H, W), on the configured device."""
+        return torch.from_numpy(self.attack(source)["arrays"]["x_adv"]).to(self.config.torch_device)
+
+    def _fitting(self, compute: Callable[[int], T]) -> Callable[[int], T]:
+        """compute, done again with half the batch as long as memory runs out."""
+
+        def fitting(start: int) -> T:
+            while True:
+                try:
+                    return compute(start)
+                except RuntimeError as error:
+                    if not ran_out_of_memory(error) or self.max_batch == 1:
+                        raise
+                # Not in the except clause: there the traceback still holds what filled the memory.
+                self.max_batch //= 2
+                torch.cuda.empty_cache()
+                print(f"out of memory: going on with at most {self.max_batch} images at once", flush=True)
+
+        return fitting
 
     def score(self, target: str, source: Source) -> Score:
         """The target's predictions on the source's images, on noise that no attack has seen."""
@@ -250,7 +309,7 @@ class Evaluation:
             selecting = self._logits(model, x_adv, SELECT, start).softmax(2)
             reporting = self._logits(model, x_adv, REPORT, start)
             right = (selecting.argmax(2) == labels[:, None]).float().mean(1)
-            trust = selecting[torch.arange(len(labels)), :, labels].mean(1)
+            trust = selecting[torch.arange(len(labels), device=labels.device), :, labels].mean(1)
             return {
                 "labels": labels.tolist(),
                 "report": reporting.argmax(2).tolist(),
@@ -271,7 +330,7 @@ class Evaluation:
         }
         name = f"score-{target}-on-{attack_name}"
         starts = range(0, config.n_images, size)
-        record = chunked_record(config.profile, name, settings, starts, compute, combine)
+        record = chunked_record(config.profile, name, settings, starts, self._fitting(compute), combine)
         return self._as_score(target, source, record["result"])
 
     def _as_score(self, target: str, source: Source, result: dict[str, Any]) -> Score:
@@ -287,10 +346,11 @@ class Evaluation:
         draws = self.config.n_draws
         if not isinstance(model, Purified):
             with torch.no_grad():
-                return model(x)[:, None].expand(-1, draws, -1)
+                logits = torch.cat([model(part) for part in x.split(self.max_batch)])
+                return logits[:, None].expand(-1, draws, -1)
         seeds = image_seeds(self.config.seed, purpose, range(start, start + len(x)), draws)
         repeated = x.repeat_interleave(draws, dim=0)
-        size = self.config.sizes.max_batch
+        size = self.max_batch
         with torch.no_grad():
             parts = [
                 model(images, seeds=chosen)
@@ -307,6 +367,8 @@ class Evaluation:
             "split": config.split,
             "n_images": config.n_images,
         }
+        rows = fingerprint(config.sizes.dataset, config.split, config.subset, config.n_images)
+        settings |= {"images": rows} if rows else {}
         if source.attack == "clean":
             return f"{self.classifier_name}-clean", settings
         budget = {name: getattr(config, name) for name in SPENT.get(source.attack, ITERATED)}
@@ -337,36 +399,57 @@ class Evaluation:
         settings: dict[str, Any] = {
             "name": name,
             "classifier": self.classifier_name,
-            "classifier_sha256": _sha256(dataset, self.classifier_name),
+            "classifier_sha256": digest(dataset, self.classifier_name),
         }
-        if name != "none":
+        if name in MAXIMISERS:
+            settings |= {"score_sha256": digest(dataset, config.sizes.score)}
+            settings |= {"n_steps": N_STEPS, "lr": LR, "sigma": SIGMA}
+        elif name != "none":
             settings |= {
-                "score_sha256": _sha256(dataset, config.sizes.score),
+                "score_sha256": digest(dataset, config.sizes.score),
                 "t_star": config.t_star,
                 "n_steps": config.n_steps,
             }
         if is_guided(name):
             settings["guidance_weight"] = config.guidance_weight
         if name in PURIFIERS and PURIFIERS[name].robust_guide:
-            settings["guide_sha256"] = _sha256(dataset, self._guide)
+            settings["guide_sha256"] = digest(dataset, self._guide)
         return settings
 
     def _is_done(self, source: Source) -> bool:
         return is_complete(record_path(self.config.profile, *self.attack_settings(source)))
 
+    def _job(self, source: Source, targets: dict[str, Sequence[Source]]) -> Job:
+        facing = tuple(target for target, row in targets.items() if source in row)
+        return Job(self.config, self.classifier_name, source, facing, self._is_done(source))
+
+    def _all_right(self) -> Score:
+        labels = np.zeros(self.config.n_images, dtype=int)
+        draws = np.zeros((self.config.n_images, self.config.n_draws), dtype=int)
+        return Score(labels, draws, labels, labels.astype(float), np.ones(len(labels), dtype=bool))
+
     def _cost(self, source: Source) -> float:
-        """About how many score evaluations the attack takes per image; good enough to foretell the time."""
-        config, spent = self.config, SPENT.get(source.attack, ITERATED)
-        iterations = (source.n_iter or config.n_iter) if "n_iter" in spent else 1
-        gradients = iterations * (source.eot or config.eot) if "eot" in spent else 0
-        gradients = config.n_iter * (1 + 2 * config.n_targets) if source.attack == "standard" else gradients
-        forwards = config.square_queries if "square_queries" in spent else 0
-        if source.gradient == "bpda":
-            gradients, forwards = 0, gradients
-        steps = 0.1 if source.defence == "none" else source.n_steps or config.n_steps
+        """About how many score evaluations the attack takes; good enough to foretell the time left."""
+        gradients, forwards = calls(source, self.config)
+        steps = 0.1 if source.defence == "none" else source.n_steps or self.config.n_steps
         draws = PURIFIERS[source.defence].draws if source.defence in PURIFIERS else 1
         weight = steps * draws * (2 if is_guided(source.defence) else 1)
-        return float(config.n_images * weight * (2 * gradients + forwards) + 1)
+        return float(self.config.n_images * weight * (2 * gradients + forwards) + 1)
+
+
+def calls(source: Source, config: Config) -> tuple[int, int]:
+    """(gradients, forward passes without one) of a source's defence, per image."""
+    spent = SPENT.get(source.attack, ITERATED)
+    iterations = (source.n_iter or config.n_iter) if "n_iter" in spent else 1
+    gradients = iterations * (source.eot or config.eot) if "eot" in spent else 0
+    gradients = config.n_iter * (1 + 2 * config.n_targets) if source.attack == "standard" else gradients
+    forwards = config.square_queries if "square_queries" in spent else 0
+    return (0, gradients + forwards) if source.gradient == "bpda" else (gradients, forwards)
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is a GPU's or the CPU's way of saying so."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _seed(run_seed: int, purpose: int, place: int) -> int:
@@ -381,8 +464,3 @@ def image_seeds(run_seed: int, purpose: int, places: Iterable[int], draws: int) 
         for place in places
     ]
     return torch.from_numpy((np.stack(rows) >> np.uint64(2)).astype(np.int64))
-
-
-def _sha256(dataset: str, network: str) -> str:
-    """The recorded digest of a network's weights; loading them checks that it is theirs."""
-    return read_sums()[f"{dataset}/{network}.safetensors"][:16]

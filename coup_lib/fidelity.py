@@ -12,11 +12,12 @@ from coup_lib.data import Images
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.records import record
 
+STEP_COUNTS = (10, 20, 50, 100)
 COMPARED = {"reverse": ("adjoint", "bpda"), "coup": ("adjoint", "first_order", "bpda")}
 
 
 def gradient_cosines(
-    config: Config, step_counts: tuple[int, ...] = (10, 20, 50, 100), n_images: int = 16
+    config: Config, step_counts: tuple[int, ...] | None = None, n_images: int = 16
 ) -> dict[str, Any]:
     """The record of cosines to `exact`, "result": defence → gradient → one list of n_images per step count.
 
@@ -24,11 +25,12 @@ def gradient_cosines(
     images that APGD-ce made against reverse-only: where an attack walks, not at clean images, where the
     classifier is sure of itself and there is next to no guidance to differentiate.
     """
+    step_counts = step_counts or ((2, 4) if config.budget == "smoke" else STEP_COUNTS)
     n_images = min(n_images, config.n_images)
     source, attacked = Source("apgd-ce", "reverse"), Evaluation(config)
 
     def compute() -> dict[str, Any]:
-        x_adv = torch.from_numpy(attacked.attack(source)["arrays"]["x_adv"])
+        x_adv = attacked.x_adv(source)
         images = Images(x_adv, attacked.images.y).first(n_images)
         found: dict[str, Any] = {"step_counts": list(step_counts)}
         for defence, gradients in COMPARED.items():

@@ -41,7 +41,7 @@ LANDSCAPE = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # distances, in units of eps
 DIFFERENCES = (0.05, 0.1, 0.2)  # half-widths of the finite differences, in units of eps
 POWER = 2.0  # of the smoothed maximum
 FIT, FRESH = 4, 5  # streams of the seed beside those of `evaluate`
-BATCH = 1024
+BATCH_PIXELS = 2**16  # in one network call, images times positions
 
 
 class SmoothMax(Guided):
@@ -137,15 +137,15 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
         for kind in KINDS:
             gradients = draw_gradients(evaluation.defence("coup", kind), x, y, _seeds(config, FIT, x, draws))
             means[kind] = gradients.mean(1).flatten(1)
-            found[f"snr_{kind}"] = signal_to_noise(gradients).numpy()
+            found[f"snr_{kind}"] = signal_to_noise(gradients).cpu().numpy()
         lengths = {kind: mean.norm(dim=1) for kind, mean in means.items()}
         product = (means["exact"] * means["first_order"]).sum(1)
-        found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).numpy()
-        found["ratio"] = (lengths["exact"] / lengths["first_order"]).numpy()
+        found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).cpu().numpy()
+        found["ratio"] = (lengths["exact"] / lengths["first_order"]).cpu().numpy()
         model = cast(Purified, evaluation.defence("coup"))
         paths = [_second_order(model, x, y, seeds) for seeds in _seeds(config, FRESH, x, 4).T]
-        found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).numpy()
-        found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).numpy()
+        found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).cpu().numpy()
+        found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).cpu().numpy()
         return found
 
     return _record(evaluation, "gradients", {"draws": draws}, compute)
@@ -175,7 +175,7 @@ def landscape(
             direction = config.eps * step_direction(gradient, config)
             images = [project(begin + s * direction, x, config.norm_label, config.eps) for s in LANDSCAPE]
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
-        return {kind: losses.numpy() for kind, losses in found.items()}
+        return {kind: losses.cpu().numpy() for kind, losses in found.items()}
 
     settings = {"start": start, "draws": draws, "distances": list(LANDSCAPE), "kinds": list(kinds)}
     return _record(evaluation, "landscape", settings, compute, target)
@@ -203,7 +203,7 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
         for kind in KINDS:
             gradient = draw_gradients(evaluation.defence(target, kind), x, y, seeds).mean(1)
             direction = step_direction(gradient, config)
-            found[f"foretold_{kind}"] = (gradient * direction).flatten(1).sum(1).numpy()
+            found[f"foretold_{kind}"] = (gradient * direction).flatten(1).sum(1).cpu().numpy()
             found[f"measured_{kind}"] = np.stack(
                 [
                     central_difference(model, x, y, seeds, s * config.eps * direction) / (s * config.eps)
@@ -231,7 +231,7 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
     def compute(source: Source) -> dict[str, Any]:
         x, y = _attacked(evaluation, source), evaluation.images.y
         seeds = _seeds(config, FRESH, x, DRAWS)
-        return {"loss": draw_losses(evaluation.defence("coup"), x, y, seeds).mean(1).numpy()}
+        return {"loss": draw_losses(evaluation.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for (kind, eot), source in sources.items():
@@ -268,7 +268,7 @@ def draw_losses(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor
 def central_difference(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor, shift: Tensor) -> np.ndarray:
     """Half of the mean loss at x + shift minus that at x − shift, (n,): slope times length."""
     ahead, behind = (draw_losses(model, x + side * shift, y, seeds).mean(1) for side in (1, -1))
-    return ((ahead - behind) / 2).numpy()
+    return ((ahead - behind) / 2).cpu().numpy()
 
 
 def signal_to_noise(gradients: Tensor) -> Tensor:
@@ -323,7 +323,8 @@ def _batches(x: Tensor, y: Tensor, seeds: Tensor) -> Any:
     """Images, labels and seeds, one entry per image and draw, in batches."""
     draws = seeds.shape[1]
     repeated = (x.repeat_interleave(draws, 0), y.repeat_interleave(draws), seeds.flatten())
-    return zip(*(values.split(BATCH) for values in repeated), strict=True)
+    size = max(1, BATCH_PIXELS // x[0, 0].numel())
+    return zip(*(values.split(size) for values in repeated), strict=True)
 
 
 def _seeds(config: Config, purpose: int, x: Tensor, draws: int) -> Tensor:
@@ -331,7 +332,7 @@ def _seeds(config: Config, purpose: int, x: Tensor, draws: int) -> Tensor:
 
 
 def _attacked(evaluation: Evaluation, source: Source) -> Tensor:
-    return torch.from_numpy(evaluation.attack(source)["arrays"]["x_adv"])
+    return evaluation.x_adv(source)
 
 
 def _record(

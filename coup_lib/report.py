@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coup_lib import bpda, case_study, cross, paper, sweeps, tables, toy, toy_figures
+from coup_lib import bpda, case_study, cross, likelihood_study, paper, sweeps, tables, toy, toy_figures
 from coup_lib.config import NORMS, Config
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation
@@ -20,7 +20,6 @@ from coup_lib.records import record
 
 QUOTED = "not comparable: quoted by the paper, not measured here"
 LEVEL = "not comparable: other data and networks"
-ELSEWHERE = "not comparable: another profile's experiment"
 NOTHING = "–"
 
 
@@ -241,17 +240,23 @@ def toy_claims() -> list[Line]:
     ]
 
 
-def elsewhere() -> list[Line]:
-    """What only another profile can measure."""
-    return [
-        Line("Sec. 5.2.1", f"CIFAR-100, likelihood maximisation{what}: robustness", number, verdict=ELSEWHERE)
-        for what, number in ((", guided", "40.55"), ("", "38.67"))
+def likelihood(config: Config) -> tuple[list[Line], list[Gap]]:
+    """Sec. 5.2.1, by the second configuration of notebook 04."""
+    where, results = "Sec. 5.2.1", likelihood_study.measure(config)
+    rows = [(name, paper.LIKELIHOOD[name].robustness) for name in results]
+    lines = [
+        level(where, f"{LABELS[name]}: robustness", reported, results[name]["bpda"], results[name]["worst"])
+        for name, reported in rows
     ]
+    gains = [likelihood_study.gain(results, column) for column in ("bpda", "worst")]
+    gap = Gap("likelihood maximisation: guided − plain, APGD-ce", rows[1][1] - rows[0][1], *gains)
+    return [*lines, claim(where, gap)], [gap]
 
 
 def everything(config: Config) -> tuple[list[Line], list[Gap]]:
     """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook."""
-    same: dict[str, Any] = {"profile": config.profile, "budget": config.budget, "seed": config.seed}
+    kept = ("profile", "budget", "classifier", "subset", "device", "seed")
+    same: dict[str, Any] = {name: getattr(config, name) for name in kept}
 
     def of(purpose: str, **more: Any) -> Config:
         return Config(purpose=purpose, **same, **more)
@@ -262,10 +267,11 @@ def everything(config: Config) -> tuple[list[Line], list[Gap]]:
         bpda_table(of("sweep")),
         ablation(of("report")),
         combination({norm: of("sweep", norm=norm) for norm in NORMS}),
+        likelihood(of("compare")),
     ]
     lines = [line for section, _ in sections for line in section]
     lines += [*paths(of("compare")), *toy_claims()]
-    lines += [*hyperparameters(of("sweep", split="validation")), *elsewhere()]
+    lines += [*hyperparameters(of("sweep", split="validation"))]
     return lines, [gap for _, gaps in sections for gap in gaps]
 
 

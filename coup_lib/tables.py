@@ -22,6 +22,7 @@ COLUMNS = {
     "adaptive": "APGD-ce, {gradient}",
     "dlr": "APGD-dlr, {gradient}",
     "first_order": "APGD-ce, first-order",
+    "bpda": "APGD-ce, BPDA",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse-only",
     "worst": "Worst of all, per image",

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from coup_lib.attacks import PGD_STEP, Attack
 from coup_lib.checkpoints import load_network, save_network, weights_path
-from coup_lib.config import NORM_LABELS, PROFILES
+from coup_lib.config import NORM_LABELS
 from coup_lib.data import SIZES, SPLIT_SEED, Images, load_split
 from coup_lib.files import write_atomically
 from coup_lib.networks import NETWORKS, T_MAX, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
+from coup_lib.profiles import PROFILES
 from coup_lib.sde import VPSDE
 from coup_lib.stats import wilson
 

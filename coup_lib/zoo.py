@@ -1,9 +1,159 @@
-"""Published classifiers, for users who have them: needs `pip install coup-lib[robustbench]`."""
+"""Every network by name: the small ones of this repository, the published ones, and all of RobustBench."""
 
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+
+from coup_lib import artefacts
+from coup_lib.checkpoints import load_network, load_state, read_sums
+from coup_lib.config import choice
+from coup_lib.ddpmpp import DEEP, DDPMpp, load_score_sde
+from coup_lib.edm import Denoiser, EDMNetwork, edm_cifar, load_edm
+from coup_lib.networks import NETWORKS
+from coup_lib.paths import is_smoke, model_dir
+from coup_lib.resnet import cifar_resnet, resnet18
+from coup_lib.score import DISCRETE_LEVELS, DenoisedScore, NoiseScore
+from coup_lib.wideresnet import WideResNet, wrn_40_2, wrn_70_16
+
+THREATS = ("Linf", "L2")  # RobustBench's folders
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network that others trained; its name here is that of its file in `artefacts.ARTEFACTS`.
+
+    build: the network, untrained. load: puts what is in the file into it. small: takes its place in a smoke
+    run, with random weights, so that nothing is fetched; None: it is small itself.
+    """
+
+    build: Callable[[], nn.Module]
+    load: Callable[[Any, Any, str], nn.Module]
+    small: Callable[[], nn.Module] | None = None
+
+
+def _score_sde(network: DDPMpp, checkpoint: Any, name: str) -> nn.Module:
+    return load_score_sde(checkpoint, network, name)
+
+
+def _edm(denoiser: Denoiser, state: Any, name: str) -> nn.Module:
+    return load_edm(state, denoiser, name)
+
+
+def small_edm() -> Denoiser:
+    """EDM's denoiser at the smallest size."""
+    return Denoiser(EDMNetwork(width=16, multipliers=(1, 1), blocks=1))
+
+
+small_ddpmpp = partial(DDPMpp, width=16, blocks=1)
+small_wrn = partial(WideResNet, depth=10, widen=1)
+
+CLASSIFIERS = {
+    "cifar10": {
+        "wrn-70-16-dropout": Published(wrn_70_16, load_state, small_wrn),
+        "resnet18": Published(resnet18, load_state),
+        "resnet20": Published(partial(cifar_resnet, 20), load_state),
+        "resnet56": Published(partial(cifar_resnet, 56), load_state),
+    },
+    "cifar100": {"wrn-40-2": Published(wrn_40_2, load_state, partial(small_wrn, classes=100))},
+}
+SCORES = {
+    "cifar10": {"ddpmpp-deep": Published(DEEP, _score_sde, small_ddpmpp)},
+    "cifar100": {"edm-vp": Published(edm_cifar, _edm, small_edm)},
+}
+
+
+def check_classifier(dataset: str, name: str) -> str:
+    """The name, if it can be one of a classifier for the data set; reads no file.
+
+    ValueError, with the known names, for an unknown one where RobustBench has none.
+    """
+    if dataset in NETWORKS:
+        return choice("classifier", name, [known for known in NETWORKS[dataset] if known != "score"])
+    if name not in CLASSIFIERS[dataset]:
+        choice(f"threat model of classifier {name!r}", _robustbench(name)[1], THREATS)
+    return name
+
+
+def load_classifier(dataset: str, name: str) -> nn.Module:
+    """A classifier, images in [0, 1] to logits, normalisation inside, in eval mode and frozen.
+
+    Beside the names of `CLASSIFIERS` any of RobustBench's can be given for CIFAR, "@L2" behind it where it
+    was trained for that norm. In a smoke run a small random network takes the place of a large one.
+    """
+    if dataset in NETWORKS:
+        return load_network(dataset, check_classifier(dataset, name))
+    if name in CLASSIFIERS[dataset]:
+        return _load(name, CLASSIFIERS[dataset][name])
+    if is_smoke():
+        return _random(partial(small_wrn, classes=int(dataset.removeprefix("cifar"))))
+    model, threat = _robustbench(name)
+    if (listed := _listed(dataset, name)) in artefacts.ARTEFACTS:
+        artefacts.fetch(listed)  # so that what RobustBench reads is verified
+    return robustbench_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
+
+
+def load_score(dataset: str, name: str) -> nn.Module:
+    """The score s(x, t) of the profile's network, in eval mode and frozen."""
+    if dataset in NETWORKS:
+        return NoiseScore(load_network(dataset, name)).eval()
+    network = _load(name, SCORES[dataset][name])
+    if isinstance(network, Denoiser):
+        return DenoisedScore(network).eval()
+    return NoiseScore(network, time_scale=DISCRETE_LEVELS).eval()
+
+
+def digest(dataset: str, name: str) -> str:
+    """Sixteen hex digits that name a network's weights; loading them checks that they are these."""
+    if dataset in NETWORKS:
+        return read_sums()[f"{dataset}/{name}.safetensors"][:16]
+    published = (CLASSIFIERS[dataset] | SCORES[dataset]).get(name)
+    if is_smoke() and not (published and published.small is None):
+        return "random"
+    listed = name if published else _listed(dataset, name)
+    if listed in artefacts.ARTEFACTS:
+        return artefacts.digest(listed)[:16]
+    file = model_dir() / f"{listed}.pt"
+    if not file.is_file():
+        load_classifier(dataset, name)  # RobustBench fetches it
+    return artefacts.file_digest(file)[:16]
+
+
+def needed(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:
+    """The artefacts behind these networks, as far as they are listed; none in a smoke run."""
+    if is_smoke() or dataset in NETWORKS:
+        return []
+    named = [name if name in CLASSIFIERS[dataset] else _listed(dataset, name) for name in classifiers]
+    return [name for name in dict.fromkeys([*named, score]) if name in artefacts.ARTEFACTS]
+
+
+def _load(name: str, published: Published) -> nn.Module:
+    if is_smoke() and published.small:
+        return _random(published.small)
+    return published.load(published.build(), artefacts.load(name), name)
+
+
+def _random(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network with seeded random weights, in eval mode and frozen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build().eval().requires_grad_(False)
+
+
+def _listed(dataset: str, name: str) -> str:
+    """A RobustBench model's name among the artefacts, and its place in the model folder but for ".pt"."""
+    model, threat = _robustbench(name)
+    return f"{dataset}/{threat}/{model}"
+
+
+def _robustbench(name: str) -> tuple[str, str]:
+    """(RobustBench's name, threat model) of NAME or NAME@THREAT."""
+    model, _, threat = name.partition("@")
+    return model, threat or THREATS[0]
 
 
 def robustbench_model(name: str, **settings: Any) -> nn.Module:
@@ -22,7 +172,7 @@ def robustbench_model(name: str, **settings: Any) -> nn.Module:
     except ImportError as error:
         raise ImportError(
             f"robustbench_model({name!r}) needs robustbench and torchvision, and {error}; "
-            "install them with: pip install 'coup-lib[robustbench]'"
+            "install them with: pip install 'coup-lib[cifar]'"
         ) from error
     return load_model(model_name=name, **settings).eval().requires_grad_(False)
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from coup_lib import gradients
 from coup_lib.candidates import STRIDE, Averaged, Between, ConfidenceGuided, DenoisedGuided, Smoothed
-from coup_lib.config import PROFILES
 from coup_lib.defences import (
     CANDIDATES,
     DEFENCES,
     LABELS,
+    MAXIMISERS,
     PAPER,
     PURIFIERS,
     SWITCH,
@@ -21,6 +21,7 @@ from coup_lib.defences import (
     is_guided,
 )
 from coup_lib.guidance import Guided, first_order, to_image, to_state
+from coup_lib.profiles import PROFILES
 from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, step_times, time_grid
@@ -90,7 +91,7 @@ def relative_error(value, reference):
 def test_every_name_has_a_label_of_its_own():
     assert set(LABELS) == set(DEFENCES) == {"none", *PURIFIERS}
     assert len(set(LABELS.values())) == len(LABELS)
-    assert set(PAPER) | set(CANDIDATES) == set(DEFENCES) and not set(PAPER) & set(CANDIDATES)
+    assert sorted((*PAPER, *MAXIMISERS, *CANDIDATES)) == sorted(DEFENCES)
     assert not is_guided("none") and not is_guided("averaged") and is_guided("coup-averaged")
 
 

@@ -34,7 +34,7 @@ def no_smoke(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"profile": "imagenet"}, "profile: expected one of digits; got 'imagenet'"),
+        ({"profile": "imagenet"}, "profile: expected one of digits, cifar10, cifar100; got 'imagenet'"),
         ({"budget": "huge"}, "budget: expected one of smoke, quick, full; got 'huge'"),
         ({"purpose": "show"}, f"purpose: expected one of {', '.join(PURPOSES)}; got 'show'"),
         ({"norm": "l3"}, "norm: expected one of linf, l2; got 'l3'"),
@@ -143,7 +143,9 @@ def test_from_notebook_takes_the_parameters():
 
 
 def test_from_notebook_refuses_an_unknown_parameter():
-    with pytest.raises(ValueError, match="unknown parameter 'normm'; this notebook knows budget, eot, eps"):
+    with pytest.raises(
+        ValueError, match="unknown parameter 'normm'; this notebook knows budget, classifier, device, eot"
+    ):
         from_notebook(Config, notebook("# Parameters\nnormm = 'l2'", norm="linf", normm="l2"))
 
 

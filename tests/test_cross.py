@@ -32,7 +32,7 @@ def found():
 def test_classifiers_are_the_profiles():
     config = CONFIGS["linf"]
     assert list(cross.classifiers(config)) == ["linf", "l2", "standard"]
-    assert cross.classifiers(config)["standard"] == config.sizes.classifiers[0]
+    assert cross.classifiers(config)["standard"] == config.classifier
 
 
 def test_the_cross_setting_is_judged_under_one_attack(found):

@@ -8,10 +8,11 @@ from torch import nn
 
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
-from coup_lib.config import NORM_LABELS, PROFILES
+from coup_lib.config import NORM_LABELS
 from coup_lib.data import load_split
 from coup_lib.networks import NETWORKS, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
+from coup_lib.profiles import PROFILES
 from coup_lib.sde import VPSDE
 from coup_lib.train import (
     accuracy,

@@ -1,12 +1,14 @@
 """What users rely on in the notebooks: listed parameters, refused mistakes, any folder."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 
@@ -77,3 +79,32 @@ def test_a_notebook_runs_from_another_folder(tmp_path):
     text = (folder / "out.ipynb").read_text()
     assert "override: norm = 'l2'" in text and "override: eps = '8/255'" in text
     assert list(folder.iterdir()) == [folder / "out.ipynb"]
+
+
+@pytest.fixture(scope="module")
+def cifar_root(tmp_path_factory):
+    """Real images where COUP_DATA has them; else random pixels in the same layout."""
+    if os.environ.get("COUP_DATA"):
+        return Path(os.environ["COUP_DATA"])
+    root, random = tmp_path_factory.mktemp("cifar"), np.random.default_rng(0)
+    for dataset, classes in (("cifar10", 10), ("cifar100", 100)):
+        arrays = {}
+        for part, n in (("train", 200), ("test", 40)):
+            arrays[f"x_{part}"] = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+            arrays[f"y_{part}"] = random.integers(0, classes, n)
+        np.savez(root / f"{dataset}_exact_subset.npz", **arrays, idx_train=np.arange(200))
+    return root
+
+
+@pytest.mark.parametrize("profile", ["cifar10", "cifar100"])
+def test_the_papers_tier_runs_the_same_notebook(tmp_path, cifar_root, profile):
+    """At smoke size: other data, DDPM++ or EDM's network at their smallest, the same code."""
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "04_autoattack.ipynb")]
+    command += [str(tmp_path / "out.ipynb"), "-p", "profile", profile, "-p", "subset", "first"]
+    environment = {**os.environ, "COUP_DATA": str(cifar_root), "COUP_MODELS": str(tmp_path / "no models")}
+    environment |= {"COUP_RESULTS": str(tmp_path / "results"), "COUP_FIGURES": str(tmp_path / "figures")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    claims = (tmp_path / "figures" / profile / "likelihood_linf_claims.md").read_text()
+    assert "Guidance makes likelihood maximisation more robust* (n = 4" in claims
+    assert (tmp_path / "figures" / profile / "table1.png").exists()

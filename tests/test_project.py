@@ -20,7 +20,7 @@ def test_environment_yml_has_the_dependencies_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [line.strip() for line in (ROOT / "environment.yml").read_text().splitlines()]
     pip_list = [line.removeprefix("- ") for line in lines[lines.index("- pip:") + 1 :]]
-    assert pip_list == [*project["dependencies"], "-e ."]
+    assert pip_list == [*project["dependencies"], "-e .[cifar]"]
     assert f"- python{project['requires-python']}" in lines
 
 

@@ -1,0 +1,112 @@
+"""Profiles: data, networks and sizes. The code that runs is the same for every one."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work an attack run does; to `report` in `full` is the paper's protocol."""
+
+    n_images: int
+    n_iter: int  # APGD and FAB iterations
+    eot: int  # noise draws per gradient of APGD-ce and of AutoAttack's rand version
+    n_targets: int  # target classes of APGD-t and FAB-t
+    square_queries: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Data, networks and sizes."""
+
+    dataset: str
+    subset: str  # which test images, and in which order
+    classifiers: tuple[str, ...]  # the first one is the default; notebook 02 compares them all
+    robust_classifiers: dict[str, str]  # the first one's architecture, adversarially trained for each norm
+    score: str
+    eps: dict[str, float]
+    t_star: dict[str, float]
+    t_max: float  # the score network knows no later time
+    guidance_weight: float
+    n_steps: dict[str, int]
+    chunk_size: int  # images attacked together; a killed run loses no more than one chunk
+    max_batch: int  # images in one network call; EOT draws are batched up to this
+    budgets: dict[str, dict[str, Budget]]  # purpose → budget
+
+
+# What a run is for: a table of the paper; a few defences beside each other; many settings of one; a search
+# among many; many attacks.
+PURPOSES = ("report", "compare", "sweep", "search", "probe")
+BUDGETS = ("smoke", "quick", "full")
+SMOKE_STEPS = 3
+SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
+FULL = {
+    "report": Budget(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000),
+    "compare": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
+    "sweep": Budget(n_images=512, n_iter=30, eot=8, n_targets=9, square_queries=2000),
+    "search": Budget(n_images=256, n_iter=20, eot=5, n_targets=9, square_queries=2000),
+    "probe": Budget(n_images=128, n_iter=50, eot=20, n_targets=9, square_queries=2000),
+}
+QUICK_DIGITS = {
+    "report": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
+    "compare": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200),
+    "sweep": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
+    "search": Budget(n_images=48, n_iter=8, eot=3, n_targets=3, square_queries=200),
+    "probe": Budget(n_images=32, n_iter=20, eot=5, n_targets=3, square_queries=200),
+}
+# Of the paper's networks, an hour on one large GPU rather than weeks: to see that all is in place.
+QUICK_CIFAR = {purpose: Budget(16, n_iter=5, eot=2, n_targets=1, square_queries=20) for purpose in PURPOSES}
+
+
+def _budgets(quick: dict[str, Budget]) -> dict[str, dict[str, Budget]]:
+    return {purpose: {"smoke": SMOKE, "quick": quick[purpose], "full": FULL[purpose]} for purpose in PURPOSES}
+
+
+PROFILES = {
+    "digits": Profile(
+        dataset="digits",
+        subset="first",
+        classifiers=("cnn-small", "cnn-large"),
+        robust_classifiers={"linf": "cnn-small-linf", "l2": "cnn-small-l2"},
+        score="score",
+        # 8/255 is invisible to a digit classifier; 0.15 breaks it as 8/255 breaks one of CIFAR-10.
+        eps={"linf": 0.15, "l2": 0.5},
+        t_star={"linf": 0.1, "l2": 0.075},
+        t_max=0.3,
+        guidance_weight=1.0,
+        n_steps={"linf": 10, "l2": 10},
+        chunk_size=128,
+        max_batch=1280,
+        budgets=_budgets(QUICK_DIGITS),
+    ),
+    "cifar10": Profile(
+        dataset="cifar10",
+        subset="paper",
+        classifiers=("Standard", "wrn-70-16-dropout"),
+        robust_classifiers={"linf": "Wang2023Better_WRN-28-10", "l2": "Wang2023Better_WRN-28-10@L2"},
+        score="ddpmpp-deep",
+        eps={"linf": 8 / 255, "l2": 0.5},
+        t_star={"linf": 0.1, "l2": 0.075},
+        t_max=1.0,
+        guidance_weight=1.0,
+        n_steps={"linf": 100, "l2": 75},
+        chunk_size=64,
+        max_batch=64,
+        budgets=_budgets(QUICK_CIFAR),
+    ),
+    "cifar100": Profile(
+        dataset="cifar100",
+        subset="paper",
+        classifiers=("wrn-40-2",),
+        # RobustBench has none for CIFAR-100 that was trained for L2.
+        robust_classifiers=dict.fromkeys(("linf", "l2"), "Wang2023Better_WRN-28-10"),
+        score="edm-vp",
+        eps={"linf": 8 / 255, "l2": 0.5},
+        t_star={"linf": 0.1, "l2": 0.075},
+        t_max=1.0,
+        guidance_weight=1.0,
+        n_steps={"linf": 100, "l2": 75},
+        chunk_size=64,
+        max_batch=64,
+        budgets=_budgets(QUICK_CIFAR),
+    ),
+}
