@@ -55,6 +55,11 @@ def training_places(split: str, seed: int) -> np.ndarray:
     return places[held_out if split == "validation" else ~held_out]
 
 
+def is_here(dataset: str, root: Path) -> bool:
+    """Whether `pixels` can read the data set without downloading it."""
+    return _stand_in_at(root, dataset).exists() or (root / FOLDERS[dataset]).exists()
+
+
 @cache
 def pixels(dataset: str, part: str, root: Path | None = None) -> Pixels:
     """All images of a part, "train" or "test", that lie under root (None: `paths.data_dir()`).
@@ -68,10 +73,14 @@ def pixels(dataset: str, part: str, root: Path | None = None) -> Pixels:
         ImportError: naming the extra to install, when torchvision is missing.
     """
     root = root or data_dir()
-    stand_in = root / f"{dataset}_exact_subset.npz"
+    stand_in = _stand_in_at(root, dataset)
     if stand_in.exists() and not (root / FOLDERS[dataset]).exists():
         return _stand_in(stand_in, part)
     return _torchvision(dataset, part, root)
+
+
+def _stand_in_at(root: Path, dataset: str) -> Path:
+    return root / f"{dataset}_exact_subset.npz"
 
 
 def _stand_in(file: Path, part: str) -> Pixels:

@@ -84,6 +84,11 @@ def load_split(dataset: str, split: str, subset: str = "first") -> Images:
     return Images(torch.from_numpy(pixels.x[rows]).float() / 255, torch.from_numpy(pixels.y[rows]))
 
 
+def is_here(dataset: str) -> bool:
+    """Whether a data set can be loaded without downloading it."""
+    return dataset == "digits" or cifar.is_here(dataset, data_dir())
+
+
 def fingerprint(dataset: str, split: str, subset: str, n: int) -> str:
     """Twelve hex digits that name the first n images of a split by their places in the data set.
 

@@ -41,7 +41,7 @@ from coup_lib.profiles import BUDGETS, PROFILES
 from coup_lib.purify import Purified, Purifier
 from coup_lib.tables import markdown
 
-STEPS = 2  # of the paths that are timed; whole ones are as many times longer
+STEPS = 1  # of the paths that are timed; whole ones are as many times longer
 TIMED_FLOP = {"cpu": 2e11, "cuda": 5e13}  # in one timed call, a second's worth or so
 USABLE = 0.8  # of the free memory
 TABLE_HEAD = ("images", "purifications", "gradients", "network calls", "PFLOP", "GiB", "hours")
@@ -222,17 +222,19 @@ def _measured(config: Config, classifier: str, defence: str, gradient: str | Non
 @cache
 def _measured_once(profile: str, device: str, classifier: str, defence: str, gradient: str) -> Cost:
     config = Config(profile=profile, device=device, n_images=1)
-    evaluation = Evaluation(config, classifier)
+    evaluation = Evaluation(config, classifier, trained=False)
     model = evaluation.defence(defence, gradient or "exact", None if defence in MAXIMISERS else STEPS)
     image = torch.rand(1, *SHAPES[config.sizes.dataset], device=config.torch_device)
+    began = time.perf_counter()
     with FlopCounter() as counter:
         _call(model, image, gradient)
     flop = max(float(counter.total), 1.0)
     size = int(min(max(TIMED_FLOP[config.torch_device.type] / flop, 1), config.sizes.max_batch))
-    batch = image.repeat(size, 1, 1, 1)
-    _call(model, batch, gradient)  # the first call of a shape is slower
-    began = time.perf_counter()
-    _call(model, batch, gradient)
+    if size > 1:  # else that call was long enough to be timed
+        batch = image.repeat(size, 1, 1, 1)
+        _call(model, batch, gradient)  # the first call of a shape is slower
+        began = time.perf_counter()
+        _call(model, batch, gradient)
     return Cost((time.perf_counter() - began) / size, flop)
 
 
@@ -267,7 +269,7 @@ def _call(model: nn.Module, x: Tensor, gradient: str) -> None:
 @cache
 def _step_bytes(profile: str, device: str, classifier: str, defence: str) -> int:
     config = Config(profile=profile, device=device, n_images=1)
-    model = cast(Purified, Evaluation(config, classifier).defence(defence, n_steps=STEPS))
+    model = cast(Purified, Evaluation(config, classifier, trained=False).defence(defence, n_steps=STEPS))
     if not isinstance(model.purifier, Purifier):
         return 0
     state = torch.zeros(1, *SHAPES[config.sizes.dataset], device=config.torch_device)
@@ -316,9 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
     print(markdown(_frame(rows | ({"all of them": total} if len(rows) > 1 else {}))))
     print(f"\n{suggestion(Config(**given), total['GiB'])}")
-    missing = zoo.needed(*_networks(Config(**given)))
-    absent = [name for name in missing if not artefacts.locate(name).is_file()]
-    print(f"\nTo be downloaded first: {', '.join(absent)}" if absent else "\nAll networks are here.")
+    absent = zoo.missing(*_networks(Config(**given)))
+    print(f"\nStill to be fetched: {', '.join(absent)}" if absent else "\nAll networks are here.")
 
 
 def _configs(name: str, given: dict[str, Any]) -> list[Config]:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from coup_lib.attacks import ATTACKS, Attack
 from coup_lib.config import GRADIENTS, Config, choice, count
-from coup_lib.data import Images, fingerprint, load_split
+from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified
 from coup_lib.records import Progress, chunked_record, is_complete, record_path
-from coup_lib.zoo import check_classifier, digest, load_classifier, load_score
+from coup_lib.zoo import check_classifier, digest, load_classifier, load_score, missing
 
 T = TypeVar("T")
 
@@ -122,10 +122,13 @@ class Evaluation:
     Args:
         classifier: takes the place of the configuration's.
         verbose: print progress with an estimate of the time left.
+        trained: False takes random weights where trained ones would have to be fetched.
     """
 
-    def __init__(self, config: Config, classifier: str | None = None, *, verbose: bool = True) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, classifier: str | None = None, *, verbose: bool = True, trained: bool = True
+    ) -> None:
+        self.config, self.trained = config, trained
         self.classifier_name = check_classifier(config.sizes.dataset, classifier or config.classifier)
         self.verbose = verbose
         self.max_batch = config.sizes.max_batch
@@ -146,10 +149,13 @@ class Evaluation:
     @cached_property
     def score_network(self) -> nn.Module:
         """s(x, t) of the profile."""
-        return load_score(self.config.sizes.dataset, self.config.sizes.score).to(self.config.torch_device)
+        config = self.config
+        score = load_score(config.sizes.dataset, config.sizes.score, trained=self.trained)
+        return score.to(config.torch_device)
 
     def _classifier(self, name: str) -> nn.Module:
-        return load_classifier(self.config.sizes.dataset, name).to(self.config.torch_device)
+        classifier = load_classifier(self.config.sizes.dataset, name, trained=self.trained)
+        return classifier.to(self.config.torch_device)
 
     def defence(self, name: str, gradient: str = "exact", n_steps: int | None = None) -> nn.Module:
         """The named defence around the classifier, ready to be attacked; n_steps overrides the path's."""
@@ -421,7 +427,11 @@ class Evaluation:
 
     def _job(self, source: Source, targets: dict[str, Sequence[Source]]) -> Job:
         facing = tuple(target for target, row in targets.items() if source in row)
-        return Job(self.config, self.classifier_name, source, facing, self._is_done(source))
+        # Without data and networks at hand no record can be named; to plan, none is fetched.
+        dataset, guide = self.config.sizes.dataset, self._guide
+        missing_networks = missing(dataset, [self.classifier_name, guide], self.config.sizes.score)
+        done = is_here(dataset) and not missing_networks and self._is_done(source)
+        return Job(self.config, self.classifier_name, source, facing, done)
 
     def _all_right(self) -> Score:
         labels = np.zeros(self.config.n_images, dtype=int)

@@ -18,7 +18,7 @@ from coup_lib.networks import NETWORKS
 from coup_lib.paths import is_smoke, model_dir
 from coup_lib.resnet import cifar_resnet, resnet18
 from coup_lib.score import DISCRETE_LEVELS, DenoisedScore, NoiseScore
-from coup_lib.wideresnet import WideResNet, wrn_40_2, wrn_70_16
+from coup_lib.wideresnet import WideResNet, wrn_28_10, wrn_40_2, wrn_70_16
 
 THREATS = ("Linf", "L2")  # RobustBench's folders
 
@@ -79,29 +79,35 @@ def check_classifier(dataset: str, name: str) -> str:
     return name
 
 
-def load_classifier(dataset: str, name: str) -> nn.Module:
+def load_classifier(dataset: str, name: str, *, trained: bool = True) -> nn.Module:
     """A classifier, images in [0, 1] to logits, normalisation inside, in eval mode and frozen.
 
     Beside the names of `CLASSIFIERS` any of RobustBench's can be given for CIFAR, "@L2" behind it where it
     was trained for that norm. In a smoke run a small random network takes the place of a large one.
+
+    trained=False gives random weights, to measure what the network costs: nothing is fetched, and a WRN-28-10
+    stands for RobustBench's.
     """
+    classes = 100 if dataset == "cifar100" else 10
     if dataset in NETWORKS:
         return load_network(dataset, check_classifier(dataset, name))
     if name in CLASSIFIERS[dataset]:
-        return _load(name, CLASSIFIERS[dataset][name])
+        return _load(name, CLASSIFIERS[dataset][name], trained)
     if is_smoke():
-        return _random(partial(small_wrn, classes=int(dataset.removeprefix("cifar"))))
+        return _random(partial(small_wrn, classes=classes))
+    if not trained:
+        return _random(partial(wrn_28_10, classes))
     model, threat = _robustbench(name)
     if (listed := _listed(dataset, name)) in artefacts.ARTEFACTS:
         artefacts.fetch(listed)  # so that what RobustBench reads is verified
     return robustbench_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
 
 
-def load_score(dataset: str, name: str) -> nn.Module:
-    """The score s(x, t) of the profile's network, in eval mode and frozen."""
+def load_score(dataset: str, name: str, *, trained: bool = True) -> nn.Module:
+    """The score s(x, t) of a profile's network, in eval mode and frozen; `trained` as in load_classifier."""
     if dataset in NETWORKS:
         return NoiseScore(load_network(dataset, name)).eval()
-    network = _load(name, SCORES[dataset][name])
+    network = _load(name, SCORES[dataset][name], trained)
     if isinstance(network, Denoiser):
         return DenoisedScore(network).eval()
     return NoiseScore(network, time_scale=DISCRETE_LEVELS).eval()
@@ -131,9 +137,16 @@ def needed(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:
     return [name for name in dict.fromkeys([*named, score]) if name in artefacts.ARTEFACTS]
 
 
-def _load(name: str, published: Published) -> nn.Module:
+def missing(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:
+    """Those of `needed` that are not here."""
+    return [name for name in needed(dataset, classifiers, score) if not artefacts.locate(name).is_file()]
+
+
+def _load(name: str, published: Published, trained: bool) -> nn.Module:
     if is_smoke() and published.small:
         return _random(published.small)
+    if not trained:
+        return _random(published.build)
     return published.load(published.build(), artefacts.load(name), name)
 
 

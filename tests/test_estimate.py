@@ -44,7 +44,7 @@ def test_calls_of_the_attacks():
 
 
 def test_planning_lists_what_a_run_would_do_and_computes_nothing(results, monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **settings):
         raise AssertionError("a network was loaded")
 
     monkeypatch.setattr(evaluate, "load_classifier", refuse)
@@ -119,7 +119,7 @@ def test_memory_running_out_halves_the_batch(results, capsys, monkeypatch):
 
     torch.manual_seed(0)
     small = Small().eval().requires_grad_(False)
-    monkeypatch.setattr(evaluate, "load_classifier", lambda dataset, name: small)
+    monkeypatch.setattr(evaluate, "load_classifier", lambda dataset, name, trained: small)
     config = Config(n_images=20, n_iter=3, eot=2)
     shares = []
     for limit in (1000, 8):

@@ -99,6 +99,19 @@ def test_the_wheels_resnet18_needs_no_file(models):
     assert zoo.digest("cifar10", "resnet18") == "399f52da9f914c32"
 
 
+def test_untrained_networks_are_of_full_size_and_need_no_file(models):
+    sizes = {
+        network: sum(parameter.numel() for parameter in network.parameters())
+        for network in (
+            zoo.load_classifier("cifar10", "Standard", trained=False),
+            zoo.load_classifier("cifar100", "wrn-40-2", trained=False),
+            zoo.load_score("cifar100", "edm-vp", trained=False),
+        )
+    }
+    assert list(sizes.values()) == [36_479_194, 2_255_156, 55_733_891]
+    assert not list(models.iterdir())
+
+
 def test_missing_files_are_named_with_their_places(models):
     with pytest.raises(FileNotFoundError) as error:
         zoo.load_score("cifar100", "edm-vp")
