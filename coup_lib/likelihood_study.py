@@ -7,6 +7,7 @@ from coup_lib import paper, tables
 from coup_lib.config import Config
 from coup_lib.defences import LABELS, MAXIMISERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.likelihood import N_STEPS
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.tables import Shares
 
@@ -20,6 +21,7 @@ def sources(defence: str) -> dict[str, Source]:
         "bpda": Source("apgd-ce", defence, "bpda"),
         "adaptive": Source("apgd-ce", defence),
         "from_none": Source("apgd-ce", "none"),
+        "from_reverse": Source("apgd-ce", "reverse"),
     }
 
 
@@ -46,6 +48,16 @@ def paper_table(results: Shares, config: Config) -> pd.DataFrame:
         reported | measured, orient="index", columns=["Robustness, APGD-ce + BPDA (%)", "Source"]
     )
     return frame.rename_axis("Defence")
+
+
+def caption(config: Config, classifier: str) -> str:
+    """What stands behind the numbers."""
+    return (
+        f"{tables.settings_caption(config, [classifier], ['apgd-ce'])} Likelihood maximisation takes "
+        f"{N_STEPS} steps of Adam and knows neither t* nor N; those are of the reverse-only purifier whose "
+        "images it faces. λ weighs log-confidence against log-likelihood, as in Eq. 5; how the paper weighs "
+        "them here it does not say."
+    )
 
 
 def gain(results: Shares, column: str) -> Difference:
