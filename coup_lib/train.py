@@ -238,7 +238,7 @@ def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
     classifiers = {name: net for name, net in networks.items() if not isinstance(net, NoiseNet)}
     scores = {name: net for name, net in networks.items() if isinstance(net, NoiseNet)}
     return CARD.format(
-        **SIZES,
+        **SIZES[dataset],
         split_seed=SPLIT_SEED,
         command=command,
         t_max=T_MAX,

@@ -26,6 +26,7 @@ class GaussianMixtureScore(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         weights = torch.softmax(self._exponents(x, t), dim=1)
+        t = t.reshape(-1, 1)
         m = self.sde.mean_coeff(t)
         return ((m * weights @ self.means - x.flatten(1)) / self._variance(t)).reshape(x.shape)
 
@@ -33,8 +34,8 @@ class GaussianMixtureScore(nn.Module):
         return (self.sde.mean_coeff(t) * self.data_std) ** 2 + self.sde.std(t) ** 2
 
     def _exponents(self, x: Tensor, t: Tensor) -> Tensor:
-        distances = x.flatten(1)[:, None] - self.sde.mean_coeff(t) * self.means
-        return -distances.square().sum(-1) / (2 * self._variance(t))
+        distances = x.flatten(1)[:, None] - self.sde.mean_coeff(t).reshape(-1, 1, 1) * self.means
+        return -distances.square().sum(-1) / (2 * self._variance(t).reshape(-1, 1))
 
 
 class SmoothClassifier(nn.Module):

@@ -21,13 +21,16 @@ from coup_lib.defences import (
     is_guided,
 )
 from coup_lib.guidance import Guided, first_order, to_image, to_state
+from coup_lib.likelihood import likelihood
 from coup_lib.profiles import PROFILES
 from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier
+from coup_lib.score import ScoreDenoiser
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, step_times, time_grid
 
 SEEDS = torch.tensor([11, 22, 33, 44, 55])
-GUIDED = [name for name in PURIFIERS if is_guided(name)]
+REVERSE = [name for name in PURIFIERS if name not in MAXIMISERS]  # those that run the reverse SDE
+GUIDED = [name for name in REVERSE if is_guided(name)]
 T = torch.tensor(0.05, dtype=torch.float64)
 
 
@@ -95,7 +98,7 @@ def test_every_name_has_a_label_of_its_own():
     assert not is_guided("none") and not is_guided("averaged") and is_guided("coup-averaged")
 
 
-@pytest.mark.parametrize("name", PURIFIERS)
+@pytest.mark.parametrize("name", REVERSE)
 def test_every_defence_keeps_its_recipe(name):
     """Runs, repeats with its seeds and not without, is frozen, and is made of what the recipe says."""
     recipe, (defence, x) = PURIFIERS[name], made(name)
@@ -111,7 +114,18 @@ def test_every_defence_keeps_its_recipe(name):
         assert isinstance(defence.purifier.score.classifier, Guide)
 
 
-@pytest.mark.parametrize("name", PURIFIERS)
+@pytest.mark.parametrize("name", MAXIMISERS)
+@pytest.mark.parametrize("gradient", ["exact", "first_order", "bpda"])
+def test_likelihood_maximisation_is_made_around_the_same_networks(name, gradient):
+    defence, x = made(name, gradient)
+    score, classifier, _ = small_problem()
+    weight = 1.5 if is_guided(name) else 0.0
+    by_hand = likelihood(classifier, ScoreDenoiser(score), weight, gradient=gradient)
+    assert torch.equal(defence(x, seeds=SEEDS), by_hand(x, seeds=SEEDS))
+    assert torch.equal(input_gradient(defence, x), input_gradient(by_hand, x))
+
+
+@pytest.mark.parametrize("name", REVERSE)
 def test_exact_gradients_are_central_differences(name, monkeypatch):
     """Twice: with all activations kept, and with every step replayed."""
     defence, x = made(name)
@@ -149,7 +163,7 @@ def test_first_order_holds_the_guidance_and_nothing_else(name):
     assert relative_error(ends["ours"][1], ends["exact"][1]) > 1e-4  # there is something to hold
 
 
-@pytest.mark.parametrize("name", PURIFIERS)
+@pytest.mark.parametrize("name", REVERSE)
 @pytest.mark.parametrize("gradient", ["first_order", "bpda"])
 def test_every_gradient_has_the_same_forward_pass(name, gradient):
     (reference, x), (other, _) = made(name), made(name, gradient)
