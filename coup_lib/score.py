@@ -1,5 +1,6 @@
 """Scores ∇ₓ log p_t(x) from networks that predict noise or the clean image, and denoisers from scores."""
 
+import torch
 from torch import Tensor, nn
 
 from coup_lib.sde import VPSDE, per_image
@@ -24,7 +25,8 @@ class NoiseScore(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """s(x, t) for x (B, C, H, W) and t of shape () or (B,), in (0, 1]."""
-        labels = (t * self.time_scale).to(x.dtype).expand(len(x))
+        # Never in half precision: bfloat16 has no number between 99 and 99.5.
+        labels = (t * self.time_scale).to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
         std = self.sde.std(t)
         return -self.network(x, labels) / (std.reshape(-1, *[1] * (x.ndim - 1)) if std.ndim else std)
 

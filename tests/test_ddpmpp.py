@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coup_lib.checkpoints import CheckpointError
 from coup_lib.ddpmpp import DEEP, SHALLOW, DDPMpp, load_score_sde, time_embedding
@@ -338,3 +338,19 @@ def test_something_else_than_a_checkpoint(saved, got):
 def test_a_checkpoint_of_other_sizes():
     with pytest.raises(CheckpointError, match=r"\(all_modules\.0\.weight\): .*\(32, 8\), got a .*\(64, 16\)"):
         load_score_sde(checkpoint(), DDPMpp(width=8, blocks=1))
+
+
+def test_labels_keep_their_precision_when_states_have_little():
+    """In bfloat16 999·0.0995 would be 99.5 rather than 99.4005."""
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x, labels):
+            seen.append(labels)
+            return x
+
+    x, t = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), torch.tensor(0.0995)
+    NoiseScore(Spy(), time_scale=DISCRETE_LEVELS)(x, t)
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [float(t * 999)] * 2
+    NoiseScore(Spy(), time_scale=DISCRETE_LEVELS)(x.double(), t.double())
+    assert seen[1].dtype == torch.float64
