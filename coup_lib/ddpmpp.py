@@ -53,12 +53,7 @@ class DDPMpp(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        smallest = 2 ** (len(multipliers) - 1)
-        if width % 4 or image_size % smallest:
-            raise ValueError(
-                f"expected width a multiple of 4 and image_size a multiple of {smallest}; "
-                f"got {width} and {image_size}"
-            )
+        check_sizes(width, image_size, len(multipliers))
         self.width, self.image = width, (channels, image_size, image_size)
         # Only because checkpoints have it: the noise levels of upstream's other SDE, unused under the VP-SDE.
         levels = torch.linspace(math.log(50), math.log(0.01), 1000, dtype=torch.float64)
@@ -77,11 +72,7 @@ class DDPMpp(nn.Module):
         self.all_modules = nn.ModuleList([*time, stem, *down, *middle, *up, *head])
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        if x.shape[1:] != self.image or labels.shape != x.shape[:1]:
-            raise ValueError(
-                f"expected x (B, {', '.join(map(str, self.image))}) and labels (B,); "
-                f"got {tuple(x.shape)} and {tuple(labels.shape)}"
-            )
+        check_inputs(x, labels, self.image)
         first, second, stem, *blocks, norm, head = self.all_modules
         embedding = time_embedding(labels, self.width).to(x.dtype)
         embedding = F.silu(second(F.silu(first(embedding))))
@@ -195,6 +186,25 @@ class PixelLinear(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.W.mT @ pixels + self.b[:, None]
+
+
+def check_sizes(width: int, image_size: int, levels: int) -> None:
+    """ValueError for a width or an image size that a U-Net of so many levels cannot split."""
+    smallest = 2 ** (levels - 1)
+    if width % 4 or image_size % smallest:
+        raise ValueError(
+            f"expected width a multiple of 4 and image_size a multiple of {smallest}; "
+            f"got {width} and {image_size}"
+        )
+
+
+def check_inputs(x: Tensor, labels: Tensor, image: tuple[int, int, int]) -> None:
+    """ValueError unless x is (B, *image) and labels are (B,)."""
+    if x.shape[1:] != image or labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"expected x (B, {', '.join(map(str, image))}) and labels (B,); "
+            f"got {tuple(x.shape)} and {tuple(labels.shape)}"
+        )
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

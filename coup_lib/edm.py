@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.checkpoints import load_state
-from coup_lib.ddpmpp import group_norm, time_embedding
+from coup_lib.ddpmpp import check_inputs, check_sizes, group_norm, time_embedding
 from coup_lib.score import DISCRETE_LEVELS
 from coup_lib.sde import VPSDE, per_image
 
@@ -108,12 +108,7 @@ class EDMNetwork(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        smallest = 2 ** (len(multipliers) - 1)
-        if width % 4 or image_size % smallest:
-            raise ValueError(
-                f"expected width a multiple of 4 and image_size a multiple of {smallest}; "
-                f"got {width} and {image_size}"
-            )
+        check_sizes(width, image_size, len(multipliers))
         self.width, self.image = width, (channels, image_size, image_size)
         if augmentations:
             self.map_augment = nn.Linear(augmentations, width, bias=False)
@@ -131,11 +126,7 @@ class EDMNetwork(nn.Module):
         self.dec[f"{top}_aux_conv"] = nn.Conv2d(outputs, channels, 3, padding=1)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        if x.shape[1:] != self.image or labels.shape != x.shape[:1]:
-            raise ValueError(
-                f"expected x (B, {', '.join(map(str, self.image))}) and labels (B,); "
-                f"got {tuple(x.shape)} and {tuple(labels.shape)}"
-            )
+        check_inputs(x, labels, self.image)
         stem, *down = self.enc.values()
         *up, norm, head = self.dec.values()
         embedding = time_embedding(labels, self.width).to(x.dtype)
