@@ -29,9 +29,8 @@ import filelock
 import numpy as np
 import torch
 
-from coup_lib.checkpoints import SUMS, CheckpointError, read_sums
+from coup_lib.checkpoints import SUMS, CheckpointError, read_sums, write_sums
 from coup_lib.download import WebPage, download
-from coup_lib.files import write_atomically
 from coup_lib.paths import MODELS_VARIABLE, model_dir
 
 BLOCK = 1 << 20
@@ -330,9 +329,8 @@ def _record(name: str, sha256: str) -> None:
     if ARTEFACTS[name].sha256 or _recorded(name):
         return
     sums = (read_sums(model_dir()) if _sums().is_file() else {}) | {ARTEFACTS[name].place: sha256}
-    lines = "".join(f"{value}  {key}\n" for key, value in sorted(sums.items()))
     try:
-        write_atomically(_sums(), lambda temporary: temporary.write_text(lines))
+        write_sums(sums, model_dir())
     except OSError as error:  # a folder that many share is often read-only
         warnings.warn(f"cannot record the SHA-256 of {name} in {_sums()}: {error}", stacklevel=3)
 

@@ -44,8 +44,7 @@ def save_network(network: nn.Module, dataset: str, name: str, *, folder: Path = 
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     sums = read_sums(folder) if (folder / SUMS).exists() else {}
     sums[_relative(path, folder)] = hashlib.sha256(content).hexdigest()
-    lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
-    write_atomically(folder / SUMS, lambda temporary: temporary.write_text(lines))
+    write_sums(sums, folder)
     return path
 
 
@@ -69,6 +68,12 @@ def read_sums(folder: Path = WEIGHTS) -> dict[str, str]:
     """The digest of each file, named relative to folder, as sha256sum writes them."""
     lines = (folder / SUMS).read_text().splitlines()
     return {file: digest for digest, file in (line.split(maxsplit=1) for line in lines)}
+
+
+def write_sums(sums: Mapping[str, str], folder: Path) -> None:
+    """Write what `read_sums` reads, sorted by file."""
+    lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
+    write_atomically(folder / SUMS, lambda temporary: temporary.write_text(lines))
 
 
 def load_state(network: nn.Module, state: Mapping[str, Any], where: str) -> nn.Module:

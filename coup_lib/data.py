@@ -79,8 +79,7 @@ def load_split(dataset: str, split: str, subset: str = "first") -> Images:
         x, y = _digits()
         rows = split_rows()[split]
         return Images(x[rows].clone(), y[rows].clone())
-    pixels = cifar.pixels(dataset, "test" if split == "test" else "train", data_dir())
-    rows = _held_rows(dataset, split, subset, pixels)
+    pixels, rows = _held(dataset, split, subset)
     return Images(torch.from_numpy(pixels.x[rows]).float() / 255, torch.from_numpy(pixels.y[rows]))
 
 
@@ -96,26 +95,27 @@ def fingerprint(dataset: str, split: str, subset: str, n: int) -> str:
     """
     if dataset == "digits":
         return ""
-    pixels = cifar.pixels(dataset, "test" if split == "test" else "train", data_dir())
-    places = pixels.place[_held_rows(dataset, split, subset, pixels)[:n]]
+    pixels, rows = _held(dataset, split, subset)
+    places = pixels.place[rows[:n]]
     return hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:12]
 
 
-def _held_rows(dataset: str, split: str, subset: str, pixels: cifar.Pixels) -> np.ndarray:
-    """The rows of a split in what is at hand. Of a stand-in with fewer training images all are taken."""
+def _held(dataset: str, split: str, subset: str) -> tuple[cifar.Pixels, np.ndarray]:
+    """What is at hand, and the split's rows in it. Of a stand-in with fewer training images all are taken."""
+    pixels = cifar.pixels(dataset, "test" if split == "test" else "train", data_dir())
     if split != "test":
         rows = pixels.rows_of(cifar.training_places(split, SPLIT_SEED))
-        return rows[rows >= 0]
+        return pixels, rows[rows >= 0]
     rows = pixels.rows_of(cifar.SUBSETS[subset]())
     if subset == "first":
-        return rows[: np.argmin(rows) if rows.min() < 0 else None]
+        return pixels, rows[: np.argmin(rows) if rows.min() < 0 else None]
     if rows.min() < 0:
         raise FileNotFoundError(
             f"{(rows < 0).sum()} of the {len(rows)} test images of subset {subset!r} are not in "
             f"{data_dir()}, which holds {len(pixels.y)} of {dataset}; get the whole data set, or choose "
             "subset 'first'"
         )
-    return rows
+    return pixels, rows
 
 
 @cache

@@ -271,7 +271,7 @@ def everything(config: Config) -> tuple[list[Line], list[Gap]]:
     ]
     lines = [line for section, _ in sections for line in section]
     lines += [*paths(of("compare")), *toy_claims()]
-    lines += [*hyperparameters(of("sweep", split="validation"))]
+    lines += hyperparameters(of("sweep", split="validation"))
     return lines, [gap for _, gaps in sections for gap in gaps]
 
 

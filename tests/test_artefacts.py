@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from coup_lib import artefacts, download
+from coup_lib import artefacts, checkpoints, download
 from coup_lib.artefacts import ARTEFACTS, Artefact
 from coup_lib.checkpoints import CheckpointError
 from coup_lib.paths import model_dir
@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_written_is_used_with_a_warning(listed, monkeypa
     def refuse(*arguments):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(artefacts, "write_atomically", refuse)
+    monkeypatch.setattr(checkpoints, "write_atomically", refuse)
     put(listed, checkpoint)
     with pytest.warns(UserWarning, match="cannot record the SHA-256 of small"):
         assert artefacts.path(NAME) == listed

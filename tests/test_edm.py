@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import Tensor, nn
 
 from coup_lib.checkpoints import CheckpointError
@@ -32,14 +33,6 @@ TIGHT = 1e-5  # relative L2
 # The fixtures' weights: drawn with this seed, of this digest over the raw bytes in the order of the keys.
 WEIGHT_SEED, WEIGHT_SHA256 = 1700, "c637451b1797a41b4881a25b1157373b0dee0feb5a52fbfe3175f6c907af234d"
 both = pytest.mark.parametrize("name", PRECONDITIONINGS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

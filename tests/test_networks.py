@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,14 +34,6 @@ NUMBER = r"\d+\.?\d*"
 CLASSIFIERS = {"cnn-small": 0.97, "cnn-large": 0.97, "cnn-small-linf": 0.94, "cnn-small-l2": 0.97}
 # Above, by a margin, the losses of the published weights (weights/digits/README.md).
 LOSS_BELOW = {0.05: 0.35, 0.1: 0.24, 0.2: 0.143}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
