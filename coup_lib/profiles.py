@@ -41,10 +41,10 @@ SMOKE_STEPS = 3
 SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
 FULL = {
     "report": Budget(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000),
-    "compare": Budget(n_images=512, n_iter=40, eot=10, n_targets=9, square_queries=2000),
-    "sweep": Budget(n_images=512, n_iter=30, eot=8, n_targets=9, square_queries=2000),
-    "search": Budget(n_images=256, n_iter=20, eot=5, n_targets=9, square_queries=2000),
-    "probe": Budget(n_images=128, n_iter=50, eot=20, n_targets=9, square_queries=2000),
+    "compare": Budget(n_images=512, n_iter=20, eot=5, n_targets=9, square_queries=2000),
+    "sweep": Budget(n_images=512, n_iter=16, eot=3, n_targets=9, square_queries=2000),
+    "search": Budget(n_images=96, n_iter=16, eot=4, n_targets=9, square_queries=2000),
+    "probe": Budget(n_images=64, n_iter=50, eot=20, n_targets=9, square_queries=2000),
 }
 QUICK_DIGITS = {
     "report": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
