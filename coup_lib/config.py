@@ -130,6 +130,8 @@ class Config:
     split: str = "test"
     seed: int = 0
     purpose: str = "report"
+    shard: int = 0  # which of num_shards processes this is that share the work; results do not depend on it
+    num_shards: int = 1
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -164,6 +166,8 @@ class Config:
         for name in ("n_iter", "eot", "n_targets", "square_queries", "n_steps", "n_draws"):
             fill(name, count(name, getattr(self, name)))
         fill("seed", count("seed", self.seed, 2**31, low=0))
+        fill("num_shards", count("num_shards", self.num_shards))
+        fill("shard", count("shard", self.shard, self.num_shards - 1, low=0))
 
     @property
     def torch_device(self) -> torch.device:

@@ -19,7 +19,7 @@ from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified
-from coup_lib.records import Progress, chunked_record, is_complete, record_path
+from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
 from coup_lib.zoo import check_classifier, digest, load_classifier, load_score, missing
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ class Evaluation:
         plan = Plan(costs, verbose=self.verbose)
         for source in sources:
             plan.start(f"{self.classifier_name}: {source}")
-            self.attack(source, plan.advance)
+            self._attack_record(source).share(plan.advance)
         plan.end()
         return {
             target: {source: self.score(target, source) for source in dict.fromkeys(row)}
@@ -236,9 +236,13 @@ class Evaluation:
 
     def attack(self, source: Source, progress: Progress | None = None) -> dict[str, Any]:
         """The record of a source: AutoAttack's verdicts and warnings, and the images under "arrays"."""
+        if source not in self._attacks:  # every target asks for it again
+            self._attacks[source] = self._attack_record(source).finish(progress)
+        return self._attacks[source]
+
+    def _attack_record(self, source: Source) -> ChunkedRecord:
         config, size = self.config, self.config.sizes.chunk_size
         seed = config.seed if source.seed is None else source.seed
-        starts = range(0, config.n_images, size)
 
         def compute(start: int) -> dict[str, Any]:
             chunk = Images(self.images.x[start : start + size], self.images.y[start : start + size])
@@ -272,12 +276,21 @@ class Evaluation:
                 "x_adv": np.concatenate([part["x_adv"] for part in parts]),
             }
 
-        if source not in self._attacks:  # every target asks for it again
-            name, settings = self.attack_settings(source)
-            fitting = self._fitting(compute)
-            record = chunked_record(config.profile, name, settings, starts, fitting, combine, progress)
-            self._attacks[source] = record
-        return self._attacks[source]
+        name, settings = self.attack_settings(source)
+        return self._record(name, settings, compute, combine)
+
+    def _record(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        compute: Callable[[int], dict[str, Any]],
+        combine: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    ) -> ChunkedRecord:
+        """A record over all images; `compute` gets the place of a chunk's first image."""
+        config = self.config
+        starts = range(0, config.n_images, config.sizes.chunk_size)
+        worker = Worker(config.shard, config.num_shards)
+        return ChunkedRecord(config.profile, name, settings, starts, self._fitting(compute), combine, worker)
 
     def _x_adv(self, source: Source, start: int) -> Tensor:
         """The source's images of the chunk that begins at `start`."""
@@ -335,8 +348,7 @@ class Evaluation:
             "attack": attack_settings,
         }
         name = f"score-{target}-on-{attack_name}"
-        starts = range(0, config.n_images, size)
-        record = chunked_record(config.profile, name, settings, starts, self._fitting(compute), combine)
+        record = self._record(name, settings, compute, combine).finish()
         return self._as_score(target, source, record["result"])
 
     def _as_score(self, target: str, source: Source, result: dict[str, Any]) -> Score:

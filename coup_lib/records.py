@@ -4,8 +4,13 @@ Work is a list of chunks. Each finished chunk is appended to `results/<profile>/
 synced, so a killed run continues behind its last whole chunk. When all are there, the JSON record is moved
 into place in one step and the journal goes. The hash is that of the settings: asking for the same settings
 reads the record back, changed ones are another record.
+
+Several processes, on one machine or on many with a common folder, may share the chunks of all records: each
+`Worker` has a journal of its own, and a lock for each chunk says what is in work. The numbers do not depend
+on who did what.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -16,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +37,7 @@ PROTOCOL = 2  # part of every hash: raise it when a change of the code changes w
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
 
 Progress = Callable[[int, int], None]
+Values = dict[str, Any]
 
 
 def config_hash(settings: dict[str, Any]) -> str:
@@ -44,64 +51,113 @@ def record_path(profile: str, name: str, settings: dict[str, Any]) -> Path:
     return paths.RESULTS / profile / f"{name}-{config_hash(settings)}.json"
 
 
+@dataclass(frozen=True)
+class Worker:
+    """One of `count` processes that share the chunks of every record."""
+
+    index: int = 0
+    count: int = 1
+
+    def order(self, n_chunks: int) -> list[int]:
+        """All chunks: its own first (index, index + count, …), then the others', which may be left undone."""
+        return sorted(range(n_chunks), key=lambda chunk: ((chunk - self.index) % self.count, chunk))
+
+
 def record(profile: str, name: str, settings: dict[str, Any], compute: Callable[[], dict]) -> dict[str, Any]:
     """The record of one piece of work that is too short to need chunks; its numbers are under "result"."""
-    return chunked_record(profile, name, settings, [0], lambda _: compute(), lambda parts: parts[0])
+    return ChunkedRecord(profile, name, settings, [0], lambda _: compute(), lambda parts: parts[0]).finish()
 
 
-def chunked_record(
-    profile: str,
-    name: str,
-    settings: dict[str, Any],
-    chunks: Sequence[Any],
-    compute: Callable[[Any], dict[str, Any]],
-    combine: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Read the record of these settings back, or compute its chunks (resuming a journal) and write it.
+@dataclass(frozen=True)
+class ChunkedRecord:
+    """A record that is made of chunks, and how to make it.
 
     Args:
-        chunks: what `compute` is called with, in this order.
+        chunks: what `compute` is called with; the record has them in this order.
         compute: one chunk to a JSON-able dict. NumPy arrays in it go to the record's .npz, not to the JSON.
         combine: all chunks' dicts, in order, to the record's "result".
-        progress: called as progress(chunks done, chunks in all) after each chunk.
-
-    If another process is working on the same record, this one says so and waits for it.
+        worker: which of the processes this is that share the chunks.
     """
-    path = record_path(profile, name, settings)
-    if is_complete(path):
-        return read(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
-        if is_complete(path):  # finished by another process since we looked
-            return read(path)
-        journal = Journal(path.with_suffix(".journal"))
-        parts = journal.read()
-        for index, chunk in enumerate(chunks):
-            if index not in parts:
-                started = time.perf_counter()
-                arrays, values = _split(compute(chunk))
-                values["seconds"] = round(time.perf_counter() - started, 3)
-                parts[index] = journal.append(index, values, arrays)
-            if progress:
-                progress(index + 1, len(chunks))
-        ordered = [parts[index] for index in range(len(chunks))]
-        seconds = sum(part.pop("seconds") for part in ordered)
-        arrays, result = _split(combine(ordered))
+
+    profile: str
+    name: str
+    settings: dict[str, Any]
+    chunks: Sequence[Any]
+    compute: Callable[[Any], Values]
+    combine: Callable[[list[Values]], Values]
+    worker: Worker = Worker()
+
+    @property
+    def path(self) -> Path:
+        """Where the JSON is, or will be."""
+        return record_path(self.profile, self.name, self.settings)
+
+    def share(self, progress: Progress | None = None) -> None:
+        """Compute the chunks that are not there yet and that nobody works on; wait for nobody else's.
+
+        progress is called as progress(chunks done, chunks in all) after each.
+        """
+        if is_complete(self.path):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(self.path, self.worker)
+        with _lock(journal.path.with_suffix(".journal.lock")):
+            journal.mend()
+            for index in self.worker.order(len(self.chunks)):
+                with _lock(_chunk_path(self.path, index, "lock"), wait=False) as free:
+                    if free:
+                        self._compute(index, journal)
+                if progress:
+                    progress(len(journal.parts()), len(self.chunks))
+
+    def finish(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Read the record back, or compute what is missing (resuming a journal), write it and return it.
+
+        Where another process works on a chunk, or as the same worker, this one says so and waits for it.
+        """
+        if is_complete(self.path):
+            return read(self.path)
+        self.share(progress)
+        journal = Journal(self.path, self.worker)
+        for index in range(len(self.chunks)):
+            if not is_complete(self.path) and index not in journal.parts():
+                with _lock(_chunk_path(self.path, index, "lock")):
+                    self._compute(index, journal)
+        if not is_complete(self.path):
+            with _lock(self.path.with_suffix(".lock")):
+                if not is_complete(self.path):
+                    self._write([journal.parts()[index] for index in range(len(self.chunks))])
+                    journal.remove()
+        return read(self.path)
+
+    def _compute(self, index: int, journal: "Journal") -> None:
+        """The chunk whose lock is held, unless somebody did it in the meantime."""
+        if index in journal.parts() or is_complete(self.path):
+            return
+        started = time.perf_counter()
+        arrays, values = _split(self.compute(self.chunks[index]))
+        values["seconds"] = round(time.perf_counter() - started, 3)
+        journal.append(index, values, arrays)
+
+    def _write(self, parts: list["Part"]) -> None:
+        made = provenance()
+        others = {repr(_code(part.made)): part.made for part in parts if part.made}
+        others.pop(repr(_code(made)), None)
+        made |= {"seconds": round(sum(part.values.pop("seconds") for part in parts), 3)}
+        made |= {"peak_memory_mib": _peak_memory()} | ({"also": list(others.values())} if others else {})
+        arrays, result = _split(self.combine([part.values for part in parts]))
         if arrays:
-            _write_arrays(path.with_suffix(".npz"), arrays)
+            _write_arrays(self.path.with_suffix(".npz"), arrays)
         document = {
-            "name": name,
-            "settings": settings,
-            "hash": config_hash(settings),
+            "name": self.name,
+            "settings": self.settings,
+            "hash": config_hash(self.settings),
             "result": result,
             "arrays": sorted(arrays),
-            "provenance": provenance() | {"seconds": round(seconds, 3), "peak_memory_mib": _peak_memory()},
+            "provenance": made,
         }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text))
-        journal.remove()
-    return read(path)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
 
 def is_complete(path: Path) -> bool:
@@ -120,56 +176,86 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+@dataclass(frozen=True)
+class Part:
+    """A finished chunk: its numbers and arrays, and the provenance of the process that made it."""
+
+    values: Values
+    made: dict[str, Any] | None
+
+
 class Journal:
-    """Finished chunks, one JSON line each, in the order they were finished; arrays lie beside it."""
+    """Finished chunks, one JSON line each, in the order they were finished; arrays lie beside it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A worker appends to its own file and reads those of all.
+    """
 
-    def read(self) -> dict[int, dict[str, Any]]:
-        """Chunk index → its values. A line cut short by a crash is dropped, and its chunk done again."""
-        parts: dict[int, dict[str, Any]] = {}
-        whole = b""
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
-            try:
-                entry = json.loads(line)
-                arrays = self._arrays(entry) if line.endswith(b"\n") else None
-            except (ValueError, OSError):
-                break
-            if arrays is None:
-                break
-            parts[entry["chunk"]] = entry["values"] | arrays
-            whole += line
-        if self.path.exists() and self.path.stat().st_size != len(whole):
-            os.truncate(self.path, len(whole))
-        return parts
+    def __init__(self, record: Path, worker: Worker = Worker()) -> None:
+        self.record = record
+        name = "journal" if worker.count == 1 else f"{worker.index}of{worker.count}.journal"
+        self.path = record.with_name(f"{record.stem}.{name}")
+        self._parts: dict[int, Part] = {}
 
-    def append(self, index: int, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Write one chunk and sync it to the disk; returns what `read` would give for it."""
+    def parts(self) -> dict[int, Part]:
+        """Chunk index → what any worker made of it; a line cut short, or without its arrays, is none."""
+        for path in self._files("*journal"):
+            for entry in _whole_entries(path):
+                if entry["chunk"] not in self._parts:
+                    try:
+                        values = entry["values"] | self._arrays(entry)
+                    except (OSError, ValueError):
+                        continue
+                    self._parts[entry["chunk"]] = Part(values, entry.get("made"))
+        return self._parts
+
+    def mend(self) -> None:
+        """Cut off a last line that a crash left half written: the next one has to start on its own."""
+        if self.path.exists():
+            text = self.path.read_bytes()
+            os.truncate(self.path, text.rfind(b"\n") + 1)
+
+    def append(self, index: int, values: Values, arrays: dict[str, np.ndarray]) -> None:
+        """Write one chunk and sync it to the disk."""
         if arrays:
-            _write_arrays(self._array_path(index), arrays)
-        entry = {"chunk": index, "values": values, "arrays": bool(arrays)}
-        line = json.dumps(entry, allow_nan=False) + "\n"
+            _write_arrays(_chunk_path(self.record, index, "npz"), arrays)
+        entry = {"chunk": index, "values": values, "arrays": bool(arrays), "made": provenance()}
         with self.path.open("ab") as file:
-            file.write(line.encode())
+            file.write((json.dumps(entry, allow_nan=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
-        return json.loads(line)["values"] | arrays
 
     def remove(self) -> None:
-        """Delete the journal and its arrays; the record now holds all of it."""
-        for path in self.path.parent.glob(f"{self.path.stem}.chunk*.npz"):
-            path.unlink()
-        self.path.unlink(missing_ok=True)
+        """Delete all workers' journals, arrays and locks; the record now holds all of it."""
+        for pattern in ("chunk*", "*journal", "*lock"):
+            for path in self._files(pattern):
+                path.unlink(missing_ok=True)
 
-    def _array_path(self, index: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}.chunk{index}.npz")
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(self.record.parent.glob(f"{glob.escape(self.record.stem)}.{pattern}"))
 
     def _arrays(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
         if not entry["arrays"]:
             return {}
-        with np.load(self._array_path(entry["chunk"]), allow_pickle=False) as file:
+        with np.load(_chunk_path(self.record, entry["chunk"], "npz"), allow_pickle=False) as file:
             return dict(file)
+
+
+def _whole_entries(journal: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = journal.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:  # the record was finished since we looked
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n"):
+            yield entry
+
+
+def _chunk_path(record: Path, index: int, suffix: str) -> Path:
+    return record.with_name(f"{record.stem}.chunk{index}.{suffix}")
 
 
 def provenance() -> dict[str, Any]:
@@ -180,6 +266,11 @@ def provenance() -> dict[str, Any]:
         "packages": _versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def _code(made: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a provenance may change numbers."""
+    return made["commit"], made["python"], made["packages"]
 
 
 @lru_cache
@@ -229,16 +320,18 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    lock = filelock.FileLock(path.with_suffix(".lock"))
+def _lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file; True if we do. Where another process has it, wait (and say so), or yield False."""
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"another process is working on the record {path.name}; waiting for it to end", flush=True)
+        if not wait:
+            yield False
+            return
+        print(f"another process is working on {path.name.removesuffix('.lock')}; waiting for it", flush=True)
         lock.acquire()
     try:
-        yield
-        # Whoever locks a new file of this name finds the record complete.
-        path.with_suffix(".lock").unlink(missing_ok=True)
+        yield True
     finally:
         lock.release()

@@ -8,12 +8,15 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import filelock
 import numpy as np
 import pytest
 
 from coup_lib import paths, records
+
+ALONE = records.Worker()
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +25,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(compute, chunks=range(3), settings=None):
-    return records.chunked_record(
-        "digits",
-        "work",
-        settings or {"a": 1},
-        chunks,
-        compute,
-        lambda parts: {
-            "values": [part["value"] for part in parts],
-            "x": np.concatenate([p["x"] for p in parts]),
-        },
-    )
+def work(compute, chunks=range(3), settings=None, worker=ALONE):
+    def combine(parts):
+        return {"values": [p["value"] for p in parts], "x": np.concatenate([p["x"] for p in parts])}
+
+    return records.ChunkedRecord("digits", "work", settings or {"a": 1}, chunks, compute, combine, worker)
+
+
+def run(*args, **kwargs):
+    return work(*args, **kwargs).finish()
 
 
 def square(chunk):
@@ -110,14 +110,89 @@ def test_a_second_process_on_a_record_waits_and_says_so(folder, capsys):
     held, free = threading.Event(), threading.Event()
 
     def other():
-        with filelock.FileLock(path.with_suffix(".lock")):
+        with filelock.FileLock(path.with_suffix(".journal.lock")):
             held.set()
             free.wait(0.5)
 
     threading.Thread(target=other).start()
     held.wait()
     assert run(square)["result"]["values"] == [0, 1, 4]
-    assert "another process is working on the record work-" in capsys.readouterr().out
+    assert "another process is working on work-" in capsys.readouterr().out
+
+
+def files(folder):
+    """Every file but for what a stopwatch says."""
+    found = {path.name: path.read_bytes() for path in folder.rglob("*.npz")}
+    for path in folder.rglob("*.json"):
+        record = json.loads(path.read_text())
+        del record["provenance"]["seconds"], record["provenance"]["peak_memory_mib"]
+        found[path.name] = record
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_workers_share_the_chunks_and_make_the_same_record(folder, monkeypatch, count):
+    done = {index: [] for index in range(count)}
+    for index in range(
+        count
+    ):  # one after the other, none waits: the first has only its own if others are at work
+        part = work(square, range(5), worker=records.Worker(index, count))
+        others = [
+            filelock.FileLock(records._chunk_path(part.path, i, "lock"))
+            for i in range(5)
+            if i % count != index
+        ]
+        part.path.parent.mkdir(parents=True, exist_ok=True)
+        for lock in others:
+            lock.acquire()
+        replace(part, compute=lambda chunk, index=index: done[index].append(chunk) or square(chunk)).share()
+        for lock in others:
+            lock.release()
+    assert done == {index: [chunk for chunk in range(5) if chunk % count == index] for index in range(count)}
+    merged = work(lambda chunk: pytest.fail("computed again"), range(5)).finish()
+    assert merged["result"]["values"] == [0, 1, 4, 9, 16]
+    shared = files(folder)
+    assert (
+        len(list(folder.rglob("*"))) == 3
+    )  # the folder of the profile, the record, its arrays: no journal, no lock
+    monkeypatch.setattr(paths, "RESULTS", folder / "alone")
+    run(square, range(5))
+    assert files(folder / "alone") == shared
+
+
+def test_a_worker_takes_its_own_chunks_first_and_then_those_left_undone():
+    seen = []
+    run(lambda chunk: seen.append(chunk) or square(chunk), range(5), worker=records.Worker(1, 3))
+    assert seen == [1, 4, 2, 0, 3]
+
+
+def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(folder, capsys):
+    part = work(square, worker=records.Worker(0, 2))
+    part.path.parent.mkdir(parents=True)
+    held, free = threading.Event(), threading.Event()
+
+    def other():
+        with filelock.FileLock(records._chunk_path(part.path, 1, "lock")):
+            held.set()
+            free.wait(0.5)
+
+    threading.Thread(target=other).start()
+    held.wait()
+    part.share()
+    assert sorted(records.Journal(part.path).parts()) == [0, 2]
+    assert part.finish()["result"]["values"] == [0, 1, 4]
+    assert "another process is working on work-" in (said := capsys.readouterr().out) and ".chunk1;" in said
+
+
+def test_a_record_says_whose_code_made_its_chunks(monkeypatch):
+    monkeypatch.setattr(records, "_commit", lambda: "old")
+    work(square, worker=records.Worker(0, 2)).share()
+    (old,) = (records.Journal(work(square).path).parts()[0].made["commit"],)
+    monkeypatch.setattr(records, "_commit", lambda: "new")
+    provenance = run(square)["provenance"]
+    assert old == "old" and provenance["commit"] == "new"
+    assert [made["commit"] for made in provenance["also"]] == ["old"]
+    assert "also" not in run(square, settings={"a": 2})["provenance"]
 
 
 KILLED = """
