@@ -109,6 +109,8 @@ class ChunkedRecord:
                         self._compute(index, journal)
                 if progress:
                     progress(len(journal.parts()), len(self.chunks))
+        if is_complete(self.path):  # by another: the locks taken since are for nobody
+            journal.remove()
 
     def finish(self, progress: Progress | None = None) -> dict[str, Any]:
         """Read the record back, or compute what is missing (resuming a journal), write it and return it.
@@ -127,7 +129,7 @@ class ChunkedRecord:
             with _lock(self.path.with_suffix(".lock")):
                 if not is_complete(self.path):
                     self._write([journal.parts()[index] for index in range(len(self.chunks))])
-                    journal.remove()
+        journal.remove()
         return read(self.path)
 
     def _compute(self, index: int, journal: "Journal") -> None:
@@ -137,7 +139,7 @@ class ChunkedRecord:
         started = time.perf_counter()
         arrays, values = _split(self.compute(self.chunks[index]))
         values["seconds"] = round(time.perf_counter() - started, 3)
-        journal.append(index, values, arrays)
+        journal.append(index, len(self.chunks), values, arrays)
 
     def _write(self, parts: list["Part"]) -> None:
         made = provenance()
@@ -199,7 +201,7 @@ class Journal:
     def parts(self) -> dict[int, Part]:
         """Chunk index → what any worker made of it; a line cut short, or without its arrays, is none."""
         for path in self._files("*journal"):
-            for entry in _whole_entries(path):
+            for entry in entries(path):
                 if entry["chunk"] not in self._parts:
                     try:
                         values = entry["values"] | self._arrays(entry)
@@ -214,11 +216,11 @@ class Journal:
             text = self.path.read_bytes()
             os.truncate(self.path, text.rfind(b"\n") + 1)
 
-    def append(self, index: int, values: Values, arrays: dict[str, np.ndarray]) -> None:
-        """Write one chunk and sync it to the disk."""
+    def append(self, index: int, count: int, values: Values, arrays: dict[str, np.ndarray]) -> None:
+        """Write one chunk of `count` and sync it to the disk."""
         if arrays:
             _write_arrays(_chunk_path(self.record, index, "npz"), arrays)
-        entry = {"chunk": index, "values": values, "arrays": bool(arrays), "made": provenance()}
+        entry = {"chunk": index, "of": count, "values": values, "arrays": bool(arrays), "made": provenance()}
         with self.path.open("ab") as file:
             file.write((json.dumps(entry, allow_nan=False) + "\n").encode())
             file.flush()
@@ -240,7 +242,8 @@ class Journal:
             return dict(file)
 
 
-def _whole_entries(journal: Path) -> Iterator[dict[str, Any]]:
+def entries(journal: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a journal: chunk, of (how many), values, arrays (whether there are any), made."""
     try:
         lines = journal.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:  # the record was finished since we looked

@@ -1,0 +1,260 @@
+"""Several processes on one run: the same records, gaps refused, a killed job started again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from coup_lib import merge, records
+from coup_lib.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+SHARD = """
+    import sys, time
+    from dataclasses import replace
+    from pathlib import Path
+    from coup_lib import config as settings
+    from coup_lib.evaluate import Evaluation, Source
+    from coup_lib.records import ChunkedRecord
+
+    shard, count = map(int, sys.argv[1:])
+    settings.PROFILES["digits"] = replace(settings.PROFILES["digits"], chunk_size=2)
+    made, compute = [], ChunkedRecord._compute
+
+    def counted(self, index, journal):
+        before = len(journal.parts())
+        compute(self, index, journal)
+        made.append(len(journal.parts()) - before)
+
+    ChunkedRecord._compute = counted
+    tiny = {"n_images": 14, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
+    evaluation = Evaluation(settings.Config(**tiny, shard=shard, num_shards=count), verbose=False)
+    evaluation.classifier, evaluation.score_network
+    Path(f"ready{shard}").touch()
+    while len(list(Path().glob("ready*"))) < count:
+        time.sleep(0.01)
+    evaluation.columns(["coup", "reverse"])
+    print(sum(made))
+"""
+
+
+def share(folder, count):
+    """Run `count` shards at once; what their records say, and how many chunks each of them made."""
+    folder.mkdir()
+    environment = os.environ | {"COUP_RESULTS": str(folder / "results"), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SHARD), str(shard), str(count)],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for shard in range(count)
+    ]
+    made = [int(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
+    return numbers(folder / "results"), made
+
+
+def numbers(folder):
+    """Every record and array, but for what a stopwatch says."""
+    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in list(found):
+        if path.suffix == ".json":
+            found[path] = json.loads(found[path])
+            del found[path]["provenance"]
+    return found
+
+
+def test_one_two_and_seven_shards_make_the_same_records(tmp_path):
+    alone, _ = share(tmp_path / "1", 1)
+    assert len(alone) > 10
+    for count in (2, 7):
+        together, made = share(tmp_path / str(count), count)
+        assert together == alone
+        assert sum(chunks > 0 for chunks in made) > 1, f"one of the shards did it all: {made}"
+
+
+def executed(folder, shard=0, num_shards=2, exception=None, **parameters):
+    """An executed notebook as papermill leaves it."""
+    path = folder / f"{shard}of{num_shards}-{len(list(folder.glob('*.ipynb')))}.ipynb"
+    parameters |= {"shard": shard, "num_shards": num_shards}
+    written = {"input_path": "notebooks/04_autoattack.ipynb", "exception": exception, "end_time": "now"}
+    path.write_text(json.dumps({"metadata": {"papermill": written | {"parameters": parameters}}}))
+    return path
+
+
+def test_merge_wants_every_shard_once_with_the_same_settings(tmp_path):
+    whole = [executed(tmp_path, shard, norm="l2") for shard in (0, 1)]
+    assert merge.check(whole, tmp_path) == []
+    assert merge.check(whole[:1], tmp_path) == [
+        "04_autoattack norm=l2: shard 1 of 2 is missing, or was run with other parameters"
+    ]
+    reasons = merge.check([whole[0], executed(tmp_path, 1, norm="l2", eot=3)], tmp_path)
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "04_autoattack norm=l2",
+        "04_autoattack eot=3 norm=l2",
+    ]
+    mixed = merge.check([*whole, executed(tmp_path, 2, 3, norm="l2")], tmp_path)
+    assert mixed == ["04_autoattack norm=l2: mixes runs in 2 and 3 shards"]
+    (broken,) = merge.check([whole[0], executed(tmp_path, 1, norm="l2", exception=True)], tmp_path)
+    assert broken.endswith("did not reach its end")
+
+
+def test_merge_refuses_what_is_no_executed_notebook(tmp_path):
+    with pytest.raises(ValueError, match=r"04_autoattack.ipynb: expected a notebook that papermill has"):
+        merge.read_shard(tmp_path / "04_autoattack.ipynb")
+
+
+def test_merge_refuses_gaps_and_mixed_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(records.paths, "RESULTS", tmp_path)
+
+    def work(name):
+        return records.ChunkedRecord(
+            "digits", name, {}, range(3), lambda i: {"v": i}, lambda parts: {}, records.Worker(0, 2)
+        )
+
+    def one_chunk(name, index):
+        part = work(name)
+        part.path.parent.mkdir(exist_ok=True)
+        part._compute(index, records.Journal(part.path, part.worker))
+
+    whole = [executed(tmp_path, shard) for shard in (0, 1)]
+    one_chunk("begun", 1)
+    (gap,) = merge.check(whole, tmp_path)
+    assert re.search(r"digits/begun-\w+: not finished; chunks 0, 2 are missing", gap)
+    work("begun").finish()
+    assert merge.check(whole, tmp_path) == []
+    monkeypatch.setattr(records, "_commit", lambda: "0123456789abcdef")
+    one_chunk("mixed", 1)
+    monkeypatch.setattr(records, "_commit", lambda: "fedcba9876543210")
+    work("mixed").finish()
+    (reason,) = merge.check(whole, tmp_path)
+    assert "mixed-" in reason and reason.endswith("(commits 0123456789ab, fedcba987654)")
+
+
+def test_a_shard_is_checked_before_any_work():
+    with pytest.raises(ValueError, match="shard: expected a number greater than -1 and at most 2; got 3"):
+        Config(shard=3, num_shards=3)
+
+
+def slot(*command, **environment):
+    line = [sys.executable, str(ROOT / "workflow" / "gpu_slot.py"), *command]
+    clean = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    return subprocess.Popen(line, env=clean | environment, stdout=subprocess.PIPE, text=True)
+
+
+SAY = ("sh", "-c", "echo gpu $CUDA_VISIBLE_DEVICES; read line < $FIFO")
+
+
+def test_each_command_gets_a_gpu_of_its_own_and_the_next_one_waits(tmp_path):
+    fifos = [tmp_path / str(index) for index in range(3)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    shared = {"TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3,5"}
+    first, second = (slot(*SAY, **shared, FIFO=str(fifo)) for fifo in fifos[:2])
+    assert {first.stdout.readline(), second.stdout.readline()} == {"gpu 3\n", "gpu 5\n"}
+    third = slot(*SAY, **shared, FIFO=str(fifos[2]))
+    assert third.stdout.readline() == "all GPUs (3, 5) are taken: waiting for one\n"
+    fifos[0].write_text("go on\n")
+    assert third.stdout.readline() in ("gpu 3\n", "gpu 5\n")
+    for fifo in fifos[1:]:
+        fifo.write_text("go on\n")
+    assert [process.wait(timeout=30) for process in (first, second, third)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "1,2", "SLURM_JOB_ID": "7"}]
+)
+def test_without_gpus_and_under_slurm_the_command_just_runs(extra):
+    process = slot("sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3", **extra)
+    assert process.communicate(timeout=30)[0] == extra["CUDA_VISIBLE_DEVICES"] + "\n"
+    assert process.returncode == 3
+
+
+def snakemake(folder, *options, **kwargs):
+    pytest.importorskip("snakemake", reason="the extra `scale` wants Python 3.11")
+    line = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")]
+    return subprocess.Popen([*line, "--directory", str(folder), *options], text=True, **kwargs)
+
+
+@pytest.mark.parametrize("profile", ["laptop", "multi-gpu", "slurm"])
+def test_every_profile_plans_shards_then_the_merge_then_figures(tmp_path, profile):
+    options = ["--profile", str(ROOT / "workflow" / "profiles" / profile), "--dry-run", "--printshellcmds"]
+    run = snakemake(
+        tmp_path, *options, "--config", "shards=7", "norm", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert "expected" in run.communicate(timeout=120)[0] and run.returncode != 0
+    run = snakemake(
+        tmp_path, *options, "--config", "shards=7", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    plan = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, plan
+    counts = dict(re.findall(r"^(shard|merge|figures|report) +(\d+)$", plan, re.MULTILINE))
+    assert counts == {"shard": "63", "merge": "1", "figures": "9", "report": "1"}
+    assert re.search(r"papermill .*04_autoattack.ipynb.* -p norm l2 -p shard 6 -p num_shards 7", plan)
+
+
+def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
+    results = tmp_path / "results"
+    environment = os.environ | {
+        "COUP_SMOKE": "1",
+        "COUP_RESULTS": str(results),
+        "COUP_FIGURES": str(tmp_path / "f"),
+    }
+    options = ["--cores", "2", "--retries", "2", "--config", "shards=2", "runs=02_ablation"]
+    run = snakemake(
+        tmp_path,
+        *options,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        killed = kill_one(results, "-p shard 1 ")
+        said = run.communicate(timeout=600)[0]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0, said
+    assert killed and "Trying to restart job" in said
+    assert (tmp_path / "build" / "scale" / "02_ablation.ipynb").exists()
+    alone = tmp_path / "alone"
+    line = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / "notebooks" / "02_ablation.ipynb"),
+        str(tmp_path / "o.ipynb"),
+    ]
+    subprocess.run(line, env=environment | {"COUP_RESULTS": str(alone)}, check=True, capture_output=True)
+    assert numbers(alone) == numbers(results)
+
+
+def kill_one(results, line):
+    """SIGKILL the process with this in its command line, and its kernel, once a first record is there."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if list(results.rglob("*.json")) and (found := processes(line)):
+            for pid in found:
+                os.kill(pid, signal.SIGKILL)
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def processes(line):
+    """The ids of the processes with this in their command line, and of their children."""
+    said = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [row.split(None, 2) for row in said.splitlines()[1:]]
+    named = [int(pid) for pid, _, args in rows if "papermill" in args and line in args + " "]
+    return named + [int(pid) for pid, parent, _ in rows if int(parent) in named and int(pid) not in named]
