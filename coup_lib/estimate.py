@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
+from math import prod
 from typing import Any, cast
 
 import pandas as pd
@@ -44,7 +45,7 @@ from coup_lib.tables import markdown
 STEPS = 1  # of the paths that are timed; whole ones are as many times longer
 TIMED_FLOP = {"cpu": 2e11, "cuda": 5e13}  # in one timed call, a second's worth or so
 USABLE = 0.8  # of the free memory
-TABLE_HEAD = ("images", "purifications", "gradients", "network calls", "PFLOP", "GiB", "hours")
+TABLE_HEAD = ("images", "purifications", "gradients", "network calls", "PFLOP", "GiB", "GiB on disk", "hours")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def estimate(name: str, *configs: Config) -> dict[str, float]:
     """The row of a notebook, by `TABLE_HEAD`: of all that it computes, but hours only of what is left.
 
     network calls: of the score network, a derivative counting as one. GiB: of activations and states at the
-    batch of the profile, for the path that takes most.
+    batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32; they do
+    not compress.
     """
     row, memory = dict.fromkeys(TABLE_HEAD, 0.0), [0.0]
     for job in jobs(name, *configs):
@@ -167,6 +169,8 @@ def estimate(name: str, *configs: Config) -> dict[str, float]:
             steps * (forwards + 3 * gradients) + config.n_steps * sum(scored.values())
         )
         row["PFLOP"] += config.n_images * cost.flop / 1e15
+        pixels = prod(SHAPES[config.sizes.dataset])
+        row["GiB on disk"] += config.n_images * pixels * 4 / 2**30
         row["hours"] += 0 if job.done else config.n_images * cost.seconds / 3600
         if steps:
             memory.append(bytes_per_image(job) * config.sizes.max_batch)
@@ -295,7 +299,8 @@ def _frame(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
     """The rows for people; hours below a tenth as minutes."""
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(TABLE_HEAD)).rename_axis("notebook")
     for name in TABLE_HEAD:
-        frame[name] = frame[name].map("{:,.3g}".format if name in ("PFLOP", "GiB") else "{:,.0f}".format)
+        few_digits = name.startswith(("PFLOP", "GiB"))
+        frame[name] = frame[name].map("{:,.3g}".format if few_digits else "{:,.0f}".format)
     hours = [row["hours"] for row in rows.values()]
     frame["hours"] = [f"{value:,.1f}" if value >= 0.1 else f"{60 * value:.1f} min" for value in hours]
     return frame
@@ -309,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--norm", default="linf", choices=NORMS)
     parser.add_argument("--classifier")
     parser.add_argument("--subset")
+    parser.add_argument("--n-images", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 04_autoattack; all of them")
     given = vars(parser.parse_args(arguments))
