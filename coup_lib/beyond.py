@@ -208,7 +208,7 @@ def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting)
     if PURIFIERS[winner.defence].robust_guide:
         closing += (
             f" The guide of “{winner}” was adversarially trained in the norm of the attack: it is not a "
-            "defence that assumes nothing of the attack. What that classifier keeps when it decides itself is in "
-            "notebook 06."
+            "defence that assumes nothing of the attack. What that classifier keeps when it decides "
+            "itself is in notebook 06."
         )
     return "\n".join([f"n = {gain.n}, paired 95 % intervals:", "", *lines, "", closing])

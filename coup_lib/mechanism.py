@@ -663,7 +663,7 @@ def mechanism_figure(
     )
     for letter, axes, title in zip("abcdefgh", panels, titles, strict=True):
         axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
-    panels[0].legend(loc="lower left", fontsize="small", title="hollow:\nsmoothed max", title_fontsize="small")
+    panels[0].legend(loc="lower left", fontsize="small", title="hollow: smooth", title_fontsize="small")
     panels[6].legend(loc="best", fontsize="small")
     panels[7].legend(loc="best", fontsize="small")
     return figure
