@@ -25,7 +25,10 @@ reproduce: run
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
-	@cp $(patsubst %,build/notebooks-full/%.ipynb,$(filter-out %@l2,$(NOTEBOOKS)) 09_report) notebooks/
+	@# Without the cell of parameters that papermill put in: a later run would obey it.
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
+		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
+		$(patsubst %,build/notebooks-full/%.ipynb,$(filter-out %@l2,$(NOTEBOOKS)) 09_report)
 
 setup: .venv/installed
 

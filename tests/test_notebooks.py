@@ -40,6 +40,8 @@ def test_kernel_and_outputs(path):
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert notebook["metadata"]["language_info"]["name"] == "python"
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    tags = [tag for cell in code for tag in cell["metadata"].get("tags", [])]
+    assert "injected-parameters" not in tags, "a run with the defaults would obey this cell"
     outputs = [output for cell in code for output in cell["outputs"]]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no executed figure"
     assert not any(output["output_type"] == "error" for output in outputs)
