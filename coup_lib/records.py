@@ -97,10 +97,11 @@ class ChunkedRecord:
 
         progress is called as progress(chunks done, chunks in all) after each.
         """
+        journal = Journal(self.path, self.worker)
         if is_complete(self.path):
+            journal.remove()  # its writer may have been killed before it came to that
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(self.path, self.worker)
         with _lock(journal.path.with_suffix(".journal.lock")):
             journal.mend()
             for index in self.worker.order(len(self.chunks)):
@@ -117,12 +118,12 @@ class ChunkedRecord:
 
         Where another process works on a chunk, or as the same worker, this one says so and waits for it.
         """
-        if is_complete(self.path):
-            return read(self.path)
         self.share(progress)
         journal = Journal(self.path, self.worker)
         for index in range(len(self.chunks)):
-            if not is_complete(self.path) and index not in journal.parts():
+            if is_complete(self.path):
+                break
+            if index not in journal.parts():
                 with _lock(_chunk_path(self.path, index, "lock")):
                     self._compute(index, journal)
         if not is_complete(self.path):

@@ -97,6 +97,15 @@ def test_a_truncated_journal_line_costs_one_chunk(folder):
     assert seen == [1, 2] and record["result"]["values"] == [0, 1, 4]
 
 
+def test_a_kill_between_the_record_and_its_journals_end_leaves_nothing_behind(folder, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(records.Journal, "remove", lambda journal: None)
+        made = run(square)
+    assert list(folder.rglob("*.journal"))
+    assert run(square)["result"] == made["result"]
+    assert {path.suffix for path in folder.rglob("*.*")} == {".json", ".npz"}
+
+
 def test_a_record_without_its_arrays_is_made_again(folder):
     run(square)
     (arrays,) = folder.rglob("*.npz")
