@@ -12,6 +12,7 @@ import torch
 from coup_lib.data import SPLITS, split_size, subsets
 from coup_lib.paths import SMOKE_VARIABLE, is_smoke
 from coup_lib.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
+from coup_lib.solver import time_grid
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
 
 def choice(name: str, value: Any, known: Any) -> Any:
     """`value` if it is one of `known`, else a ValueError that names what was expected and what came."""
-    if value not in known:
+    if value not in tuple(known):  # a mapping would ask for its hash, which a list has not
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}; got {value!r}")
     return value
 
@@ -31,7 +32,7 @@ def number(name: str, value: Any, low: float, high: float = float("inf")) -> flo
     """A float in (low, high] from a number or a string such as "0.1", "1e3" or "8/255"."""
     try:
         result = float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):  # also 8/0 and 1e999
         raise ValueError(f'{name}: expected a number or a fraction such as "8/255"; got {value!r}') from None
     if not low < result <= high or result == float("inf"):
         upper = "" if high == float("inf") else f" and at most {high:g}"
@@ -139,7 +140,8 @@ class Config:
 
         profile = PROFILES[choice("profile", self.profile, PROFILES)]
         choice("purpose", self.purpose, PURPOSES)
-        fill("budget", "smoke" if is_smoke() else choice("budget", self.budget, BUDGETS))
+        choice("budget", self.budget, BUDGETS)
+        fill("budget", "smoke" if is_smoke() else self.budget)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         choice("gradient", self.gradient, GRADIENTS)
         device(self.device)
@@ -165,6 +167,7 @@ class Config:
         fill("n_images", count("n_images", self.n_images, available))
         for name in ("n_iter", "eot", "n_targets", "square_queries", "n_steps", "n_draws"):
             fill(name, count(name, getattr(self, name)))
+        time_grid(self.t_star, self.n_steps)  # refuses steps that are too short
         fill("seed", count("seed", self.seed, 2**31, low=0))
         fill("num_shards", count("num_shards", self.num_shards))
         fill("shard", count("shard", self.shard, self.num_shards - 1, low=0))

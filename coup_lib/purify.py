@@ -1,5 +1,6 @@
 """Purifiers as wrappers: around a score, and around a classifier (Algorithm 1)."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import Guided, to_image, to_state
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, solve, time_grid
+
+MARGIN = 0.5  # beyond [0, 1]
 
 
 class StochasticPurifier(nn.Module):
@@ -39,7 +42,12 @@ class StochasticPurifier(nn.Module):
         """Purify x (B, C, H, W) in [0, 1]; seeds (B,) int64 fix each image's noise, else it is fresh.
 
         One seed gives one image the same noise in whatever batch, place and precision.
+
+        Raises:
+            ValueError: for what is no batch of images in [0, 1], or not one seed per image.
+            FloatingPointError: for NaN or infinity on the way, naming the network.
         """
+        check_images(x)
         noise = self._noise(x, seeds)
         if self.gradient == "bpda":
             with torch.no_grad():
@@ -98,6 +106,7 @@ class Purifier(StochasticPurifier):
         self, x: Tensor, callback: Callback, *, brownian: bool = True, seeds: Tensor | None = None
     ) -> Tensor:
         """Purify with callback(i, t_i, state_i) along the path; brownian=False leaves the noise out."""
+        check_images(x)
         noise = self._noise(x, seeds)
         state = self.start(to_state(x), noise[0])
         state = solve(self.score, self.sde, state, self.times, noise[1:] if brownian else None, callback)
@@ -112,6 +121,7 @@ class Purifier(StochasticPurifier):
         return to_image(state.clamp(-1, 1) if self.clamp else state)
 
     def _run(self, x: Tensor, noise: Tensor) -> Tensor:
+        check_network("score", self.score, x)
         state = self.start(to_state(x), noise[0])
         gradient = "exact" if self.gradient == "bpda" else self.gradient
         return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, noise[1:]))
@@ -146,10 +156,19 @@ class Purified(nn.Module):
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
         self.purifier: Any = purifier  # what more it can do than purify depends on its kind
+        self.eval()
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Logits of the purified x; `seeds` as in `Purifier.forward`."""
-        return self.classifier(self.purifier(x, seeds))
+        """Logits of the purified x; `seeds` and errors as in `StochasticPurifier.forward`."""
+        check_network("classifier", self.classifier, x)
+        if x.dtype != (expected := _dtype(self.classifier, x)):
+            raise ValueError(f"x: expected {expected} like the classifier's weights; got {x.dtype}")
+        purified = self.purifier(x, seeds)
+        logits = self.classifier(purified)
+        if not bool(logits.isfinite().all()):
+            culprit = "classifier" if bool(purified.isfinite().all()) else "purifier"
+            raise FloatingPointError(f"NaN or infinity from the {culprit}")
+        return logits
 
 
 class FixedNoise(nn.Module):
@@ -180,6 +199,34 @@ def reverse_only(classifier: nn.Module, score: nn.Module, **settings: Any) -> Pu
 def coup(classifier: nn.Module, score: nn.Module, guidance_weight: float = 1.0, **settings: Any) -> Purified:
     """COUP (Algorithm 1): the same classifier guides and decides; settings are those of `Purifier`."""
     return Purified(classifier, Purifier(Guided(score, classifier, guidance_weight), **settings))
+
+
+def check_images(x: Tensor) -> None:
+    """ValueError for what is no batch of images (B, C, H, W) in [0, 1].
+
+    Studies of gradients step over the edge by an attack's eps, so `MARGIN` is let through; NaN is not, nor is
+    what was scaled to [-1, 1] or 0 to 255.
+    """
+    if x.ndim != 4 or not len(x) or not x.is_floating_point():
+        got = f"shape {tuple(x.shape)}, {x.dtype}"
+        raise ValueError(f"x: expected at least one image, (B, C, H, W), in floating point; got {got}")
+    if not bool(((x - 0.5).abs() <= 0.5 + MARGIN).all()):
+        low, high = x.detach().aminmax()
+        raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")
+
+
+def check_network(name: str, network: nn.Module, x: Tensor) -> None:
+    """ValueError for a network in train mode, or one that does not lie where the images x do."""
+    if network.training:
+        raise ValueError(f"{name}: is in train mode, which its random layers are for; call eval()")
+    weights = next(chain(network.parameters(), network.buffers()), x)
+    if weights.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, where the images are; it is on {weights.device}")
+
+
+def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:
+    """That of the network's weights; without weights, whatever x has."""
+    return next((weights.dtype for weights in network.parameters() if weights.is_floating_point()), x.dtype)
 
 
 def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:

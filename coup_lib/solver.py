@@ -1,6 +1,7 @@
 """The reverse-time SDE (Eq. 4, 5) by Euler–Maruyama on an integer-indexed grid."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +54,47 @@ def solve(
         times: (N + 1,) descending, from `time_grid`.
         noise: (N, B, ...) standard normal increments, one per step; None: no Brownian motion (Sec. 5.3.1).
         callback: called as callback(i, t_i, x_i) for i = 0 … N, the last one with the result.
+
+    Raises:
+        FloatingPointError: when the result is not finite, naming the step and the network where it began.
     """
-    steps = step_times(times, x.dtype, x.device)
+    start, steps = x, step_times(times, x.dtype, x.device)
     for index, (t, dt) in enumerate(steps):
         if callback:
             callback(index, float(times[index]), x)
         x = euler_step(score, sde, x, t, dt, None if noise is None else noise[index])
     if callback:
         callback(len(steps), float(times[-1]), x)
+    if not bool(x.isfinite().all()):  # asked once: asked at every step, a GPU would wait for the answers
+        raise FloatingPointError(_fault(score, sde, start, times, noise))
     return x
+
+
+def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Tensor | None) -> str:
+    """Where a path from x left the finite numbers: walked once more, with a look at every module's output."""
+    if not bool(x.isfinite().all()):
+        return "a path begins at a state with NaN or infinity"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, result: Any) -> None:
+            if isinstance(result, Tensor) and not bool(result.isfinite().all()):
+                found.append(f"{name or 'score'} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in score.named_modules()]
+    try:
+        for index, (t, dt) in enumerate(step_times(times, x.dtype, x.device)):
+            with torch.no_grad():
+                x = euler_step(score, sde, x, t, dt, None if noise is None else noise[index])
+            if found or not bool(x.isfinite().all()):
+                where = found[0] if found else "the step itself"
+                return f"NaN or infinity from {where} in step {index} of {len(times) - 1}, t = {t:g}"
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return "a path ended in NaN or infinity, and did not when it was walked once more"
 
 
 def step_times(times: Tensor, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
