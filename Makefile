@@ -1,9 +1,10 @@
 # make reproduce   every notebook at the quick size, from nothing, in about a quarter of an hour on two cores
 # make full        the paper's protocol (512 images, full attack budgets); hours, resumable
+# make benchmarks  what purifications and gradients cost, beside bare networks and the ways of others
 # make test        linters, tests, and every notebook at smoke size
 SHELL := /bin/bash -o pipefail
 .DELETE_ON_ERROR:
-.PHONY: setup reproduce full run test lint weights readme clean
+.PHONY: setup reproduce full run test lint weights readme benchmarks clean
 
 PYTHON ?= python3
 BUDGET ?= quick
@@ -75,6 +76,13 @@ weights: setup
 # Puts the committed tables and numbers into README.md.
 readme: setup
 	@$(BIN)/python -m coup_lib.readme
+
+# For an idle machine. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.
+benchmarks: setup
+	@mkdir -p build
+	@unset COUP_RESULTS COUP_FIGURES; OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
+		$(BIN)/pytest benchmarks --benchmark-json=build/benchmarks.json
+	@unset COUP_RESULTS COUP_FIGURES; $(BIN)/python -m benchmarks.report build/benchmarks.json
 
 clean:
 	rm -rf build

@@ -1,0 +1,310 @@
+"""From pytest-benchmark's JSON to a small committed file, and from that to tables, a figure and the README.
+
+python -m benchmarks.report build/benchmarks.json    (`make benchmarks`)
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from coup_lib import paths, plots
+from coup_lib.defences import LABELS
+from coup_lib.files import write_atomically
+from coup_lib.paths import ROOT, is_smoke
+from coup_lib.tables import markdown
+
+Row = dict[str, Any]
+Summary = dict[str, Any]
+
+# What a smoke run measures means nothing and must not take the place of real results.
+RESULTS = (ROOT / "build" / "smoke" if is_smoke() else ROOT) / "benchmarks" / "results"
+PROBLEMS = {"digits": "digits", "cifar": "CIFAR size"}
+OURS, DIFFPURE = "ours, replayed", "adjoint, as DiffPure"
+# Time over that of the bare networks, at most.
+FORWARD_GOAL = {"digits": 1.25, "cifar": 1.05}
+GRADIENT_GOAL = {"cifar": 1.10}
+EXPONENT_GOAL = 1.05
+
+
+def summary(raw: Mapping[str, Any]) -> Summary:
+    """The machine, and what was measured, by group: medians of seconds, quartiles of ratios."""
+    groups: dict[str, list[Row]] = {}
+    for benchmark in raw["benchmarks"]:
+        groups.setdefault(benchmark["group"], []).append(_row(benchmark["extra_info"]))
+    return {"machine": raw["machine_info"], "groups": groups}
+
+
+def _row(info: Mapping[str, Any]) -> Row:
+    row = {key: value for key, value in info.items() if key not in ("seconds", "cosines", "reference")}
+    if seconds := info.get("seconds"):
+        row["rounds"] = len(next(iter(seconds.values())))
+        row["seconds"] = {name: _short(np.median(values)) for name, values in seconds.items()}
+    if reference := info.get("reference"):
+        others = {name: values for name, values in seconds.items() if name != reference}
+        row["ratio"] = {name: ratio(values, seconds[reference]) for name, values in others.items()}
+    if cosines := info.get("cosines"):
+        row["cosine"] = {name: _mean_and_worst(values) for name, values in cosines.items()}
+    return row
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """[quartile, median, quartile] of the ratios within each round."""
+    return [_short(value) for value in np.quantile(np.divide(seconds, reference), (0.25, 0.5, 0.75))]
+
+
+def exponent(seconds: Mapping[str, float]) -> float:
+    """The slope of log seconds over log work, by least squares."""
+    work = [float(amount) for amount in seconds]
+    return float(np.polyfit(np.log(work), np.log(list(seconds.values())), 1)[0])
+
+
+def _mean_and_worst(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "worst": float(np.min(values))}
+
+
+def _short(value: Any) -> float:
+    return float(f"{value:.4g}")
+
+
+def _rows(found: Summary, group: str) -> list[Row]:
+    return found["groups"].get(group, [])
+
+
+def floor_table(found: Summary) -> pd.DataFrame:
+    """Purifications and their gradients over the network evaluations that they cannot avoid."""
+    lines = []
+    for group, goals in (("forward", FORWARD_GOAL), ("gradient", GRADIENT_GOAL)):
+        for row in _rows(found, group):
+            seconds, goal = row["seconds"], None if _kept(row) else goals.get(row["problem"])
+            what = "purification" if group == "forward" else f"exact gradient, {row['activations']}"
+            lines.append(
+                {
+                    "networks": PROBLEMS[row["problem"]],
+                    "what": f"{LABELS[row['defence']]}: {what}",
+                    "precision": row["precision"],
+                    "time": duration(seconds["ours"]),
+                    "bare networks": duration(seconds["floor"]),
+                    "ratio": _with_quartiles(row["ratio"]["ours"]),
+                    "goal": f"≤ {goal:.2f}" if goal else "",
+                    "GFLOP/s (of a product's)": _speed(row),
+                    "cosine, mean (worst)": _cosine(row, "ours"),
+                }
+            )
+    return pd.DataFrame(lines).set_index("networks").sort_index(kind="stable", ascending=False)
+
+
+def peer_table(found: Summary) -> pd.DataFrame:
+    """The same gradient by the ways of the field."""
+    lines = []
+    for row in _rows(found, "peers"):
+        for method, seconds in row["seconds"].items():
+            memory = row["memory_mib"].get(method)
+            lines.append(
+                {
+                    "networks": PROBLEMS[row["problem"]],
+                    "gradient": f"{LABELS[row['defence']]}: {method}",
+                    "time": duration(seconds),
+                    f"over {OURS}": "1" if method == OURS else _with_quartiles(row["ratio"][method]),
+                    "peak memory": "" if memory is None else f"{memory:,.0f} MiB",
+                    "cosine, mean (worst)": _cosine(row, method),
+                }
+            )
+    return pd.DataFrame(lines).set_index("networks")
+
+
+def cost_table(found: Summary) -> pd.DataFrame:
+    """Fitted exponents."""
+    lines = {
+        row["work"]: {
+            "from": min(row["seconds"], key=float),
+            "to": max(row["seconds"], key=float),
+            "exponent": f"**{exponent(row['seconds']):.2f}**",
+            "goal": "−1 at best" if row["work"] == "processes" else f"≤ {EXPONENT_GOAL}",
+        }
+        for row in _fitted(found)
+    }
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("time against")
+
+
+def _fitted(found: Summary) -> list[Row]:
+    """What time was measured against; one core has one number of processes, and there is nothing to fit."""
+    return [row for row in _rows(found, "cost") if len(row["seconds"]) > 1]
+
+
+def share_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Where time goes, in percent."""
+    shares = {PROBLEMS.get(row["problem"], row["problem"]): row["shares"] for row in rows}
+    return pd.DataFrame(shares).map(lambda value: f"{100 * value:.1f} %").rename_axis("share of the time")
+
+
+def duration(seconds: float) -> str:
+    """For people: milliseconds below a second."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _with_quartiles(quartiles: Sequence[float]) -> str:
+    low, middle, high = quartiles
+    return f"**{middle:.2f}** [{low:.2f}, {high:.2f}]"
+
+
+def _speed(row: Row) -> str:
+    """Operations per second, and what share that is of a large matrix product's."""
+    if "flop" not in row:
+        return ""
+    speed = {name: flop / row["seconds"][name] / 1e9 for name, flop in row["flop"].items()}
+    return f"{speed['ours']:,.1f} ({speed['ours'] / speed['product']:.0%})"
+
+
+def _cosine(row: Row, name: str) -> str:
+    found = row["cosine"][name] if "cosine" in row else None
+    return f"{found['mean']:.4f} ({found['worst']:.4f})" if found else ""
+
+
+def cost_figure(found: Summary) -> Figure:
+    """Time against work, both over those of the least work, on logarithmic axes; the fits in the legend."""
+    figure, axes = plt.subplots(figsize=(5.2, 4.2))
+    for row, marker, colour in zip(_fitted(found), "osD^v", plots.PALETTE, strict=False):
+        work, seconds = np.array(sorted((float(key), value) for key, value in row["seconds"].items())).T
+        label = f"{row['work']}, {work[0]:,.0f} to {work[-1]:,.0f}: exponent {exponent(row['seconds']):.2f}"
+        axes.plot(work / work[0], seconds / seconds[0], f"{marker}-", color=colour, label=label)
+    axes.plot([1, 16], [1, 16], color="black", linewidth=0.8, linestyle="--", label="proportional", zorder=0)
+    axes.set(xscale="log", yscale="log", xlabel="work, over the least", ylabel="time, over that of the least")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16]))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
+    return figure
+
+
+def page(found: Summary) -> str:
+    """All tables of one device, with their captions and the command that makes them."""
+    return "\n\n".join(
+        [
+            f"# Benchmarks on {_device(found)}",
+            f"{machine(found)}. Medians over rounds in which the competitors take turns; ratios are taken "
+            "within a round, [quartiles] beside them. Cosines are to the float64 gradient by plain autograd.",
+            "Command: `make benchmarks`, on an idle machine.",
+            "## Over the bare networks",
+            "*bare networks*: N calls of the score network, for COUP also N times the classifier forward and "
+            "backward. For a gradient these, unless all activations are kept, and then forward and backward "
+            "again, a Hessian-vector product counting as two gradients of the classifier. *digits*: the "
+            "trained networks; *CIFAR size*: a DDPM++ of width 16 and a ResNet-20, random weights, 32×32×3.",
+            markdown(floor_table(found)),
+            "## Beside the ways of the field",
+            "One network, Brownian path, batch and pulled-back vector for all, dt = 1e-3. *adjoint*: "
+            "torchsde's `sdeint_adjoint` by Euler, its backward solver left at the default, as there; "
+            "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
+            "activations kept. Peak memory is what a method takes above what its process had before.",
+            markdown(peer_table(found)),
+            "## Cost against work",
+            "Exact gradients of COUP; for processes, an attack on it that they share.",
+            f"![Cost against work]({_device(found)}_cost.png)",
+            markdown(cost_table(found)),
+            "## Where the time goes",
+            _notebook(found),
+            "Its attacks and scores, by Python's profiler:",
+            markdown(share_table(_rows(found, "profile"))),
+            "One exact gradient of COUP, by PyTorch's:",
+            markdown(share_table(_rows(found, "kernels"))),
+        ]
+    )
+
+
+def machine(found: Summary) -> str:
+    """What all of it was measured on."""
+    made = found["machine"]
+    return (
+        f"{made['cpu']}, {made['cores']} cores, {made['threads']} threads, {made['gpu'] or 'no GPU'}; "
+        f"PyTorch {made['torch']}, Python {made['python']}, {made['system']}"
+    )
+
+
+def _device(found: Summary) -> str:
+    return "cuda" if found["machine"]["gpu"] else "cpu"
+
+
+def _notebook(found: Summary) -> str:
+    """Images per second of the whole notebook, and the operations of a Hessian-vector product."""
+    lines = []
+    for row in _rows(found, "notebook"):
+        speeds = {name: row["n_images"] / seconds for name, seconds in row["seconds"].items()}
+        before = f" ({speeds['before']:.2f} before)" if "before" in speeds else ""
+        lines.append(
+            f"A whole `04_autoattack` on {row['n_images']} digits, start and figures included: "
+            f"{speeds['now']:.2f} images per second{before}."
+        )
+    for row in _rows(found, "operations"):
+        counts = ", ".join(f"{name} {value:.1f} GFLOP" for name, value in row["gflop"].items())
+        lines.append(f"Of one image and step on a WRN-28-10: {counts}.")
+    return " ".join(lines)
+
+
+def paragraph(summaries: Mapping[str, Summary]) -> str:
+    """For the README: each device's results, and which device there are none of."""
+    parts = [_sentences(found) for found in summaries.values()]
+    return "\n\n".join(parts + ([] if "cuda" in summaries else ["Not measured on a GPU."]))
+
+
+def _sentences(found: Summary) -> str:
+    forward = {name: _highest(found, "forward", name) for name in PROBLEMS}
+    peers = {(row["problem"], row["defence"]): row for row in _rows(found, "peers")}
+    slower = {defence: peers["cifar", defence]["ratio"][DIFFPURE][1] for defence in ("reverse", "coup")}
+    theirs = [peers["digits", defence]["cosine"][DIFFPURE]["mean"] for defence in slower]
+    own = min(peers["digits", defence]["cosine"][OURS]["worst"] for defence in slower)
+    costs = ", ".join(f"{exponent(row['seconds']):.2f} ({row['work']})" for row in _fitted(found))
+    return (
+        f"On {machine(found)}: at CIFAR's size a purification takes up to {forward['cifar']:.2f} times what "
+        f"its bare network calls take (digits: {forward['digits']:.2f}), an exact gradient, replayed, up to "
+        f"{_highest(found, 'gradient', 'cifar'):.2f} times. DiffPure's way to that gradient takes "
+        f"{slower['reverse']:.2f} times as long as ours (COUP's: {slower['coup']:.2f}); on trained networks "
+        f"it has a mean cosine of {theirs[0]:.2f} (COUP's: {theirs[1]:.2f}) to the float64 gradient, ours "
+        f"{own:.4f} at worst. Time grows like work to the power of {costs}. {_notebook(found)}"
+    )
+
+
+def _highest(found: Summary, group: str, problem: str) -> float:
+    """The highest median ratio to the floor in float32, of either defence; of replayed gradients."""
+    rows = [row for row in _rows(found, group) if row["problem"] == problem and not _kept(row)]
+    return max(row["ratio"]["ours"][1] for row in rows if row["precision"] == "float32")
+
+
+def _kept(row: Row) -> bool:
+    """Whether all activations are kept, where the time goes into memory and the floor knows none."""
+    return row.get("activations") == "kept"
+
+
+def write(summaries: Mapping[str, Summary]) -> None:
+    """figures/benchmarks: a page and a figure for each device, and the README's paragraph."""
+    plots.use_style()
+    for name, found in summaries.items():
+        plots.save(cost_figure(found), "benchmarks", f"{name}_cost")
+        _write(paths.FIGURES / "benchmarks" / f"{name}.md", page(found))
+    _write(paths.FIGURES / "benchmarks" / "summary.md", paragraph(summaries))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(text.rstrip() + "\n"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reduce a raw JSON, where one is given, and render all that is committed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("raw", type=Path, nargs="?", help="what pytest-benchmark saved")
+    if raw := parser.parse_args(arguments).raw:
+        found = summary(json.loads(raw.read_text()))
+        _write(RESULTS / f"{_device(found)}.json", json.dumps(found, indent=1, ensure_ascii=False))
+    write({path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))})
+
+
+if __name__ == "__main__":
+    main()

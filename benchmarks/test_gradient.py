@@ -1,0 +1,135 @@
+"""The exact gradient against the network evaluations that it cannot avoid, and against the field's ways."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import (
+    DEFENCES,
+    DEVICE,
+    KEEP,
+    METHODS,
+    PRECISIONS,
+    REPLAY,
+    Problem,
+    classifier_gradient,
+    cosines,
+    ours,
+    peak_mib,
+    precision,
+    problem,
+    reference,
+    score_call,
+    sizes,
+    take_turns,
+)
+
+from coup_lib.estimate import FlopCounter
+from coup_lib.guidance import gradient_of, log_confidence
+from coup_lib.paths import is_smoke
+from coup_lib.wideresnet import wrn_28_10
+
+BUDGETS = {"kept": KEEP, "replayed": REPLAY}
+ROUNDS = {"digits": 21, "cifar": 5}
+SIDE = 8192 if DEVICE.type == "cuda" else 1024  # of a matrix product, as fast as this machine can be
+PEER_ROUNDS = {"digits": 5, "cifar": 4}
+
+
+def floor(given: Problem, defence: str, budget: int) -> Callable[[], None]:
+    """The evaluations of the forward pass, unless their activations are kept, and those of the backward one.
+
+    A Hessian-vector product takes twice the operations of the classifier's gradient that it is made of.
+    """
+
+    def run() -> None:
+        for _ in range(len(given.noise)):
+            if budget == REPLAY:
+                with torch.no_grad():
+                    score_call(given, given.x)
+            x = given.state.requires_grad_()
+            torch.autograd.grad(score_call(given, x), x, given.v)
+            if defence == "coup":
+                for _ in range(3 if budget == REPLAY else 2):
+                    classifier_gradient(given, given.x)
+
+    return run
+
+
+@pytest.mark.benchmark(group="gradient")
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("activations", BUDGETS)
+@pytest.mark.parametrize("defence", DEFENCES)
+@pytest.mark.parametrize("name", ROUNDS)
+def test_gradient(benchmark: Any, name: str, defence: str, activations: str, kind: str) -> None:
+    size, budget = sizes(name), BUDGETS[activations]
+    given = problem(name, defence, **size)
+    square = torch.rand(SIDE, SIDE, device=DEVICE)
+    rivals = {
+        "ours": lambda: ours(given, budget),
+        "floor": floor(given, defence, budget),
+        "product": lambda: square @ square,
+    }
+    exact = reference(given)
+    with precision(kind):
+        with FlopCounter() as counter:
+            pulled = ours(given, budget)
+        take_turns(
+            benchmark,
+            rivals,
+            ROUNDS[name],
+            problem=name,
+            defence=defence,
+            activations=activations,
+            precision=kind,
+            reference="floor",
+            flop={"ours": counter.total, "product": 2 * SIDE**3},
+            cosines={"ours": cosines(pulled, exact)},
+            size=size,
+        )
+
+
+@pytest.mark.benchmark(group="peers")
+@pytest.mark.parametrize("defence", DEFENCES)
+@pytest.mark.parametrize("name", PEER_ROUNDS)
+def test_peers(benchmark: Any, name: str, defence: str) -> None:
+    size = sizes(name, peers=True)
+    given = problem(name, defence, **size)
+    exact = reference(given)
+    found = {method: cosines(run(given), exact) for method, run in METHODS.items()}
+    measured = (
+        list(METHODS)[: 1 if is_smoke() else None] if name == "cifar" else []
+    )  # digits take next to nothing
+    memory = {method: peak_mib(name, defence, method, **size) for method in measured}
+    take_turns(
+        benchmark,
+        {method: lambda run=run: run(given) for method, run in METHODS.items()},
+        PEER_ROUNDS[name],
+        problem=name,
+        defence=defence,
+        reference="ours, replayed",
+        cosines=found,
+        memory_mib=memory,
+        size=size,
+    )
+
+
+@pytest.mark.benchmark(group="operations")
+def test_hessian_vector_product(benchmark: Any) -> None:
+    """Floating-point operations, per image, of the guidance by a WRN-28-10, and of its derivative.
+
+    Counted on the meta device: nothing is computed.
+    """
+    classifier = wrn_28_10().eval().requires_grad_(False).to("meta")
+    x = torch.zeros(32, 3, 32, 32, device="meta")
+
+    def count() -> dict[str, float]:
+        state, found = x.clone().requires_grad_(), {}
+        with FlopCounter() as counter:
+            guidance = gradient_of(lambda x: log_confidence(classifier, x), state)
+            found["guidance"] = counter.total
+            torch.autograd.grad(guidance, state, x)
+        found["guidance and its derivative"] = counter.total
+        return {name: operations / len(x) / 1e9 for name, operations in found.items()}
+
+    benchmark.extra_info.update(device=DEVICE.type, gflop=benchmark.pedantic(count))
