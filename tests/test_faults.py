@@ -118,10 +118,11 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, run
     life, random = time.perf_counter() - begun, Random(0)
     expected, killed, seen = found(tmp_path / "undisturbed"), 0, set()
     lives = 0
-    while killed < kills:
+    while killed < kills or len(seen) < 3:  # in different places, however fast the machine is
+        assert killed < 20 * kills, "every kill was at the same place"
         lives += 1
         folder = tmp_path / f"life {lives}"
-        while found(folder) != expected and killed < kills:
+        while found(folder) != expected and killed < 20 * kills:
             running = [start(run, folder, index, workers) for index in range(workers)]
             for process in running:
                 process.join(random.uniform(0, life))
@@ -131,7 +132,6 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, run
             seen.add(chunks_in_journals(folder))
         finish(run, folder)
         assert found(folder) == expected
-    assert len(seen) > 2, "every kill was at the same place"
 
 
 @pytest.fixture(scope="module")
