@@ -21,6 +21,7 @@ from coup_lib.data import load_split
 from coup_lib.gradients import GridBrownian, ReverseSDE, solve_with_gradient
 from coup_lib.guidance import to_state
 from coup_lib.paths import is_smoke
+from coup_lib.precision import products
 from coup_lib.purify import Purified, coup, reverse_only, standard_normal
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
 from coup_lib.zoo import load_classifier, small_ddpmpp
@@ -133,17 +134,10 @@ def take_turns(
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Run in float32, with TF32 products, or with bfloat16 in the networks."""
-    tf32 = name != "float32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        with torch.autocast(DEVICE.type, torch.bfloat16) if name == "bfloat16" else nullcontext():
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = (
-            False,
-            True,
-        )  # as at the start
+    """Run in float32, with TF32 products, or with bfloat16 in all networks."""
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
+    with products(name), autocast:
+        yield
 
 
 def score_call(given: Problem, x: Tensor) -> Tensor:

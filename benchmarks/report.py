@@ -120,6 +120,25 @@ def peer_table(found: Summary) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index("networks")
 
 
+def precision_table(found: Summary) -> pd.DataFrame:
+    """The score network under attack in lower precision."""
+    lines = []
+    for row in _rows(found, "precision"):
+        for name, quartiles in row["ratio"].items():
+            lines.append(
+                {
+                    "profile": row["problem"],
+                    "attacked in": f"{LABELS[row['defence']]}: {name}",
+                    "time over float32's": _with_quartiles(quartiles),
+                    "cosine, mean (worst)": _cosine(row, name),
+                    "robust accuracy": f"{row['robust'][name]:.2f} %",
+                    "attacked in float32": f"{row['robust']['float32']:.2f} %",
+                    "verdicts changed": f"{row['changed'][name]} of {row['n_images']}",
+                }
+            )
+    return pd.DataFrame(lines).set_index("profile")
+
+
 def cost_table(found: Summary) -> pd.DataFrame:
     """Fitted exponents."""
     lines = {
@@ -205,6 +224,11 @@ def page(found: Summary) -> str:
             "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
             "activations kept. Peak memory is what a method takes above what its process had before.",
             markdown(peer_table(found)),
+            "## Lower precision",
+            "Exact gradients by trained networks with the score network in lower precision (`-p precision "
+            "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, "
+            "by ten draws; a verdict is that of their majority.",
+            markdown(precision_table(found)),
             "## Cost against work",
             "Exact gradients of COUP; for processes, an attack on it that they share.",
             f"![Cost against work]({_device(found)}_cost.png)",

@@ -11,6 +11,7 @@ import torch
 
 from coup_lib.data import SPLITS, split_size, subsets
 from coup_lib.paths import SMOKE_VARIABLE, is_smoke
+from coup_lib.precision import PRECISIONS
 from coup_lib.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
 from coup_lib.solver import time_grid
 
@@ -117,6 +118,7 @@ class Config:
     classifier: Any = None  # of the profile, or the name of any RobustBench model for its data set
     subset: Any = None  # of the test images
     device: str = "auto"  # "auto" is a GPU where there is one; "cpu", "cuda", "cuda:1"
+    precision: str = "float32"  # of the score network while it is attacked; one of precision.PRECISIONS
     gradient: str = "exact"  # what the adaptive attack of the paper's protocol differentiates with
     eps: Any = None
     n_images: Any = None
@@ -144,7 +146,8 @@ class Config:
         fill("budget", "smoke" if is_smoke() else self.budget)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         choice("gradient", self.gradient, GRADIENTS)
-        device(self.device)
+        on_gpu = device(self.device).type == "cuda"
+        choice("precision", self.precision, PRECISIONS if on_gpu else [p for p in PRECISIONS if p != "tf32"])
         choice("split", self.split, SPLITS)
         if self.subset is None:
             fill("subset", profile.subset)

@@ -44,6 +44,10 @@ class Images:
             raise ValueError(f"expected 1 to {len(self)} images, got n = {n}")
         return Images(self.x[:n], self.y[:n])
 
+    def to(self, device: torch.device) -> "Images":
+        """The same on a device."""
+        return Images(self.x.to(device), self.y.to(device))
+
 
 def split_size(dataset: str, split: str, subset: str = "first") -> int:
     """How many images a split has; `subset` as in `load_split`.

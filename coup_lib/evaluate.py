@@ -17,6 +17,7 @@ from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
+from coup_lib.precision import products
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified
 from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
@@ -138,8 +139,8 @@ class Evaluation:
     def images(self) -> Images:
         """The images under attack, on the configured device."""
         config = self.config
-        images = load_split(config.sizes.dataset, config.split, config.subset).first(config.n_images)
-        return Images(images.x.to(config.torch_device), images.y.to(config.torch_device))
+        images = load_split(config.sizes.dataset, config.split, config.subset)
+        return images.first(config.n_images).to(config.torch_device)
 
     @cached_property
     def classifier(self) -> nn.Module:
@@ -148,17 +149,32 @@ class Evaluation:
 
     @cached_property
     def score_network(self) -> nn.Module:
-        """s(x, t) of the profile."""
+        """s(x, t) of the profile, in float32."""
+        return self._score_network("float32")
+
+    @cached_property
+    def attacked_network(self) -> nn.Module:
+        """The same in the precision of attacks."""
+        precision = self.config.precision
+        return self.score_network if precision == "float32" else self._score_network(precision)
+
+    def _score_network(self, precision: str) -> nn.Module:
         config = self.config
-        score = load_score(config.sizes.dataset, config.sizes.score, trained=self.trained)
+        network, dataset = config.sizes.score, config.sizes.dataset
+        score = load_score(dataset, network, trained=self.trained, precision=precision)
         return score.to(config.torch_device)
 
     def _classifier(self, name: str) -> nn.Module:
         classifier = load_classifier(self.config.sizes.dataset, name, trained=self.trained)
         return classifier.to(self.config.torch_device)
 
-    def defence(self, name: str, gradient: str = "exact", n_steps: int | None = None) -> nn.Module:
-        """The named defence around the classifier, ready to be attacked; n_steps overrides the path's."""
+    def defence(
+        self, name: str, gradient: str = "exact", n_steps: int | None = None, *, attacked: bool = False
+    ) -> nn.Module:
+        """The named defence around the classifier, ready to be attacked; n_steps overrides the path's.
+
+        attacked: with the score network in the precision of attacks.
+        """
         choice("defence", name, DEFENCES)
         if name == "none":
             return self.classifier
@@ -166,7 +182,7 @@ class Evaluation:
         return build(
             name,
             self.classifier,
-            self.score_network,
+            self.attacked_network if attacked else self.score_network,
             self._classifier(self._guide) if robust else self.classifier,
             guidance_weight=self.config.guidance_weight,
             t_star=self.config.t_star,
@@ -258,11 +274,12 @@ class Evaluation:
                 square_queries=config.square_queries,
                 max_batch=self.max_batch,
             )
-            model = self.defence(source.defence, source.gradient, source.n_steps)
+            model = self.defence(source.defence, source.gradient, source.n_steps, attacked=True)
             if isinstance(model, Purified):
                 model.purifier.reseed(_seed(seed, DEFENCE, start))
                 model = FixedNoise(model, _seed(seed, DEFENCE, start)) if source.fixed_noise else model
-            result = attack(model, chunk.x, chunk.y, begin)
+            with products(config.precision):
+                result = attack(model, chunk.x, chunk.y, begin)
             return {
                 "robust": result.robust.int().tolist(),
                 "warnings": list(result.warnings),
@@ -325,8 +342,9 @@ class Evaluation:
         def compute(start: int) -> dict[str, Any]:
             x_adv = self._x_adv(source, start)
             labels, model = self.images.y[start : start + size], self.defence(target)
-            selecting = self._logits(model, x_adv, SELECT, start).softmax(2)
-            reporting = self._logits(model, x_adv, REPORT, start)
+            with products("float32"):
+                selecting = self._logits(model, x_adv, SELECT, start).softmax(2)
+                reporting = self._logits(model, x_adv, REPORT, start)
             right = (selecting.argmax(2) == labels[:, None]).float().mean(1)
             trust = selecting[torch.arange(len(labels), device=labels.device), :, labels].mean(1)
             return {
@@ -406,6 +424,8 @@ class Evaluation:
         }
         if source.fixed_noise:
             settings["fixed_noise"] = True
+        if config.precision != "float32" and source.defence != "none":
+            settings["precision"] = config.precision
         if source.start:
             settings["start"] = self.attack_settings(source.start)[1]
         name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"

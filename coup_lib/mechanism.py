@@ -62,12 +62,14 @@ class SmoothMax(Guided):
 class SmoothEvaluation(Evaluation):
     """An evaluation whose COUP is guided by the smoothed maximum."""
 
-    def defence(self, name: str, gradient: str = "exact", n_steps: int | None = None) -> nn.Module:
+    def defence(
+        self, name: str, gradient: str = "exact", n_steps: int | None = None, *, attacked: bool = False
+    ) -> nn.Module:
         """As `Evaluation.defence`."""
         if name != "coup":
-            return super().defence(name, gradient, n_steps)
-        config = self.config
-        guided = SmoothMax(self.score_network, self.classifier, config.guidance_weight)
+            return super().defence(name, gradient, n_steps, attacked=attacked)
+        config, score = self.config, self.attacked_network if attacked else self.score_network
+        guided = SmoothMax(score, self.classifier, config.guidance_weight)
         n_steps = n_steps or config.n_steps
         purifier = Purifier(guided, t_star=config.t_star, n_steps=n_steps, gradient=gradient)
         return Purified(self.classifier, purifier)

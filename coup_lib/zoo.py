@@ -16,6 +16,7 @@ from coup_lib.ddpmpp import DEEP, DDPMpp, load_score_sde
 from coup_lib.edm import Denoiser, EDMNetwork, edm_cifar, load_edm
 from coup_lib.networks import NETWORKS
 from coup_lib.paths import is_smoke, model_dir
+from coup_lib.precision import Bfloat16
 from coup_lib.resnet import cifar_resnet, resnet18
 from coup_lib.score import DISCRETE_LEVELS, DenoisedScore, NoiseScore
 from coup_lib.wideresnet import WideResNet, wrn_28_10, wrn_40_2, wrn_70_16
@@ -67,14 +68,23 @@ SCORES = {
 }
 
 
+def is_ours(dataset: str, name: str) -> bool:
+    """Whether the network's weights are in this repository."""
+    return name in NETWORKS.get(dataset, {})
+
+
+def _published(dataset: str) -> dict[str, Published]:
+    return CLASSIFIERS[dataset] | SCORES[dataset]
+
+
 def check_classifier(dataset: str, name: str) -> str:
     """The name, if it can be one of a classifier for the data set; reads no file.
 
     ValueError, with the known names, for an unknown one where RobustBench has none.
     """
-    if dataset in NETWORKS:
+    if dataset == "digits":
         return choice("classifier", name, [known for known in NETWORKS[dataset] if known != "score"])
-    if name not in CLASSIFIERS[dataset]:
+    if name not in CLASSIFIERS[dataset] and not is_ours(dataset, name):
         choice(f"threat model of classifier {name!r}", _robustbench(name)[1], THREATS)
     return name
 
@@ -89,8 +99,8 @@ def load_classifier(dataset: str, name: str, *, trained: bool = True) -> nn.Modu
     stands for RobustBench's.
     """
     classes = 100 if dataset == "cifar100" else 10
-    if dataset in NETWORKS:
-        return load_network(dataset, check_classifier(dataset, name))
+    if is_ours(dataset, check_classifier(dataset, name)):
+        return load_network(dataset, name)
     if name in CLASSIFIERS[dataset]:
         return _load(name, CLASSIFIERS[dataset][name], trained)
     if is_smoke():
@@ -103,21 +113,29 @@ def load_classifier(dataset: str, name: str, *, trained: bool = True) -> nn.Modu
     return robustbench_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
 
 
-def load_score(dataset: str, name: str, *, trained: bool = True) -> nn.Module:
-    """The score s(x, t) of a profile's network, in eval mode and frozen; `trained` as in load_classifier."""
-    if dataset in NETWORKS:
-        return NoiseScore(load_network(dataset, name)).eval()
+def load_score(dataset: str, name: str, *, trained: bool = True, precision: str = "float32") -> nn.Module:
+    """The score s(x, t) of a profile's network, in eval mode and frozen; `trained` as in load_classifier.
+
+    precision: "bfloat16" for products in it; whatever else leaves the network as it is.
+    """
+
+    def lowered(network: nn.Module) -> nn.Module:
+        return Bfloat16(network) if precision == "bfloat16" else network
+
+    if is_ours(dataset, name):
+        return NoiseScore(lowered(load_network(dataset, name))).eval()
     network = _load(name, SCORES[dataset][name], trained)
     if isinstance(network, Denoiser):
+        network.model = lowered(network.model)  # what is around it subtracts images that are nearly equal
         return DenoisedScore(network).eval()
-    return NoiseScore(network, time_scale=DISCRETE_LEVELS).eval()
+    return NoiseScore(lowered(network), time_scale=DISCRETE_LEVELS).eval()
 
 
 def digest(dataset: str, name: str) -> str:
     """Sixteen hex digits that name a network's weights; loading them checks that they are these."""
-    if dataset in NETWORKS:
+    if is_ours(dataset, name):
         return read_sums()[f"{dataset}/{name}.safetensors"][:16]
-    published = (CLASSIFIERS[dataset] | SCORES[dataset]).get(name)
+    published = _published(dataset).get(name)
     if is_smoke() and not (published and published.small is None):
         return "random"
     listed = name if published else _listed(dataset, name)
@@ -131,10 +149,11 @@ def digest(dataset: str, name: str) -> str:
 
 def needed(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:
     """The artefacts behind these networks, as far as they are listed; none in a smoke run."""
-    if is_smoke() or dataset in NETWORKS:
+    if is_smoke():
         return []
-    named = [name if name in CLASSIFIERS[dataset] else _listed(dataset, name) for name in classifiers]
-    return [name for name in dict.fromkeys([*named, score]) if name in artefacts.ARTEFACTS]
+    others = [name for name in dict.fromkeys([*classifiers, score]) if not is_ours(dataset, name)]
+    named = [name if name in _published(dataset) else _listed(dataset, name) for name in others]
+    return [name for name in named if name in artefacts.ARTEFACTS]
 
 
 def missing(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:

@@ -36,13 +36,14 @@ def written(numbers):
     return st.one_of(numbers, numbers.map(str))
 
 
-NAMES = ("profile", "budget", "norm", "gradient", "device", "split", "purpose")
+NAMES = ("profile", "budget", "norm", "gradient", "precision", "device", "split", "purpose")
 COUNTS = written(st.integers(1, 10_000)) | st.integers(1, 50).map(float)
 FRACTIONS = st.builds("{}/{}".format, st.integers(1, 99), st.integers(100, 999))
 VALID = {
     "budget": st.sampled_from(BUDGETS),
     "norm": st.sampled_from([*NORMS, "Linf", "L2", "LINF"]),
     "gradient": st.sampled_from(GRADIENTS),
+    "precision": st.sampled_from(["float32", "bfloat16"]),
     "device": st.sampled_from(["auto", "cpu"]),
     "split": st.sampled_from(SPLITS),
     "purpose": st.sampled_from(PURPOSES),

@@ -1,0 +1,67 @@
+"""Lower precision in the score network under attack: what it saves, and whether it changes a decision."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import DEVICE, cosines, take_turns
+from torch import Tensor
+
+from coup_lib import paths
+from coup_lib.config import Config
+from coup_lib.data import is_here
+from coup_lib.evaluate import Evaluation, Source
+from coup_lib.paths import is_smoke
+from coup_lib.precision import products
+from coup_lib.profiles import PROFILES
+
+LOWERED = ("tf32", "bfloat16") if DEVICE.type == "cuda" else ("bfloat16",)
+ATTACK = {"n_images": 4, "n_iter": 2} if is_smoke() else {"n_images": 128, "n_iter": 20}
+PROFILE = {"digits": {"eot": 5} | ATTACK, "cifar10-small": {"eot": 1} | ATTACK}
+if DEVICE.type == "cpu" and not is_smoke():
+    PROFILE["cifar10-small"] |= {"n_images": 16, "n_iter": 10}
+
+
+def slope(evaluation: Evaluation, defence: str) -> Tensor:
+    """The exact gradient of the defence's cross-entropy, under attack, at its images."""
+    model, images = evaluation.defence(defence, attacked=True), evaluation.images
+    x = images.x.clone().requires_grad_()
+    with products(evaluation.config.precision):
+        logits = model(x, seeds=torch.arange(len(x)))
+        return torch.autograd.grad(F.cross_entropy(logits, images.y, reduction="sum"), x)[0]
+
+
+@pytest.mark.benchmark(group="precision")
+@pytest.mark.parametrize("defence", ["reverse", "coup"])
+@pytest.mark.parametrize("profile", PROFILE)
+def test_precision(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, defence: str
+) -> None:
+    """On validation images: seconds and cosines of exact gradients, and what an attack by them leaves."""
+    if not is_here(PROFILES[profile].dataset):
+        pytest.skip(f"no {PROFILES[profile].dataset} here; set {paths.DATA_VARIABLE}")
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    full = Config(profile=profile, split="validation", **PROFILE[profile])
+    runs = {name: Evaluation(replace(full, precision=name), verbose=False) for name in ("float32", *LOWERED)}
+    source = Source("apgd-ce", defence)
+    scores = {name: run.scores({defence: {"own": source}})[defence]["own"] for name, run in runs.items()}
+    exact = slope(runs["float32"], defence).double().flatten(1)
+    take_turns(
+        benchmark,
+        {name: lambda run=run: slope(run, defence) for name, run in runs.items()},
+        5,
+        problem=profile,
+        defence=defence,
+        reference="float32",
+        cosines={name: cosines(slope(runs[name], defence), exact) for name in LOWERED},
+        n_images=full.n_images,
+        robust={name: 100 * float(score.right.mean()) for name, score in scores.items()},
+        # Of ten draws of each image, the float32 defence's majority under either attack.
+        changed={
+            name: int(((score.right > 0.5) != (scores["float32"].right > 0.5)).sum())
+            for name, score in scores.items()
+        },
+    )

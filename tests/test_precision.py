@@ -1,0 +1,88 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
+
+from coup_lib import paths
+from coup_lib.config import Config
+from coup_lib.data import load_split
+from coup_lib.evaluate import Evaluation, Source
+from coup_lib.precision import Bfloat16, products
+from coup_lib.zoo import load_score
+
+LOWERED = Config(n_images=8, n_iter=2, eot=1, precision="bfloat16")
+FULL = dataclasses.replace(LOWERED, precision="float32")
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+
+
+def gradient(config, name):
+    model = Evaluation(config, verbose=False).defence(name, attacked=True)
+    data = load_split("digits", "validation").first(32)
+    x = data.x.requires_grad_()
+    loss = F.cross_entropy(model(x, seeds=torch.arange(len(x))), data.y, reduction="sum")
+    return torch.autograd.grad(loss, x)[0].flatten(1).double()
+
+
+@pytest.mark.parametrize("name", ["diffpure", "reverse", "coup"])
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(name):
+    exact, lowered = gradient(FULL, name), gradient(LOWERED, name)
+    assert lowered.isfinite().all() and not torch.equal(exact, lowered)
+    cosines = (exact * lowered).sum(1) / (exact.norm(dim=1) * lowered.norm(dim=1))
+    assert cosines.mean() > 0.99
+
+
+def test_what_comes_out_is_as_precise_as_what_goes_in():
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor(0.05)
+    full, lowered = (load_score("digits", "score", precision=name) for name in ("float32", "bfloat16"))
+    assert lowered(x, t).dtype == torch.float32
+    torch.testing.assert_close(lowered(x, t), full(x, t), rtol=0.05, atol=0.2)
+    products_seen = []
+    network = lowered.network.network
+    network.head.register_forward_hook(lambda module, given, result: products_seen.append(result.dtype))
+    lowered(x, t)
+    assert products_seen == [torch.bfloat16]
+
+
+def test_the_denoiser_is_lowered_inside_only(monkeypatch):
+    monkeypatch.setenv("COUP_SMOKE", "1")
+    score = load_score("cifar100", "edm-vp", precision="bfloat16")
+    assert isinstance(score.denoiser.model, Bfloat16)
+    assert score(torch.randn(2, 3, 32, 32), torch.tensor(0.1)).dtype == torch.float32
+
+
+def test_attacks_are_lowered_and_scores_are_not():
+    evaluation = Evaluation(LOWERED, verbose=False)
+    assert isinstance(evaluation.defence("coup", attacked=True).purifier.score.score.network, Bfloat16)
+    assert not isinstance(evaluation.defence("coup").purifier.score.score.network, Bfloat16)
+
+
+def test_a_lowered_attack_is_a_record_of_its_own_and_an_undefended_one_is_not():
+    def settings(config, defence):
+        return Evaluation(config, verbose=False).attack_settings(Source("apgd-ce", defence))[1]
+
+    assert settings(LOWERED, "coup") == settings(FULL, "coup") | {"precision": "bfloat16"}
+    assert settings(LOWERED, "none") == settings(FULL, "none")
+    found = [Evaluation(config, verbose=False).x_adv(Source("apgd-ce", "coup")) for config in (LOWERED, FULL)]
+    assert not torch.equal(*found)  # as the gradients differ in their last digits, some signs do
+
+
+def test_tf32_is_a_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="precision: expected one of float32, bfloat16; got 'tf32'"):
+        Config(precision="tf32")
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("bfloat16", False), ("tf32", True)])
+def test_products_says_what_a_gpu_may_do_and_leaves_it_as_it_was(precision, allowed):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    with pytest.raises(KeyboardInterrupt), products(precision):
+        assert [backend.allow_tf32 for backend in backends] == [allowed] * 2
+        raise KeyboardInterrupt
+    assert [backend.allow_tf32 for backend in backends] == before
