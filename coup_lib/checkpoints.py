@@ -11,17 +11,13 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from coup_lib.files import write_atomically
+from coup_lib.files import CheckpointError, write_atomically
 from coup_lib.networks import build_network
 from coup_lib.paths import WEIGHTS
 
 SUMS = "SHA256SUMS"
 WRAPPERS = ("state_dict", "model", "net")  # the keys under which training scripts save the weights
 PREFIXES = ("module.", "model.")  # what DataParallel and wrapped models put before each key
-
-
-class CheckpointError(RuntimeError):
-    """Weights are not the ones that were published, or do not fit their network."""
 
 
 def load_network(profile_dataset: str, name: str, *, folder: Path = WEIGHTS) -> nn.Module:

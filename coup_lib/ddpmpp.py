@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.checkpoints import CheckpointError
+from coup_lib.files import CheckpointError
 
 Block = Callable[..., nn.Module]
 

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+class CheckpointError(RuntimeError):
+    """Weights are not the ones that were published, or do not fit their network."""
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let write() fill a neighbouring file, sync it, then rename it to path: no reader meets half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

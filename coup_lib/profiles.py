@@ -56,6 +56,15 @@ QUICK_DIGITS = {
 # Of the paper's networks, an hour on one large GPU rather than weeks: to see that all is in place.
 QUICK_CIFAR = {purpose: Budget(16, n_iter=5, eot=2, n_targets=1, square_queries=20) for purpose in PURPOSES}
 
+# Of small networks on a CPU, hours; on a GPU, an hour for all notebooks.
+QUICK_CIFAR_SMALL = {
+    "report": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "compare": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "sweep": Budget(32, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "search": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "probe": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
+}
+
 
 def _budgets(quick: dict[str, Budget]) -> dict[str, dict[str, Budget]]:
     return {purpose: {"smoke": SMOKE, "quick": quick[purpose], "full": FULL[purpose]} for purpose in PURPOSES}
@@ -77,6 +86,22 @@ PROFILES = {
         chunk_size=128,
         max_batch=1280,
         budgets=_budgets(QUICK_DIGITS),
+    ),
+    "cifar10-small": Profile(
+        dataset="cifar10",
+        subset="first",
+        # ResNet-18 is in the wheel of pyautoattack, but takes more time than the score network.
+        classifiers=("resnet20", "resnet18"),
+        robust_classifiers={"linf": "resnet20-linf", "l2": "resnet20-l2"},
+        score="score-small",
+        eps={"linf": 8 / 255, "l2": 0.5},
+        t_star={"linf": 0.1, "l2": 0.075},
+        t_max=0.3,
+        guidance_weight=1.0,
+        n_steps={"linf": 20, "l2": 15},
+        chunk_size=32,
+        max_batch=512,
+        budgets=_budgets(QUICK_CIFAR_SMALL),
     ),
     "cifar10": Profile(
         dataset="cifar10",

@@ -34,7 +34,10 @@ def no_smoke(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"profile": "imagenet"}, "profile: expected one of digits, cifar10, cifar100; got 'imagenet'"),
+        (
+            {"profile": "imagenet"},
+            "profile: expected one of digits, cifar10-small, cifar10, cifar100; got 'imagenet'",
+        ),
         ({"budget": "huge"}, "budget: expected one of smoke, quick, full; got 'huge'"),
         ({"purpose": "show"}, f"purpose: expected one of {', '.join(PURPOSES)}; got 'show'"),
         ({"norm": "l3"}, "norm: expected one of linf, l2; got 'l3'"),

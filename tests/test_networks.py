@@ -11,23 +11,13 @@ from coup_lib.attacks import Attack, AttackResult
 from coup_lib.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
 from coup_lib.config import NORM_LABELS
 from coup_lib.data import load_split
+from coup_lib.denoising import denoising_loss
 from coup_lib.networks import NETWORKS, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
 from coup_lib.profiles import PROFILES
 from coup_lib.sde import VPSDE
-from coup_lib.train import (
-    accuracy,
-    average_into,
-    deformed,
-    denoising_loss,
-    flops,
-    main,
-    model_card,
-    redrawable,
-    redrawn,
-    train,
-    train_classifier,
-)
+from coup_lib.train import accuracy, flops, main, model_card, train
+from coup_lib.train_digits import deformed, redrawable, redrawn, train_classifier
 
 NUMBER = r"\d+\.?\d*"
 # Accuracy on validation that each classifier is above; robustness costs some.
@@ -110,7 +100,7 @@ def test_twice_differentiable(name, validation):
 
 
 def test_loading_refuses(tmp_path):
-    with pytest.raises(ValueError, match=r"out of digits, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"out of digits, cifar10, got 'mnist'"):
         load_network("mnist", "score")
     with pytest.raises(ValueError, match=rf"out of {', '.join(NETWORKS['digits'])}, got 'resnet'"):
         load_network("digits", "resnet")
@@ -207,14 +197,6 @@ def test_redrawn_digits_look_like_the_real_ones():
     assert (drawn - x).square().mean() < 2e-3
     assert torch.equal(drawn, (16 * drawn).round() / 16)
     assert abs((drawn == 0).float().mean() - (x == 0).float().mean()) < 0.02
-
-
-def test_average_into():
-    kept, new = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    kept.weight.data.fill_(1.0)
-    new.weight.data.fill_(2.0)
-    average_into(kept, new, 0.75)
-    assert kept.weight.item() == 1.25
 
 
 class Wiener(nn.Module):

@@ -1,0 +1,120 @@
+"""Minimise a loss: AdamW, a moving average of the weights, and a file to go on from after a kill."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from coup_lib.config import choice
+from coup_lib.files import write_atomically
+
+PRECISIONS = ("float32", "bfloat16")
+SAVE_EVERY = 60  # seconds
+
+Loss = Callable[[nn.Module, Generator], Tensor]
+
+
+def fit(
+    network: nn.Module,
+    loss: Loss,
+    score: Callable[[nn.Module], float] | None = None,
+    *,
+    seed: int,
+    steps: int,
+    lr: float,
+    decay: float,
+    weight_decay: float,
+    every: int = 100,
+    precision: str = "float32",
+    state: Path | None = None,
+) -> nn.Module:
+    """AdamW, warm-up, cosine decay; returns the moving average of lowest score, or else the last.
+
+    Args:
+        loss: takes all its chance from the generator, which is on the network's device.
+        score: lower is better; asked every so many steps, and after the last.
+        decay: of the moving average, approached from below.
+        precision: of the network's products while it is trained; weights are float32 all the time.
+        state: where a run writes once a minute how far it is, and where the same run goes on from. Left
+            there at the end: to ask again for as many steps costs nothing.
+
+    Raises:
+        ValueError: for an unknown precision, or where another run left its state.
+    """
+    choice("precision", precision, PRECISIONS)
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
+    average = copy.deepcopy(network)
+    best, lowest, first = average, math.inf, 0
+    settings = {"seed": seed, "steps": steps, "lr": lr, "decay": decay, "precision": precision}
+    if state and state.exists():
+        saved = _read(state, settings, device)
+        network.load_state_dict(saved["network"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"].cpu())
+        first, lowest = saved["step"], saved["lowest"]
+        if saved["best"]:
+            best = copy.deepcopy(average)
+            best.load_state_dict(saved["best"])
+
+    def keep(step: int) -> None:
+        assert state
+        content = {
+            "settings": settings,
+            "step": step,
+            "lowest": lowest,
+            "network": network.state_dict(),
+            "average": average.state_dict(),
+            "best": None if best is average else best.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+        }
+        write_atomically(state, lambda temporary: torch.save(content, temporary))
+
+    saved_at = time.monotonic()
+    bar = tqdm(range(first, steps), mininterval=5, initial=first, total=steps)
+    for step in bar:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+            value = loss(network, generator)
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average_into(average, network, min(decay, (2 + step) / (11 + step)))
+        if score and (step + 1) % every == 0 and (now := score(average)) < lowest:
+            best, lowest = copy.deepcopy(average), now
+            bar.set_postfix(validation=f"{now:.4f}")
+        if state and (time.monotonic() - saved_at > SAVE_EVERY or step + 1 == steps):
+            keep(step + 1)
+            saved_at = time.monotonic()
+    return best
+
+
+def _read(state: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    saved = torch.load(state, map_location=device, weights_only=True)
+    if saved["settings"] != settings:
+        raise ValueError(
+            f"{state}: expected the state of a run with {settings}; got one with {saved['settings']}. "
+            "Ask for that run, or remove the file to start anew"
+        )
+    return saved
+
+
+@torch.no_grad()
+def average_into(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average ← decay·average + (1 - decay)·network, parameter by parameter; buffers are copied."""
+    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+        kept.lerp_(new, 1 - decay)
+    for buffer, newer in zip(average.buffers(), network.buffers(), strict=True):
+        buffer.copy_(newer)

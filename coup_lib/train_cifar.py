@@ -1,0 +1,127 @@
+"""How the small networks of CIFAR-10 are trained: `python -m coup_lib.train --dataset cifar10`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from coup_lib.attacks import Attack
+from coup_lib.data import Images
+from coup_lib.denoising import denoising_loss, noise_error
+from coup_lib.fit import fit
+from coup_lib.networks import T_MAX
+from coup_lib.zoo import load_classifier
+
+STEPS, BATCH, LR = 8_000, 64, 1e-3
+ROBUST_STEPS, ROBUST_LR, PGD_STEPS = 1_500, 3e-4, 3
+STOP_TIMES, STOP_IMAGES = (0.02, 0.05, 0.1), 256
+
+
+def train_score(
+    network: nn.Module,
+    data: Images,
+    validation: Images,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    precision: str = "float32",
+    state: Path | None = None,
+) -> nn.Module:
+    """Squared error of the predicted noise on images and their mirror images, `fit` by validation.
+
+    Three quarters of the times are below half of T_MAX: t is a square of what is uniform.
+    """
+    held_out = validation.first(min(STOP_IMAGES, len(validation)))
+
+    def loss(network: nn.Module, generator: Generator) -> Tensor:
+        chosen = torch.randint(len(data), (BATCH,), generator=generator, device=generator.device)
+        x = mirrored(data.x[chosen], generator)
+        t = T_MAX * torch.rand(BATCH, generator=generator, device=x.device).square() + 1e-4
+        return noise_error(network, x, t, torch.randn(x.shape, generator=generator, device=x.device))
+
+    def score(network: nn.Module) -> float:
+        return sum(denoising_loss(network, held_out, t, repeats=1) for t in STOP_TIMES)
+
+    return fit(
+        network,
+        loss,
+        score,
+        seed=seed,
+        steps=steps,
+        lr=LR,
+        decay=0.999,
+        weight_decay=0.01,
+        every=500,
+        precision=precision,
+        state=state,
+    )
+
+
+def train_robust(
+    network: nn.Module,
+    data: Images,
+    attack: Attack | None,
+    *,
+    seed: int,
+    steps: int = ROBUST_STEPS,
+    **settings: Any,
+) -> nn.Module:
+    """Adversarial training (Madry et al. 2018) from the published weights of the same architecture.
+
+    Cross-entropy on what the attack makes of mirrored and shifted images. BatchNorm stays as it was
+    published: the moving average of the weights would not have the statistics of any of them.
+    """
+    network.load_state_dict(load_classifier("cifar10", "resnet20").state_dict())
+    network.eval()
+
+    def loss(network: nn.Module, generator: Generator) -> Tensor:
+        chosen = torch.randint(len(data), (BATCH,), generator=generator, device=generator.device)
+        x, y = shifted(mirrored(data.x[chosen], generator), generator), data.y[chosen]
+        return F.cross_entropy(network(attack(network, x, y).x_adv if attack else x), y)
+
+    return fit(network, loss, seed=seed, steps=steps, lr=ROBUST_LR, decay=0.99, weight_decay=0.01, **settings)
+
+
+def mirrored(x: Tensor, generator: Generator) -> Tensor:
+    """Each image of x (n, C, H, W) or, as likely, its mirror image."""
+    heads = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    return torch.where(heads, x.flip(3), x)
+
+
+def shifted(x: Tensor, generator: Generator, most: int = 4) -> Tensor:
+    """Each image of x (n, C, H, W) moved by up to so many pixels each way, black behind it."""
+    n, _, height, width = x.shape
+    padded = F.pad(x, [most] * 4)
+    down, right = torch.randint(2 * most + 1, (2, n, 1), generator=generator, device=x.device)
+    rows = down + torch.arange(height, device=x.device)
+    columns = right + torch.arange(width, device=x.device)
+    image = torch.arange(n, device=x.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+CARD_SPLITS = ("validation", "train")
+CARD = """# Networks of the profile cifar10-small
+
+Written by `{command}`, this card included. Another processor, thread
+count or PyTorch rounds differently.
+
+Data: CIFAR-10's training images at hand, every tenth held out for validation (seed {split_seed}): {train} for
+training, {validation} for validation; {test} test images, which served for nothing but the column below.
+Accuracies with their 95 % Wilson interval. The classifiers named after a norm are the published ResNet-20
+(akamaster/pytorch_resnet_cifar10, BSD-2-Clause), adversarially trained further on PGD-{pgd_steps} images
+(step {pgd_step:.3f} eps) at the profile's eps; their robustness is in notebook 06.
+
+| classifier | parameters | MFLOP per image | accuracy, validation (n = {validation}) | test (n = {test}) |
+|---|---|---|---|---|
+{classifiers}
+
+Noise predictor, for t in (0, {t_max}], from scratch: mean squared error of the predicted noise per pixel
+({loss_images} images, 8 noises each; 1 is what predicting zero would cost). On images that it was trained on
+the error is what a network of this size and training reaches where nothing is new to it.
+
+| network | parameters | MFLOP per image | {times} |
+|---|---|---|{rules}
+{scores}
+"""
