@@ -31,11 +31,15 @@ def load_network(profile_dataset: str, name: str, *, folder: Path = WEIGHTS) -> 
     return network.eval().requires_grad_(False)
 
 
-def save_network(network: nn.Module, dataset: str, name: str, *, folder: Path = WEIGHTS) -> Path:
-    """Write the weights and their line in SHA256SUMS; the path of the weights."""
+def save_network(
+    network: nn.Module, dataset: str, name: str, *, folder: Path = WEIGHTS, half: bool = False
+) -> Path:
+    """Write the weights, rounded to half precision if asked, and their line in SHA256SUMS; their path."""
     path = weights_path(dataset, name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
+    if half:
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     content = save(state)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     sums = read_sums(folder) if (folder / SUMS).exists() else {}

@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = train(
             dataset, name, seed=options.seed, steps=options.steps, precision=options.precision, state=state
         )
-        path = save_network(network, dataset, name, folder=options.folder)
+        half = isinstance(network, PatchedDDPMpp)  # what it rounds is far below what training leaves open
+        path = save_network(network, dataset, name, folder=options.folder, half=half)
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.0f} s", flush=True)
     command = f"python -m coup_lib.train --seed {options.seed} --threads {options.threads}"
     command += f" --dataset {dataset}" if dataset != "digits" else ""

@@ -1,0 +1,190 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
+from safetensors.torch import load_file
+
+from coup_lib import train, train_cifar
+from coup_lib.attacks import Attack
+from coup_lib.checkpoints import SUMS, load_network
+from coup_lib.config import NORM_LABELS
+from coup_lib.data import Images, is_here, load_split
+from coup_lib.denoising import denoising_loss, noise_error
+from coup_lib.networks import NETWORKS, PatchedDDPMpp
+from coup_lib.paths import DATA_VARIABLE, WEIGHTS
+from coup_lib.profiles import PROFILES
+from coup_lib.resnet import cifar_resnet
+from coup_lib.sde import VPSDE
+from coup_lib.zoo import load_classifier, load_score
+
+TINY = {"width": 8, "multipliers": (1, 1), "blocks": 1, "attention_at": (8,)}
+SMALL = PROFILES["cifar10-small"]
+KEY = "network.all_modules.0.weight"
+NUMBER = r"\d+\.?\d*"
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 3, 32, 32, generator=generator)
+    return Images(x, torch.randint(10, (12,), generator=generator))
+
+
+@pytest.fixture
+def random_cifar(tmp_path, monkeypatch):
+    random, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 60), ("test", 10)):
+        arrays[f"x_{part}"] = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+        arrays[f"y_{part}"] = random.integers(0, 10, n)
+    np.savez(tmp_path / "cifar10_exact_subset.npz", **arrays, idx_train=np.arange(60))
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+
+
+def test_untrained_it_is_what_independent_gaussian_pixels_want():
+    network, x, t = PatchedDDPMpp(**TINY), torch.randn(3, 3, 32, 32), torch.tensor([0.01, 0.1, 0.3])
+    m, std = (value[:, None, None, None] for value in (VPSDE().mean_coeff(t), VPSDE().std(t)))
+    torch.testing.assert_close(network(x, t), std * x / (m.square() / 4 + std.square()))
+
+
+def test_what_the_u_net_predicts_has_unit_variance_at_every_time(images):
+    """For Gaussian pixels of variance 1/4, whatever t: (noise - built in) / (factor of the U-Net)."""
+    network, generator = PatchedDDPMpp(**TINY), torch.Generator().manual_seed(0)
+    x = torch.randn(64, 3, 32, 32, generator=generator) / 2
+    for time in (0.001, 0.05, 0.3):
+        t = torch.full((64,), time)
+        noise = torch.randn(x.shape, generator=generator)
+        state = VPSDE().noised(x, t, noise)
+        built_in = network(state, t)
+        network.network.forward = lambda x, labels: torch.ones_like(x)
+        factor = network(state, t) - built_in
+        del network.network.forward
+        assert ((noise - built_in) / factor).var().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("name", NETWORKS["cifar10"])
+def test_published_networks_are_small_frozen_and_finite(name):
+    network = load_network("cifar10", name)
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    inputs = (torch.rand(2, 3, 32, 32), torch.tensor([0.001, 0.3])) if name == SMALL.score else None
+    result = network(*inputs) if inputs else network(torch.rand(2, 3, 32, 32))
+    assert result.isfinite().all()
+    assert (WEIGHTS / "cifar10" / f"{name}.safetensors").stat().st_size <= 16 * 2**20
+
+
+def test_the_score_has_the_second_derivatives_that_attacks_on_x0_guidance_need():
+    score, t, step = load_score("cifar10", SMALL.score).double(), torch.tensor(0.05).double(), 1e-5
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 1, 3, 32, 32, generator=generator, dtype=torch.float64)
+
+    def slope(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(score(x, t).square().sum(), x)[0]
+
+    analytic = torch.autograd.functional.hvp(lambda x: score(x, t).square().sum(), x, v)[1]
+    numeric = (slope(x + step * v) - slope(x - step * v)) / (2 * step)
+    assert (analytic - numeric).norm() / analytic.norm() < 1e-5
+
+
+@pytest.mark.skipif(not is_here("cifar10"), reason="no CIFAR-10 in COUP_DATA")
+def test_the_score_network_beats_an_image_prior_that_knows_no_neighbours():
+    held_out = load_split("cifar10", "validation").first(64)
+    network, blank = load_network("cifar10", SMALL.score), PatchedDDPMpp(**TINY)
+    for t in (0.02, 0.05, 0.1):
+        assert denoising_loss(network, held_out, t, repeats=1) < 0.6 * denoising_loss(
+            blank, held_out, t, repeats=1
+        )
+
+
+@pytest.mark.skipif(not is_here("cifar10"), reason="no CIFAR-10 in COUP_DATA")
+@pytest.mark.parametrize(("norm", "robust"), SMALL.robust_classifiers.items())
+def test_adversarial_training_makes_robust(norm, robust):
+    data = load_split("cifar10", "validation").first(64)
+    attack = Attack("apgd-ce", NORM_LABELS[norm], SMALL.eps[norm], n_iter=10, eot=1)
+    usual, trained = load_classifier("cifar10", "resnet18"), load_network("cifar10", robust)
+    left = [float(attack(network, data.x, data.y).robust.float().mean()) for network in (trained, usual)]
+    assert left[0] > 0.2 + left[1]
+
+
+@pytest.mark.skipif(not is_here("cifar10"), reason="no CIFAR-10 in COUP_DATA")
+def test_the_model_card_matches_the_weights():
+    measured = train.model_card("cifar10", command="").splitlines()
+    published = (WEIGHTS / "cifar10" / "README.md").read_text().splitlines()
+    for line, claim in zip(measured, published, strict=True):
+        if line.startswith("|"):
+            assert [float(n) for n in re.findall(NUMBER, line)] == pytest.approx(
+                [float(n) for n in re.findall(NUMBER, claim)], rel=0, abs=2e-3
+            )
+
+
+def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cifar, "BATCH", 4)
+    monkeypatch.setattr("coup_lib.fit.SAVE_EVERY", -1)
+
+    def weights(state=None):
+        torch.manual_seed(0)
+        network = PatchedDDPMpp(**TINY)
+        trained = train_cifar.train_score(network, images, images, seed=1, steps=3, state=state)
+        return torch.cat([p.flatten() for p in trained.parameters()])
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return noise_error(*given)
+
+    whole, calls = weights(), []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_cifar, "noise_error", killed)
+        weights(tmp_path / "state.pt")
+    assert torch.equal(weights(tmp_path / "state.pt"), whole)
+
+
+def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STATES", tmp_path / "states")
+    monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
+    monkeypatch.setattr(train_cifar, "BATCH", 2)
+    arguments = ["--dataset", "cifar10", "--only", SMALL.score, "--steps", "2", "--precision", "bfloat16"]
+    train.main([*arguments, "--folder", str(tmp_path / "weights")])
+    card = (tmp_path / "weights" / "cifar10" / "README.md").read_text()
+    assert "| score-small |" in card and "| score-small, on train images |" in card
+    assert "--dataset cifar10 --steps 2 --precision bfloat16`" in card
+    assert (
+        load_file(tmp_path / "weights" / "cifar10" / f"{SMALL.score}.safetensors")[KEY].dtype == torch.float16
+    )
+    assert f"cifar10/{SMALL.score}.safetensors" in (tmp_path / "weights" / SUMS).read_text()
+    with pytest.raises(ValueError, match="--only: expected one of resnet20-linf, resnet20-l2, score-small"):
+        train.main(["--dataset", "cifar10", "--only", "score"])
+
+
+def test_adversarial_training_begins_at_the_published_weights_and_keeps_their_statistics(images, monkeypatch):
+    torch.manual_seed(0)
+    published = cifar_resnet(20)
+    monkeypatch.setattr(train_cifar, "load_classifier", lambda dataset, name: published)
+    seen = []
+
+    def attack(network, x, y):
+        seen.append((network.training, x, y))
+        return Attack("clean", "Linf", 0.1)(network, x, y)
+
+    trained = train_cifar.train_robust(cifar_resnet(20), images, attack, seed=0, steps=2)
+    assert len(seen) == 2 and not any(training for training, _, _ in seen)
+    for key, value in published.state_dict().items():
+        same = torch.equal(trained.state_dict()[key], value)
+        assert same == ("running" in key or "num_batches" in key), key
+
+
+def test_mirrored_and_shifted_images_are_the_same_images(images):
+    generator = torch.Generator().manual_seed(0)
+    for image, original in zip(train_cifar.mirrored(images.x, generator), images.x, strict=True):
+        assert torch.equal(image, original) or torch.equal(image, original.flip(2))
+    padded = torch.nn.functional.pad(images.x, [4] * 4)
+    places = set()
+    for moved, whole in zip(train_cifar.shifted(images.x, generator), padded, strict=True):
+        found = [
+            (i, j) for i in range(9) for j in range(9) if torch.equal(moved, whole[:, i : i + 32, j : j + 32])
+        ]
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 4
