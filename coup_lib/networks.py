@@ -150,8 +150,8 @@ NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     },
     "cifar10": {
         # Adversarially trained (notebook 06).
-        "resnet20-linf": partial(cifar_resnet, 20),
         "resnet20-l2": partial(cifar_resnet, 20),
+        "resnet20-linf": partial(cifar_resnet, 20),
         "score-small": partial(PatchedDDPMpp, width=64, multipliers=(1, 2), blocks=2, attention_at=(8,)),
     },
 }

@@ -30,6 +30,7 @@ from coup_lib.networks import NETWORKS, T_MAX, NoiseNet, PatchedDDPMpp, build_ne
 from coup_lib.paths import ROOT, WEIGHTS
 from coup_lib.profiles import PROFILES
 from coup_lib.stats import wilson
+from coup_lib.zoo import load_classifier
 
 TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the profile that its networks are for
 CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -82,6 +83,7 @@ def train(dataset: str, name: str, *, seed: int, steps: int | None = None, **res
         return train_cifar.train_score(network, data, held_out, **settings)
     attack = _attack(dataset, name, seed)
     if dataset == "cifar10":
+        network.load_state_dict(load_classifier(dataset, train_cifar.BEGINS_WITH[name]).state_dict())
         return train_cifar.train_robust(network, data, attack, **settings)
     return train_digits.train_classifier(network, data, attack=attack, **settings)
 
