@@ -34,7 +34,6 @@ from coup_lib.zoo import load_classifier
 
 TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the profile that its networks are for
 CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-CARD_IMAGES = 512  # at most, of each split, for the denoising losses of colour images
 STATES = ROOT / "build" / "training"
 
 
@@ -84,6 +83,7 @@ def train(dataset: str, name: str, *, seed: int, steps: int | None = None, **res
     attack = _attack(dataset, name, seed)
     if dataset == "cifar10":
         network.load_state_dict(load_classifier(dataset, train_cifar.BEGINS_WITH[name]).state_dict())
+        settings = {"steps": train_cifar.ROBUST_STEPS[name]} | settings
         return train_cifar.train_robust(network, data, attack, **settings)
     return train_digits.train_classifier(network, data, attack=attack, **settings)
 
@@ -113,12 +113,12 @@ def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
         t_max=T_MAX,
         pgd_steps=recipes.PGD_STEPS,
         pgd_step=PGD_STEP,
-        loss_images=min(CARD_IMAGES, len(splits["validation"])),
+        loss_images=min(recipes.CARD_IMAGES, len(splits["validation"])),
         classifiers="\n".join(_classifier_row(dataset, *row, splits) for row in classifiers.items()),
         times=" | ".join(f"t = {t}" for t in CARD_TIMES),
         rules="---|" * len(CARD_TIMES),
         scores="\n".join(
-            _score_row(dataset, name, net, split, splits[split])
+            _score_row(dataset, name, net, split, splits[split], recipes.CARD_IMAGES)
             for name, net in scores.items()
             for split in recipes.CARD_SPLITS
         ),
@@ -136,8 +136,8 @@ def _accuracy_cell(network: nn.Module, data: Images) -> str:
     return f"{100 * share:.2f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _score_row(dataset: str, name: str, network: nn.Module, split: str, data: Images) -> str:
-    shown = data.first(min(CARD_IMAGES, len(data)))
+def _score_row(dataset: str, name: str, network: nn.Module, split: str, data: Images, most: int) -> str:
+    shown = data.first(min(most, len(data)))
     losses = (denoising_loss(network, shown, t) for t in CARD_TIMES)
     where = "" if split == "validation" else f", on {split} images"
     return f"| {_size(dataset, name + where, network)} | {' | '.join(f'{loss:.4f}' for loss in losses)} |"

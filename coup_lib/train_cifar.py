@@ -14,10 +14,11 @@ from coup_lib.fit import fit
 from coup_lib.networks import T_MAX
 
 STEPS, BATCH, LR = 8_000, 64, 1e-3
-ROBUST_STEPS, ROBUST_LR, PGD_STEPS = 1_500, 3e-4, 3
-# What adversarial training begins with. Attacks in L∞ leave so little of the published network that training
-# on them from there ended in a constant.
+ROBUST_LR, PGD_STEPS = 3e-4, 3
+# What adversarial training begins with, and its steps. Attacks in L∞ leave so little of the published network
+# that training on them from there ended in a constant.
 BEGINS_WITH = {"resnet20-l2": "resnet20", "resnet20-linf": "resnet20-l2"}
+ROBUST_STEPS = {"resnet20-l2": 1_500, "resnet20-linf": 800}
 STOP_TIMES, STOP_IMAGES = (0.02, 0.05, 0.1), 256
 
 
@@ -67,7 +68,7 @@ def train_robust(
     attack: Attack | None,
     *,
     seed: int,
-    steps: int = ROBUST_STEPS,
+    steps: int,
     **settings: Any,
 ) -> nn.Module:
     """Adversarial training (Madry et al. 2018) from the weights that the network has.
@@ -102,7 +103,7 @@ def shifted(x: Tensor, generator: Generator, most: int = 4) -> Tensor:
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-CARD_SPLITS = ("validation", "train")
+CARD_SPLITS, CARD_IMAGES = ("validation", "train"), 128
 CARD = """# Networks of the profile cifar10-small
 
 Written by `{command}`, this card included. Another processor, thread

@@ -1,3 +1,4 @@
+import copy
 import re
 
 import numpy as np
@@ -154,21 +155,35 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
         load_file(tmp_path / "weights" / "cifar10" / f"{SMALL.score}.safetensors")[KEY].dtype == torch.float16
     )
     assert f"cifar10/{SMALL.score}.safetensors" in (tmp_path / "weights" / SUMS).read_text()
-    with pytest.raises(ValueError, match="--only: expected one of resnet20-linf, resnet20-l2, score-small"):
+    with pytest.raises(ValueError, match="--only: expected one of resnet20-l2, resnet20-linf, score-small"):
         train.main(["--dataset", "cifar10", "--only", "score"])
 
 
-def test_adversarial_training_begins_at_the_published_weights_and_keeps_their_statistics(images, monkeypatch):
+def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
+    torch.manual_seed(0)
+    published, begun = cifar_resnet(20), []
+
+    def load(dataset, name):
+        begun.append(name)
+        return published
+
+    monkeypatch.setattr(train, "load_classifier", load)
+    monkeypatch.setattr(train_cifar, "train_robust", lambda network, *_, **__: network)
+    for name in SMALL.robust_classifiers.values():
+        assert torch.equal(train.train("cifar10", name, seed=0).conv1.weight, published.conv1.weight)
+    assert begun == ["resnet20-l2", "resnet20"]
+
+
+def test_adversarial_training_keeps_the_statistics(images):
     torch.manual_seed(0)
     published = cifar_resnet(20)
-    monkeypatch.setattr(train_cifar, "load_classifier", lambda dataset, name: published)
     seen = []
 
     def attack(network, x, y):
         seen.append((network.training, x, y))
         return Attack("clean", "Linf", 0.1)(network, x, y)
 
-    trained = train_cifar.train_robust(cifar_resnet(20), images, attack, seed=0, steps=2)
+    trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, seed=0, steps=2)
     assert len(seen) == 2 and not any(training for training, _, _ in seen)
     for key, value in published.state_dict().items():
         same = torch.equal(trained.state_dict()[key], value)
