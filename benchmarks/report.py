@@ -224,11 +224,7 @@ def page(found: Summary) -> str:
             "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
             "activations kept. Peak memory is what a method takes above what its process had before.",
             markdown(peer_table(found)),
-            "## Lower precision",
-            "Exact gradients by trained networks with the score network in lower precision (`-p precision "
-            "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, "
-            "by ten draws; a verdict is that of their majority.",
-            markdown(precision_table(found)),
+            *_precision(found),
             "## Cost against work",
             "Exact gradients of COUP; for processes, an attack on it that they share.",
             f"![Cost against work]({_device(found)}_cost.png)",
@@ -241,6 +237,19 @@ def page(found: Summary) -> str:
             markdown(share_table(_rows(found, "kernels"))),
         ]
     )
+
+
+def _precision(found: Summary) -> list[str]:
+    """A section; a machine's results from before it was measured have none."""
+    if not _rows(found, "precision"):
+        return []
+    return [
+        "## Lower precision",
+        "Exact gradients by trained networks, the score network in lower precision (`-p precision bfloat16`; "
+        "tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by ten draws; a "
+        "verdict is that of their majority.",
+        markdown(precision_table(found)),
+    ]
 
 
 def machine(found: Summary) -> str:
