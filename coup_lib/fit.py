@@ -39,7 +39,7 @@ def fit(
 
     Args:
         loss: takes all its chance from the generator, which is on the network's device.
-        score: lower is better; asked every so many steps, and after the last.
+        score: lower is better; asked every so many steps.
         decay: of the moving average, approached from below.
         precision: of the network's products while it is trained; weights are float32 all the time.
         state: where a run writes once a minute how far it is, and where the same run goes on from. Left

@@ -32,6 +32,7 @@ from coup_lib.profiles import PROFILES
 from coup_lib.stats import wilson
 from coup_lib.zoo import load_classifier
 
+RECIPES = {"digits": train_digits, "cifar10": train_cifar}
 TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the profile that its networks are for
 CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 STATES = ROOT / "build" / "training"
@@ -93,14 +94,14 @@ def _attack(dataset: str, name: str, seed: int) -> Attack | None:
     profile = PROFILES[TRAINED[dataset]]
     for norm, robust in profile.robust_classifiers.items():
         if name == robust:
-            n_iter = {"digits": train_digits, "cifar10": train_cifar}[dataset].PGD_STEPS
+            n_iter = RECIPES[dataset].PGD_STEPS
             return Attack("pgd", NORM_LABELS[norm], profile.eps[norm], seed=seed, n_iter=n_iter, eot=1)
     return None
 
 
 def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
     """The README.md of a folder of weights, every number measured on the files that lie there."""
-    recipes = {"digits": train_digits, "cifar10": train_cifar}[dataset]
+    recipes = RECIPES[dataset]
     names = [name for name in NETWORKS[dataset] if weights_path(dataset, name, folder).exists()]
     networks = {name: load_network(dataset, name, folder=folder) for name in names}
     splits = {split: load_split(dataset, split) for split in SIZES[dataset]}
