@@ -1,9 +1,10 @@
-"""Second derivatives through convolutions whose weights are frozen, without those of the weights."""
+"""Second derivatives through layers whose weights are frozen, without those of the weights."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.grad import conv2d_input
@@ -15,12 +16,13 @@ Settings = tuple[Any, ...]  # stride, padding, dilation, groups
 WORTHWHILE = 10_000_000
 
 
-class FrozenConvolutions(TorchFunctionMode):
-    """In here a 2-D convolution with frozen weights is a linear map of its input, and nothing else.
+class FrozenLayers(TorchFunctionMode):
+    """In here a 2-D convolution or a batch norm with frozen weights is an affine map, and nothing else.
 
     PyTorch's second derivative of a convolution takes that of the weights as well, and throws it away where
     nobody asked for it: on a WRN-28-10 a fifth of the operations of a Hessian-vector product (53.0 instead of
-    41.9 GFLOP), and nearly a third of its time on a CPU. The numbers are the same.
+    41.9 GFLOP), and nearly a third of its time on a CPU. That of a batch norm keeps the layer's input and
+    walks through a dozen small operations for one product by channel. The numbers are the same.
     """
 
     def __torch_function__(
@@ -33,6 +35,11 @@ class FrozenConvolutions(TorchFunctionMode):
             ordinary = x.ndim != 4 or isinstance(settings[1], str)  # one image; padding by name
             if frozen and not ordinary and weight.numel() * x.numel() // x.shape[1] >= WORTHWHILE:
                 return _Convolution.apply(x, weight, bias, settings)
+        if func is F.batch_norm:
+            x, mean, variance, weight, bias, training, eps = _batch_norm_arguments(*args, **kwargs)
+            frozen = not any(given is not None and given.requires_grad for given in (weight, bias))
+            if frozen and not training:
+                return _BatchNorm.apply(x, mean, variance, weight, bias, eps)
         return func(*args, **kwargs)
 
 
@@ -47,6 +54,20 @@ def _arguments(
 ) -> tuple[Tensor, Tensor, Tensor | None, Settings]:
     """What torch.conv2d was called with; the names are its own."""
     return input, weight, bias, (stride, padding, dilation, groups)
+
+
+def _batch_norm_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Any, ...]:
+    """The same of F.batch_norm."""
+    return input, running_mean, running_var, weight, bias, training, eps
 
 
 class _Convolution(Function):
@@ -78,3 +99,44 @@ class _Transposed(Function):
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return _Convolution.apply(w, weight, None, ctx.settings), None, None, None
+
+
+class _BatchNorm(Function):
+    """weight (x - mean) / √(variance + eps) + bias, by channel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(mean, variance, weight)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return _Scaled.apply(v, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+
+
+class _Scaled(Function):
+    """weight v / √(variance + eps), its own derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(mean, variance, weight)
+        # With fixed statistics the layer's input, here v once more, is not looked at.
+        return torch.ops.aten.native_batch_norm_backward(
+            v, v, weight, mean, variance, None, None, False, eps, [True, False, False]
+        )[0]
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
+        return _Scaled.apply(w, *ctx.saved_tensors, ctx.eps), None, None, None, None

@@ -1,4 +1,4 @@
-"""Convolutions with frozen weights: the same derivatives of every order, at fewer operations."""
+"""Convolutions and batch norms with frozen weights: all derivatives the same, at fewer operations."""
 
 from contextlib import nullcontext
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from coup_lib import frozen
 from coup_lib.estimate import FlopCounter
-from coup_lib.frozen import FrozenConvolutions
+from coup_lib.frozen import FrozenLayers
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.wideresnet import WideResNet
 
@@ -39,13 +39,50 @@ def test_derivatives_are_those_of_the_convolution(name):
     x, weight, bias = problem(SETTINGS[name])
 
     def convolution(x):
-        with FrozenConvolutions():
+        with FrozenLayers():
             return torch.sin(F.conv2d(x, weight, bias, **SETTINGS[name]))
 
     expected = torch.sin(F.conv2d(x, weight, bias, **SETTINGS[name]))
     torch.testing.assert_close(convolution(x), expected, rtol=0, atol=0)
     assert torch.autograd.gradcheck(convolution, (x,))
     assert torch.autograd.gradgradcheck(convolution, (x,))
+
+
+def batch_norm(affine=True):
+    layer = nn.BatchNorm2d(4, affine=affine).double()
+    layer(torch.randn(64, 4, 3, 3).double() * 3 + 1)
+    return layer.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_derivatives_are_those_of_the_batch_norm(affine):
+    torch.manual_seed(0)
+    layer, x = batch_norm(affine), torch.randn(2, 4, 3, 2).double().requires_grad_()
+
+    def normalised(x):
+        with FrozenLayers():
+            return torch.sin(layer(x))
+
+    torch.testing.assert_close(normalised(x), torch.sin(layer(x)), rtol=0, atol=0)
+    assert torch.autograd.gradcheck(normalised, (x,))
+    assert torch.autograd.gradgradcheck(normalised, (x,))
+
+
+def test_a_batch_norm_does_not_keep_its_input():
+    layer, kept = batch_norm(), []
+    x = torch.randn(64, 4, 8, 8).double().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor), FrozenLayers():
+        layer(x)
+    assert max(tensor.numel() for tensor in kept) == 4
+
+
+@pytest.mark.parametrize("how", ["in train mode", "with weights that train"])
+def test_a_batch_norm_that_learns_is_left_alone(how):
+    layer, x = batch_norm(), torch.randn(8, 4, 3, 3).double().requires_grad_()
+    (layer.train if how == "in train mode" else layer.requires_grad_)()
+    with FrozenLayers():
+        found = layer(x)
+    assert type(found.grad_fn).__name__ == "NativeBatchNormBackward0"
 
 
 def hessian_vector_product(classifier, x, mode):
@@ -63,7 +100,7 @@ def small_classifier():
 def test_a_hessian_vector_product_takes_four_forward_passes_and_is_the_same():
     classifier, x = small_classifier(), torch.rand(2, 3, 8, 8)
     operations, products = [], []
-    for mode in (FrozenConvolutions(), nullcontext()):
+    for mode in (FrozenLayers(), nullcontext()):
         with FlopCounter() as counter:
             products.append(hessian_vector_product(classifier, x, mode))
         operations.append(counter.total)
@@ -88,7 +125,7 @@ def test_the_guidance_makes_use_of_it():
 def test_weights_that_train_keep_their_gradients(trainable):
     convolution = nn.Conv2d(2, 3, 3).requires_grad_(False)
     getattr(convolution, trainable).requires_grad_()
-    with FrozenConvolutions():
+    with FrozenLayers():
         convolution(torch.rand(1, 2, 5, 5)).sum().backward()
     assert getattr(convolution, trainable).grad.abs().sum() > 0
 
@@ -98,7 +135,7 @@ def test_padding_by_name_and_a_single_image_have_their_derivatives(padding):
     convolution, x = nn.Conv2d(2, 2, 3, padding=padding).requires_grad_(False), torch.rand(2, 5, 5)
     slopes = []
     for shape in ((1, 2, 5, 5), (2, 5, 5)):
-        with FrozenConvolutions():
+        with FrozenLayers():
             given = x.reshape(shape).requires_grad_()
             slopes.append(torch.autograd.grad(convolution(given).square().sum(), given)[0].reshape_as(x))
     torch.testing.assert_close(*slopes)
@@ -107,7 +144,7 @@ def test_padding_by_name_and_a_single_image_have_their_derivatives(padding):
 def test_autocast_keeps_the_inputs_precision():
     classifier, x = small_classifier(), torch.rand(2, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        product = hessian_vector_product(classifier, x, FrozenConvolutions())
+        product = hessian_vector_product(classifier, x, FrozenLayers())
     expected = hessian_vector_product(classifier, x, nullcontext())
     assert product.dtype == torch.float32
     assert (product - expected).norm() < 0.4 * expected.norm()
