@@ -10,17 +10,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coup_lib import bpda, case_study, cross, likelihood_study, paper, sweeps, tables, toy, toy_figures
+from coup_lib import bpda, case_study, cross, likelihood_study, paper, paths, sweeps, tables, toy, toy_figures
 from coup_lib.config import NORMS, Config
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation
+from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.plots import COLOURS
+from coup_lib.profiles import PROFILES
 from coup_lib.records import record
 
 QUOTED = "not comparable: quoted by the paper, not measured here"
 LEVEL = "not comparable: other data and networks"
 NOTHING = "–"
+PROTOCOL, WORST = "Here, the paper's protocol", "Here, worst of all attacks"
+TOY = ("Fig. 3b", "Prop. 1", "Prop. 2")
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,14 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
 def ablation(config: Config) -> tuple[list[Line], list[Gap]]:
     """Fig. 2b, by the configuration of notebook 02: bars without numbers, so only the order is claimed."""
     gaps = []
-    for classifier in config.sizes.classifiers:
+    for place, classifier in zip(("first", "second"), config.sizes.classifiers, strict=False):
         results = tables.shares(Evaluation(config, classifier).columns(("diffpure", "reverse", "coup")))
         for than in ("reverse", "diffpure"):
             pair = [
                 Difference.of(results["coup"][column], results[than][column])
                 for column in ("adaptive", "worst")
             ]
-            gaps.append(Gap(f"{classifier}: COUP − {LABELS[than]}, APGD-ce", None, *pair))
+            gaps.append(Gap(f"{place} classifier: COUP − {LABELS[than]}, APGD-ce", None, *pair))
     return [claim("Fig. 2b", gap) for gap in gaps], gaps
 
 
@@ -178,7 +182,7 @@ def hyperparameters(config: Config) -> list[Line]:
     return lines
 
 
-def paths(config: Config) -> list[Line]:
+def bad_cases(config: Config) -> list[Line]:
     """Fig. 2a, by the configuration of notebook 01: every bad case at the profile's eps."""
     study = case_study.case_study(config)
     n = len(study.rescued("all"))
@@ -270,7 +274,7 @@ def everything(config: Config) -> tuple[list[Line], list[Gap]]:
         likelihood(of("compare")),
     ]
     lines = [line for section, _ in sections for line in section]
-    lines += [*paths(of("compare")), *toy_claims()]
+    lines += [*bad_cases(of("compare")), *toy_claims()]
     lines += hyperparameters(of("sweep", split="validation"))
     return lines, [gap for _, gaps in sections for gap in gaps]
 
@@ -284,13 +288,51 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
         "Where",
         "What",
         "Paper",
-        "Here, the paper's protocol",
+        PROTOCOL,
         "n",
         "Verdict",
-        "Here, worst of all attacks",
+        WORST,
         "Verdict under it",
     ]
     return frame.set_index("Where")
+
+
+def side_by_side() -> str:
+    """Markdown: the paper beside every profile whose report lies in the figures; figures/side_by_side.md.
+
+    Only what a profile measures: no quotations, and not the toy analysis, which is the same for all.
+    """
+    found, captions = [], []
+    for name in PROFILES:
+        if (written := paths.FIGURES / name / "report.csv").exists():
+            found.append(_of_profile(name, pd.read_csv(written, keep_default_na=False)))
+            captions.append(written.with_suffix(".md").read_text().strip().split("\n\n")[-1])
+    frame = pd.concat(found, axis=1, sort=False).fillna(NOTHING).reset_index().set_index("Where")
+    text = "\n\n".join([tables.markdown(frame), *captions])
+    write_atomically(paths.FIGURES / "side_by_side.md", lambda temporary: temporary.write_text(text + "\n"))
+    return text
+
+
+def _of_profile(name: str, report: pd.DataFrame) -> pd.DataFrame:
+    """Its two columns; a row for each line and number of the paper's."""
+    rows = report[(report["Verdict"] != QUOTED) & ~report["Where"].isin(TOY)]
+    rows = rows.set_index(["Where", "What", "Paper"])
+    return pd.DataFrame(
+        {
+            f"{name}: the paper's protocol (n)": rows.agg(
+                lambda row: _cell(row[PROTOCOL], row["Verdict"], row["n"]), axis=1
+            ),
+            f"{name}: worst of all attacks": rows.agg(
+                lambda row: _cell(row[WORST], row["Verdict under it"]), axis=1
+            ),
+        }
+    )
+
+
+def _cell(value: str, verdict: str, n: str = NOTHING) -> str:
+    """The verdict where there is one, the number, and on how many images it stands."""
+    parts = ("" if verdict == LEVEL else f"**{verdict}**", value, f"({n})")
+    return " ".join(part for part in parts if part and NOTHING not in part) or NOTHING
 
 
 def counts(lines: Sequence[Line]) -> str:
@@ -312,11 +354,14 @@ def counts(lines: Sequence[Line]) -> str:
 
 def caption(config: Config) -> str:
     """What stands behind the page."""
+    full = config.sizes.budgets["report"]["full"]
+    spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
     return (
-        f"{config.profile}, budget {config.budget}, seed {config.seed}; accuracies in % with 95 % Wilson "
-        "intervals, differences in points with paired 95 % intervals. Fig. 4 is judged on the validation "
-        "split, all else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one training and "
-        "one attack that the paper does not name, so it stands beside all four."
+        f"{config.profile} ({', '.join(config.sizes.classifiers)}), budget {config.budget}, seed "
+        f"{config.seed}; of the paper's protocol Tables 1 and 2 spend {spent}; accuracies in % with 95 % "
+        "Wilson intervals, differences in points with paired 95 % intervals. Fig. 4 is judged on the "
+        "validation split, all else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one "
+        "training and one attack that the paper does not name, so it stands beside all four."
     )
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import papermill
 import pytest
 
-from coup_lib import bpda, report, sweeps
+from coup_lib import bpda, paths, report, sweeps, tables
+from coup_lib.config import Config
 from coup_lib.outcomes import Difference
 from coup_lib.report import Gap, Line
 
@@ -47,6 +48,32 @@ def test_counts_and_table():
     assert "1 numbers are not comparable" in text
     assert report.table(lines).shape == (3, 7)
     assert list(report.table(lines)["n"]) == ["100", "100", report.NOTHING]
+
+
+def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    lines = {
+        "digits": [
+            report.claim("Table 1", gap(20, worst=0)),
+            report.level("Table 1", "COUP", 90.04, np.ones(50)),
+        ],
+        "cifar10-small": [report.claim("Table 1", gap(0)), Line("Prop. 1", "its hypothesis", "assumed")],
+    }
+    for profile, found in lines.items():
+        quoted = Line("Table 1", "AWP", "59.18", verdict=report.QUOTED)
+        tables.write(
+            report.table([*found, quoted]), Config(profile=profile), "report", f"caption of {profile}"
+        )
+    head, _, claimed, level, *captions = [line for line in report.side_by_side().splitlines() if line]
+    assert "digits: the paper's protocol (n)" in head and "cifar10-small: worst of all attacks" in head
+    cells = [cell.strip() for cell in claimed.strip("|").split("|")]
+    assert cells[:3] == ["Table 1", "COUP − DiffPure", "+2.41 points"]
+    assert cells[3].startswith("**holds** +20.00 points [") and cells[3].endswith(" (100)")
+    assert cells[4].startswith("**is not decided** +0.00 points [") and not cells[4].endswith(")")
+    assert cells[5].startswith("**is not decided**") and cells[6] == report.NOTHING
+    assert level.endswith("(50) | – | – | – |")
+    assert captions == ["caption of digits", "caption of cifar10-small"]
+    assert (tmp_path / "side_by_side.md").read_text().strip() == report.side_by_side()
 
 
 def test_the_figure_shows_the_papers_number_only_where_there_is_one():
