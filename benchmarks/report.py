@@ -192,7 +192,8 @@ def cost_figure(found: Summary) -> Figure:
     figure, axes = plt.subplots(figsize=(5.2, 4.2))
     for row, marker, colour in zip(_fitted(found), "osD^v", plots.PALETTE, strict=False):
         work, seconds = np.array(sorted((float(key), value) for key, value in row["seconds"].items())).T
-        label = f"{row['work']}, {work[0]:,.0f} to {work[-1]:,.0f}: exponent {exponent(row['seconds']):.2f}"
+        slope = f"{exponent(row['seconds']):.2f}".replace("-", "−")
+        label = f"{row['work']}, {work[0]:,.0f} to {work[-1]:,.0f}: exponent {slope}"
         axes.plot(work / work[0], seconds / seconds[0], f"{marker}-", color=colour, label=label)
     axes.plot([1, 16], [1, 16], color="black", linewidth=0.8, linestyle="--", label="proportional", zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="work, over the least", ylabel="time, over that of the least")
