@@ -129,7 +129,7 @@ class Config:
     t_star: Any = None
     guidance_weight: Any = None
     n_steps: Any = None
-    n_draws: int = 10  # noise draws per image when an attack is scored
+    n_draws: Any = None  # noise draws per image when an attack is scored
     split: str = "test"
     seed: int = 0
     purpose: str = "report"

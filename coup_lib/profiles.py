@@ -12,6 +12,7 @@ class Budget:
     eot: int  # noise draws per gradient of APGD-ce and of AutoAttack's rand version
     n_targets: int  # target classes of APGD-t and FAB-t
     square_queries: int
+    n_draws: int = 10  # noise draws per image when an attack is scored
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ QUICK_CIFAR = {purpose: Budget(16, n_iter=5, eot=2, n_targets=1, square_queries=
 QUICK_CIFAR_SMALL = {
     "report": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "compare": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
-    "sweep": Budget(32, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=3),
     "search": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "probe": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
 }

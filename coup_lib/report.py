@@ -1,6 +1,6 @@
 """One page: every number and claim of the paper beside what is measured here, from the records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coup_lib import bpda, case_study, cross, likelihood_study, paper, paths, sweeps, tables, toy, toy_figures
-from coup_lib.config import NORMS, Config
+from coup_lib.config import NORMS, Config, choice
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation
 from coup_lib.files import write_atomically
@@ -108,10 +108,10 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     return [*lines, *(claim(where, one) for one in gaps)], gaps
 
 
-def ablation(config: Config) -> tuple[list[Line], list[Gap]]:
-    """Fig. 2b, by the configuration of notebook 02: bars without numbers, so only the order is claimed."""
+def ablation(config: Config, classifiers: Sequence[str]) -> tuple[list[Line], list[Gap]]:
+    """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
     gaps = []
-    for place, classifier in zip(("first", "second"), config.sizes.classifiers, strict=False):
+    for place, classifier in zip(("first", "second"), classifiers, strict=False):
         results = tables.shares(Evaluation(config, classifier).columns(("diffpure", "reverse", "coup")))
         for than in ("reverse", "diffpure"):
             pair = [
@@ -158,11 +158,11 @@ def combination(configs: dict[str, Config]) -> tuple[list[Line], list[Gap]]:
     return lines + [claim("Sec. 5.4.1", gap) for gap in gaps], gaps
 
 
-def hyperparameters(config: Config) -> list[Line]:
-    """Fig. 4, by the configuration of notebook 03, on the validation split."""
-    times = sweeps.sweep(config, "t_star", sweeps.values_to_sweep(config, "t_star", sweeps.T_STARS))
-    weights = sweeps.values_to_sweep(config, "guidance_weight", sweeps.WEIGHTS)
-    along = sweeps.sweep(config, "guidance_weight", weights)
+def hyperparameters(config: Config, t_stars: Sequence[float], weights: Sequence[float]) -> list[Line]:
+    """Fig. 4, by the configuration and the lists of notebook 03, on the validation split."""
+    times = sweeps.sweep(config, "t_star", sweeps.values_to_sweep(config, "t_star", t_stars))
+    values = sweeps.values_to_sweep(config, "guidance_weight", weights)
+    along = sweeps.sweep(config, "guidance_weight", values)
     verdict, evidence = sweeps.falls(times)
     lines = [Line("Fig. 4a", "accuracy falls as t* grows", "falls", evidence, config.n_images, verdict)]
     judged = (
@@ -257,26 +257,50 @@ def likelihood(config: Config) -> tuple[list[Line], list[Gap]]:
     return [*lines, claim(where, gap)], [gap]
 
 
-def everything(config: Config) -> tuple[list[Line], list[Gap]]:
-    """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook."""
+PARTS = (
+    "Table 1", "Table 2", "Table 3", "Fig. 2b", "Fig. 2c", "Sec. 5.2.1", "Fig. 2a", "toy", "Fig. 4",
+)  # fmt: skip
+
+
+def everything(
+    config: Config,
+    classifiers: Sequence[str],
+    parts: Sequence[str] | None = None,
+    t_stars: Sequence[float] = sweeps.T_STARS,
+    weights: Sequence[float] = sweeps.WEIGHTS,
+) -> tuple[list[Line], list[Gap]]:
+    """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook.
+
+    Args:
+        classifiers: of Fig. 2b.
+        parts: out of `PARTS`; None is all of them.
+        t_stars, weights: of Fig. 4.
+
+    Raises:
+        ValueError: for an unknown part.
+    """
+    if isinstance(parts, str):
+        raise ValueError(f"parts: expected a list out of {', '.join(PARTS)}; got {parts!r}")
+    chosen = [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
     kept = ("profile", "budget", "classifier", "subset", "device", "seed")
     same: dict[str, Any] = {name: getattr(config, name) for name in kept}
 
     def of(purpose: str, **more: Any) -> Config:
         return Config(purpose=purpose, **same, **more)
 
-    sections = [
-        autoattack(of("report")),
-        autoattack(of("report", norm="l2")),
-        bpda_table(of("sweep")),
-        ablation(of("report")),
-        combination({norm: of("sweep", norm=norm) for norm in NORMS}),
-        likelihood(of("compare")),
-    ]
-    lines = [line for section, _ in sections for line in section]
-    lines += [*bad_cases(of("compare")), *toy_claims()]
-    lines += hyperparameters(of("sweep", split="validation"))
-    return lines, [gap for _, gaps in sections for gap in gaps]
+    found: dict[str, Callable[[], tuple[list[Line], list[Gap]]]] = {
+        "Table 1": lambda: autoattack(of("report")),
+        "Table 2": lambda: autoattack(of("report", norm="l2")),
+        "Table 3": lambda: bpda_table(of("sweep")),
+        "Fig. 2b": lambda: ablation(of("report"), classifiers),
+        "Fig. 2c": lambda: combination({norm: of("sweep", norm=norm) for norm in NORMS}),
+        "Sec. 5.2.1": lambda: likelihood(of("compare")),
+        "Fig. 2a": lambda: (bad_cases(of("compare")), []),
+        "toy": lambda: (toy_claims(), []),
+        "Fig. 4": lambda: (hyperparameters(of("sweep", split="validation"), t_stars, weights), []),
+    }
+    sections = [found[part]() for part in PARTS if part in chosen]
+    return [line for lines, _ in sections for line in lines], [gap for _, gaps in sections for gap in gaps]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -352,16 +376,16 @@ def counts(lines: Sequence[Line]) -> str:
     )
 
 
-def caption(config: Config) -> str:
+def caption(config: Config, classifiers: Sequence[str]) -> str:
     """What stands behind the page."""
     full = config.sizes.budgets["report"]["full"]
     spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
     return (
-        f"{config.profile} ({', '.join(config.sizes.classifiers)}), budget {config.budget}, seed "
-        f"{config.seed}; of the paper's protocol Tables 1 and 2 spend {spent}; accuracies in % with 95 % "
-        "Wilson intervals, differences in points with paired 95 % intervals. Fig. 4 is judged on the "
-        "validation split, all else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one "
-        "training and one attack that the paper does not name, so it stands beside all four."
+        f"{config.profile} ({', '.join(classifiers)}), budget {config.budget}, seed {config.seed}; of "
+        f"the paper's protocol Tables 1 and 2 and Fig. 2b spend {spent}; accuracies in % with 95 % Wilson "
+        "intervals, differences in points with paired 95 % intervals. Fig. 4 is judged on the validation "
+        "split, all else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one training and "
+        "one attack that the paper does not name, so it stands beside all four."
     )
 
 
@@ -382,7 +406,8 @@ def figure(gaps: Sequence[Gap]) -> Figure:
             values, heights, xerr=ends, fmt=marker, color=colour, label=label, markersize=5, capsize=2.5
         )
     reported = [(gap.reported, place) for gap, place in zip(gaps, places, strict=True) if gap.reported]
-    axes.plot(*np.array(reported).T, "D", color=COLOURS["diffpure"], label="the paper")
+    if reported:
+        axes.plot(*np.array(reported).T, "D", color=COLOURS["diffpure"], label="the paper")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(places, [gap.what for gap in gaps])
     axes.set_ylim(-0.6, len(gaps) - 0.4)

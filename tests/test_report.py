@@ -76,6 +76,14 @@ def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
     assert (tmp_path / "side_by_side.md").read_text().strip() == report.side_by_side()
 
 
+def test_parts_of_the_paper_can_be_chosen():
+    lines, gaps = report.everything(Config(), [], ["toy"])
+    assert {line.where for line in lines} == set(report.TOY) and not gaps
+    for wrong in (["Table 9"], "toy"):
+        with pytest.raises(ValueError, match="parts: expected"):
+            report.everything(Config(), [], wrong)
+
+
 def test_the_figure_shows_the_papers_number_only_where_there_is_one():
     figure = report.figure([gap(20, worst=3), gap(5, reported=None)])
     (papers,) = [line for line in figure.axes[0].lines if line.get_label() == "the paper"]
@@ -89,6 +97,8 @@ def test_the_figure_shows_the_papers_number_only_where_there_is_one():
         ("03_sweeps", "t_stars", sweeps.T_STARS),
         ("03_sweeps", "guidance_weights", sweeps.WEIGHTS),
         ("05_bpda", "eot_counts", bpda.EOT_COUNTS),
+        ("09_report", "t_stars", sweeps.T_STARS),
+        ("09_report", "guidance_weights", sweeps.WEIGHTS),
     ],
 )
 def test_the_page_reads_what_the_notebooks_write(notebook, parameter, values):
