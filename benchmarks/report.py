@@ -225,7 +225,11 @@ def page(found: Summary) -> str:
             "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
             "activations kept. Peak memory is what a method takes above what its process had before.",
             markdown(peer_table(found)),
-            *_precision(found),
+            "## Lower precision",
+            "Exact gradients by trained networks, the score network in lower precision (`-p precision "
+            "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by "
+            "ten draws; a verdict is that of their majority.",
+            markdown(precision_table(found)),
             "## Cost against work",
             "Exact gradients of COUP; for processes, an attack on it that they share.",
             f"![Cost against work]({_device(found)}_cost.png)",
@@ -238,19 +242,6 @@ def page(found: Summary) -> str:
             markdown(share_table(_rows(found, "kernels"))),
         ]
     )
-
-
-def _precision(found: Summary) -> list[str]:
-    """A section; a machine's results from before it was measured have none."""
-    if not _rows(found, "precision"):
-        return []
-    return [
-        "## Lower precision",
-        "Exact gradients by trained networks, the score network in lower precision (`-p precision bfloat16`; "
-        "tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by ten draws; a "
-        "verdict is that of their majority.",
-        markdown(precision_table(found)),
-    ]
 
 
 def machine(found: Summary) -> str:
@@ -301,8 +292,20 @@ def _sentences(found: Summary) -> str:
         f"{_highest(found, 'gradient', 'cifar'):.2f} times. DiffPure's way to that gradient takes "
         f"{slower['reverse']:.2f} times as long as ours (COUP's: {slower['coup']:.2f}); on trained networks "
         f"it has a mean cosine of {theirs[0]:.2f} (COUP's: {theirs[1]:.2f}) to the float64 gradient, ours "
-        f"{own:.4f} at worst. Time grows like work to the power of {costs}. {_notebook(found)}"
+        f"{own:.4f} at worst. Time grows like work to the power of {costs}. {_lowered(found)} "
+        f"{_notebook(found)}"
     )
+
+
+def _lowered(found: Summary) -> str:
+    """What lower precision saves, and how often it changes a verdict: why it is off by default."""
+    said = [
+        f"{row['problem']}, {LABELS[row['defence']]}, {name}: {ratio[1]:.2f} times the time, "
+        f"{row['changed'][name]} of {row['n_images']} verdicts changed"
+        for row in _rows(found, "precision")
+        for name, ratio in row["ratio"].items()
+    ]
+    return f"Lower precision under attack is off by default ({'; '.join(said)})."
 
 
 def _highest(found: Summary, group: str, problem: str) -> float:
