@@ -61,7 +61,7 @@ QUICK_CIFAR = {purpose: Budget(16, n_iter=5, eot=2, n_targets=1, square_queries=
 QUICK_CIFAR_SMALL = {
     "report": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "compare": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
-    "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=3),
+    "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=2),
     "search": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "probe": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
 }
