@@ -93,6 +93,16 @@ def test_longer_paths_cost_more(results):
     assert longer - long == pytest.approx(long - short) and long > 1.5 * short
 
 
+@pytest.mark.parametrize("defence", ["reverse", "coup"])
+def test_paths_that_are_replayed_are_gone_twice(results, monkeypatch, defence):
+    config = Config()
+    job = evaluate.Job(config, config.classifier, Source("apgd-ce", defence), (defence,), False)
+    kept, forward = estimate.unit(job, defence, "exact").flop, estimate.unit(job, defence, None).flop
+    monkeypatch.setattr(estimate, "ACTIVATION_BUDGET", 0)
+    decision = estimate.unit(job, "none", None).flop
+    assert estimate.unit(job, defence, "exact").flop == pytest.approx(kept + forward - decision)
+
+
 def test_the_command_line(results, capsys):
     estimate.main(["02_ablation", "05_bpda"])
     out = capsys.readouterr().out
