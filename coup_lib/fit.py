@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def fit(
     every: int = 100,
     precision: str = "float32",
     state: Path | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """AdamW, warm-up, cosine decay; returns the moving average of lowest score, or else the last.
 
@@ -44,6 +45,7 @@ def fit(
         precision: of the network's products while it is trained; weights are float32 all the time.
         state: where a run writes once a minute how far it is, and where the same run goes on from. Left
             there at the end: to ask again for as many steps costs nothing.
+        also: what else tells this run from another one, such as the size of a batch.
 
     Raises:
         ValueError: for an unknown precision, or where another run left its state.
@@ -55,6 +57,7 @@ def fit(
     average = copy.deepcopy(network)
     best, lowest, first = average, math.inf, 0
     settings = {"seed": seed, "steps": steps, "lr": lr, "decay": decay, "precision": precision}
+    settings |= also or {}
     if state and state.exists():
         saved = _read(state, settings, device)
         network.load_state_dict(saved["network"])
@@ -114,7 +117,7 @@ def _read(state: Path, settings: dict[str, Any], device: torch.device) -> dict[s
 @torch.no_grad()
 def average_into(average: nn.Module, network: nn.Module, decay: float) -> None:
     """average ← decay·average + (1 - decay)·network, parameter by parameter; buffers are copied."""
-    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
+    # All at once: one by one, a GPU waits longer for these than for the network.
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     for buffer, newer in zip(average.buffers(), network.buffers(), strict=True):
         buffer.copy_(newer)

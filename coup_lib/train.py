@@ -1,7 +1,8 @@
 """Train the networks of the small profiles and write their model card.
 
-python -m coup_lib.train                                     digits: minutes on two CPU cores
-python -m coup_lib.train --dataset cifar10 --steps 100000    CIFAR-10: for a GPU; goes on where it was killed
+python -m coup_lib.train                                                digits: minutes on two CPU cores
+python -m coup_lib.train --dataset cifar10 --steps 25000 --batch 512    CIFAR-10: for a GPU; goes on where
+                                                                        it was killed
 
 The same seed, thread count, processor and PyTorch give the same weights, bit for bit; elsewhere sums are
 taken in another order and the weights differ slightly.
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coup_lib import train_cifar, train_digits
 from coup_lib.attacks import PGD_STEP, Attack
 from coup_lib.checkpoints import load_network, save_network, weights_path
-from coup_lib.config import NORM_LABELS, choice
+from coup_lib.config import NORM_LABELS, choice, count
 from coup_lib.config import device as named_device
 from coup_lib.data import SHAPES, SIZES, SPLIT_SEED, Images, load_split
 from coup_lib.denoising import denoising_loss
@@ -64,9 +65,18 @@ def is_score(network: nn.Module) -> bool:
 # --- the command ---
 
 
-def train(dataset: str, name: str, *, seed: int, steps: int | None = None, **resumable: Any) -> nn.Module:
-    """One trained network, fixed by the seed and the thread count; `steps` are the recipe's, unless given.
+def train(
+    dataset: str,
+    name: str,
+    *,
+    seed: int,
+    steps: int | None = None,
+    batch: int | None = None,
+    **resumable: Any,
+) -> nn.Module:
+    """One trained network, fixed by the seed and the thread count.
 
+    `steps`, and `batch` of CIFAR-10's score network, are the recipe's, unless given.
     `resumable`: `precision` and `state` of `fit`, for CIFAR-10, whose training takes long.
     """
     torch.manual_seed(seed)
@@ -80,6 +90,7 @@ def train(dataset: str, name: str, *, seed: int, steps: int | None = None, **res
         return train_digits.train_noise_net(network, data, load_split(dataset, "validation"), **settings)
     if isinstance(network, PatchedDDPMpp):
         held_out = load_split(dataset, "validation").to(data.x.device)
+        settings |= {"batch": batch} if batch else {}
         return train_cifar.train_score(network, data, held_out, **settings)
     attack = _attack(dataset, name, seed)
     if dataset == "cifar10":
@@ -161,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
     parser.add_argument("--steps", type=int, help="other than the recipe's")
+    parser.add_argument("--batch", type=int, help="images per step of CIFAR-10's score network")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products (CIFAR-10)")
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights go")
     parser.add_argument("--card-only", action="store_true", help="measure what is there, train nothing")
@@ -168,13 +180,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset, names = options.dataset, tuple(NETWORKS[options.dataset])
     if options.only:
         names = (choice("--only", options.only, names),)
+    for name in ("steps", "batch"):
+        if (given := getattr(options, name)) is not None:
+            count(f"--{name}", given)
     torch.set_num_threads(options.threads)
     for name in () if options.card_only else names:
         started = time.monotonic()
         state = STATES / f"{dataset}-{name}.pt"
         state.parent.mkdir(parents=True, exist_ok=True)
         network = train(
-            dataset, name, seed=options.seed, steps=options.steps, precision=options.precision, state=state
+            dataset,
+            name,
+            seed=options.seed,
+            steps=options.steps,
+            batch=options.batch,
+            precision=options.precision,
+            state=state,
         )
         half = isinstance(network, PatchedDDPMpp)  # what it rounds is far below what training leaves open
         path = save_network(network, dataset, name, folder=options.folder, half=half)
@@ -182,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m coup_lib.train --seed {options.seed} --threads {options.threads}"
     command += f" --dataset {dataset}" if dataset != "digits" else ""
     command += f" --steps {options.steps}" if options.steps else ""
+    command += f" --batch {options.batch}" if options.batch else ""
     command += f" --precision {options.precision}" if options.precision != "float32" else ""
     card = model_card(dataset, command=command, folder=options.folder)
     write_atomically(options.folder / dataset / "README.md", lambda temporary: temporary.write_text(card))

@@ -120,13 +120,12 @@ def test_the_model_card_matches_the_weights():
 
 
 def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_cifar, "BATCH", 4)
     monkeypatch.setattr("coup_lib.fit.SAVE_EVERY", -1)
 
     def weights(state=None):
         torch.manual_seed(0)
         network = PatchedDDPMpp(**TINY)
-        trained = train_cifar.train_score(network, images, images, seed=1, steps=3, state=state)
+        trained = train_cifar.train_score(network, images, images, seed=1, steps=3, batch=4, state=state)
         return torch.cat([p.flatten() for p in trained.parameters()])
 
     def killed(*given):
@@ -145,18 +144,22 @@ def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monke
 def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STATES", tmp_path / "states")
     monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
-    monkeypatch.setattr(train_cifar, "BATCH", 2)
     arguments = ["--dataset", "cifar10", "--only", SMALL.score, "--steps", "2", "--precision", "bfloat16"]
-    train.main([*arguments, "--folder", str(tmp_path / "weights")])
+    arguments += ["--folder", str(tmp_path / "weights")]
+    train.main([*arguments, "--batch", "2"])
     card = (tmp_path / "weights" / "cifar10" / "README.md").read_text()
     assert "| score-small |" in card and "| score-small, on train images |" in card
-    assert "--dataset cifar10 --steps 2 --precision bfloat16`" in card
+    assert "--dataset cifar10 --steps 2 --batch 2 --precision bfloat16`" in card
     assert (
         load_file(tmp_path / "weights" / "cifar10" / f"{SMALL.score}.safetensors")[KEY].dtype == torch.float16
     )
     assert f"cifar10/{SMALL.score}.safetensors" in (tmp_path / "weights" / SUMS).read_text()
     with pytest.raises(ValueError, match="--only: expected one of resnet20-l2, resnet20-linf, score-small"):
         train.main(["--dataset", "cifar10", "--only", "score"])
+    with pytest.raises(ValueError, match=r"'batch': 3.* got one with .*'batch': 2"):
+        train.main([*arguments, "--batch", "3"])
+    with pytest.raises(ValueError, match="--batch: expected a number greater than 0"):
+        train.main([*arguments, "--batch", "0"])
 
 
 def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
