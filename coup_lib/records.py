@@ -265,7 +265,7 @@ def _chunk_path(record: Path, index: int, suffix: str) -> Path:
 def provenance() -> dict[str, Any]:
     """What a reader needs to make the record again: commit, versions, machine."""
     return {
-        "commit": _commit(),
+        "commit": COMMIT,
         "python": platform.python_version(),
         "packages": _versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -288,7 +288,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-@lru_cache
 def _commit() -> str:
     """The checkout's commit, with "+changes" where the library differs from it; "unknown" outside of git."""
 
@@ -302,6 +301,9 @@ def _commit() -> str:
         return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+COMMIT = _commit()  # when it is loaded: a commit while a run goes on changes nothing of it
 
 
 def _peak_memory() -> int:

@@ -194,10 +194,10 @@ def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(folde
 
 
 def test_a_record_says_whose_code_made_its_chunks(monkeypatch):
-    monkeypatch.setattr(records, "_commit", lambda: "old")
+    monkeypatch.setattr(records, "COMMIT", "old")
     work(square, worker=records.Worker(0, 2)).share()
     (old,) = (records.Journal(work(square).path).parts()[0].made["commit"],)
-    monkeypatch.setattr(records, "_commit", lambda: "new")
+    monkeypatch.setattr(records, "COMMIT", "new")
     provenance = run(square)["provenance"]
     assert old == "old" and provenance["commit"] == "new"
     assert [made["commit"] for made in provenance["also"]] == ["old"]
