@@ -65,8 +65,9 @@ def share(folder, count):
 
 
 def numbers(folder):
-    """Every record and array, but for what a stopwatch says."""
-    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every record and array, but for what a stopwatch says, and what a kill left half written (.NAME.PID)."""
+    whole = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    found = {path.relative_to(folder): path.read_bytes() for path in whole}
     for path in list(found):
         if path.suffix == ".json":
             found[path] = json.loads(found[path])
@@ -133,9 +134,9 @@ def test_merge_refuses_gaps_and_mixed_code(tmp_path, monkeypatch):
     assert re.search(r"digits/begun-\w+: not finished; chunks 0, 2 are missing", gap)
     work("begun").finish()
     assert merge.check(whole, tmp_path) == []
-    monkeypatch.setattr(records, "_commit", lambda: "0123456789abcdef")
+    monkeypatch.setattr(records, "COMMIT", "0123456789abcdef")
     one_chunk("mixed", 1)
-    monkeypatch.setattr(records, "_commit", lambda: "fedcba9876543210")
+    monkeypatch.setattr(records, "COMMIT", "fedcba9876543210")
     work("mixed").finish()
     (reason,) = merge.check(whole, tmp_path)
     assert "mixed-" in reason and reason.endswith("(commits 0123456789ab, fedcba987654)")
