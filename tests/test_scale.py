@@ -65,7 +65,7 @@ def share(folder, count):
 
 
 def numbers(folder):
-    """Every record and array, but for what a stopwatch says, and what a kill left half written (.NAME.PID)."""
+    """Every record and array, but for what a stopwatch says and what a kill left half written."""
     whole = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     found = {path.relative_to(folder): path.read_bytes() for path in whole}
     for path in list(found):
