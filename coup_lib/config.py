@@ -119,6 +119,7 @@ class Config:
     subset: Any = None  # of the test images
     device: str = "auto"  # "auto" is a GPU where there is one; "cpu", "cuda", "cuda:1"
     precision: str = "float32"  # of the score network while it is attacked; one of precision.PRECISIONS
+    compiled: bool = False  # the score network while it is attacked, by torch.compile; see compiled.Compiled
     gradient: str = "exact"  # what the adaptive attack of the paper's protocol differentiates with
     eps: Any = None
     n_images: Any = None
@@ -148,6 +149,7 @@ class Config:
         choice("gradient", self.gradient, GRADIENTS)
         on_gpu = device(self.device).type == "cuda"
         choice("precision", self.precision, PRECISIONS if on_gpu else [p for p in PRECISIONS if p != "tf32"])
+        fill("compiled", bool(choice("compiled", self.compiled, (False, True))))
         choice("split", self.split, SPLITS)
         if self.subset is None:
             fill("subset", profile.subset)

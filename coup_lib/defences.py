@@ -26,6 +26,7 @@ class Recipe:
     label: its name in figures and tables. guidance: makes the guided score (None: no guidance).
     forward_noise: starts like DiffPure. robust_guide: guided by the adversarially trained classifier.
     draws: purifications whose logits are averaged. maximised: no SDE but likelihood maximisation.
+    through_score: it differentiates the score, so that its own exact gradient is a second derivative of that.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Recipe:
     robust_guide: bool = False
     draws: int = 1
     maximised: bool = False
+    through_score: bool = False
 
 
 def guided_late(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
@@ -61,18 +63,18 @@ PURIFIERS = {
     "reverse": Recipe("COUP w/o guidance"),
     "coup": Recipe("COUP", Guided),
     "noised": Recipe("guided after forward noise", Guided, forward_noise=True),
-    "denoised": Recipe("guided by x̂0", DenoisedGuided),
+    "denoised": Recipe("guided by x̂0", DenoisedGuided, through_score=True),
     "late": Recipe("guided late", guided_late),
     "early": Recipe("guided early", guided_early),
-    "late-denoised": Recipe("guided late by x̂0", guided_late_by_denoised),
+    "late-denoised": Recipe("guided late by x̂0", guided_late_by_denoised, through_score=True),
     "smoothed": Recipe("guided by a smoothed classifier", guided_by_smoothed),
     "doubting": Recipe("guidance fading with doubt", ConfidenceGuided),
     "robust-guide": Recipe("guided by a robust classifier", Guided, robust_guide=True),
     "averaged": Recipe("no guidance, averaged", draws=AVERAGED),
     "coup-averaged": Recipe("COUP, averaged", Guided, draws=AVERAGED),
     "robust-guide-averaged": Recipe("robust guide, averaged", Guided, robust_guide=True, draws=AVERAGED),
-    "likelihood": Recipe("likelihood maximisation", maximised=True),
-    "guided-likelihood": Recipe("guided likelihood maximisation", Guided, maximised=True),
+    "likelihood": Recipe("likelihood maximisation", maximised=True, through_score=True),
+    "guided-likelihood": Recipe("guided likelihood maximisation", Guided, maximised=True, through_score=True),
 }
 LABELS = {"none": "No defence"} | {name: recipe.label for name, recipe in PURIFIERS.items()}
 DEFENCES = tuple(LABELS)

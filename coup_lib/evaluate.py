@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.attacks import ATTACKS, Attack
+from coup_lib.compiled import Compiled
 from coup_lib.config import GRADIENTS, Config, choice, count
-from coup_lib.data import Images, fingerprint, is_here, load_split
+from coup_lib.data import SHAPES, Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
@@ -158,6 +159,20 @@ class Evaluation:
         precision = self.config.precision
         return self.score_network if precision == "float32" else self._score_network(precision)
 
+    @cached_property
+    def compiled_network(self) -> nn.Module:
+        """The attacked network, compiled: minutes, once."""
+        return Compiled(self.attacked_network, SHAPES[self.config.sizes.dataset])
+
+    def attacked_score(self, defence: str, gradient: str) -> nn.Module:
+        """What an attack by this gradient on this purifier meets for its score, compiled where it can be."""
+        return self.compiled_network if self._compiles(defence, gradient) else self.attacked_network
+
+    def _compiles(self, defence: str, gradient: str) -> bool:
+        """Not for second derivatives of the score, nor for torchsde, which goes through one graph twice."""
+        possible = defence in PURIFIERS and not PURIFIERS[defence].through_score and gradient != "adjoint"
+        return self.config.compiled and possible
+
     def _score_network(self, precision: str) -> nn.Module:
         config = self.config
         network, dataset = config.sizes.score, config.sizes.dataset
@@ -173,16 +188,17 @@ class Evaluation:
     ) -> nn.Module:
         """The named defence around the classifier, ready to be attacked; n_steps overrides the path's.
 
-        attacked: with the score network in the precision of attacks.
+        attacked: with the score network in the precision of attacks, compiled if the configuration says so.
         """
         choice("defence", name, DEFENCES)
         if name == "none":
             return self.classifier
         robust = PURIFIERS[name].robust_guide
+        score = self.attacked_score(name, gradient) if attacked else self.score_network
         return build(
             name,
             self.classifier,
-            self.attacked_network if attacked else self.score_network,
+            score,
             self._classifier(self._guide) if robust else self.classifier,
             guidance_weight=self.config.guidance_weight,
             t_star=self.config.t_star,
@@ -426,6 +442,8 @@ class Evaluation:
             settings["fixed_noise"] = True
         if config.precision != "float32" and source.defence != "none":
             settings["precision"] = config.precision
+        if self._compiles(source.defence, source.gradient):
+            settings["compiled"] = True
         if source.start:
             settings["start"] = self.attack_settings(source.start)[1]
         name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"

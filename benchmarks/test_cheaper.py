@@ -1,11 +1,13 @@
-"""Lower precision in the score network under attack: what it saves, and whether it changes a decision."""
+"""A cheaper score network under attack: what it saves, and whether it changes a decision."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from problems import DEVICE, cosines, take_turns
 from torch import Tensor
@@ -18,7 +20,12 @@ from coup_lib.paths import is_smoke
 from coup_lib.precision import products
 from coup_lib.profiles import PROFILES
 
-LOWERED = ("tf32", "bfloat16") if DEVICE.type == "cuda" else ("bfloat16",)
+CHEAPER: dict[str, dict[str, Any]] = {"bfloat16": {"precision": "bfloat16"}, "compiled": {"compiled": True}}
+if DEVICE.type == "cuda":
+    CHEAPER |= {
+        "tf32": {"precision": "tf32"},
+        "bfloat16, compiled": {"precision": "bfloat16", "compiled": True},
+    }
 ATTACK = {"n_images": 4, "n_iter": 2} if is_smoke() else {"n_images": 128, "n_iter": 20}
 PROFILE = {"digits": {"eot": 5} | ATTACK, "cifar10-small": {"eot": 1} | ATTACK}
 if DEVICE.type == "cpu" and not is_smoke():
@@ -34,10 +41,18 @@ def slope(evaluation: Evaluation, defence: str) -> Tensor:
         return torch.autograd.grad(F.cross_entropy(logits, images.y, reduction="sum"), x)[0]
 
 
-@pytest.mark.benchmark(group="precision")
+def seconds_to_build(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Of the compiled network, by compilers that remember nothing."""
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    began = time.perf_counter()
+    _ = evaluation.compiled_network
+    return time.perf_counter() - began
+
+
+@pytest.mark.benchmark(group="cheaper")
 @pytest.mark.parametrize("defence", ["reverse", "coup"])
 @pytest.mark.parametrize("profile", PROFILE)
-def test_precision(
+def test_cheaper(
     benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, defence: str
 ) -> None:
     """On validation images: seconds and cosines of exact gradients, and what an attack by them leaves."""
@@ -45,7 +60,11 @@ def test_precision(
         pytest.skip(f"no {PROFILES[profile].dataset} here; set {paths.DATA_VARIABLE}")
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     full = Config(profile=profile, split="validation", **PROFILE[profile])
-    runs = {name: Evaluation(replace(full, precision=name), verbose=False) for name in ("float32", *LOWERED)}
+    kinds: dict[str, dict[str, Any]] = {"float32": {}} | CHEAPER
+    runs = {name: Evaluation(replace(full, **kind), verbose=False) for name, kind in kinds.items()}
+    compiling = {
+        name: seconds_to_build(run, monkeypatch) for name, run in runs.items() if run.config.compiled
+    }
     source = Source("apgd-ce", defence)
     scores = {name: run.scores({defence: {"own": source}})[defence]["own"] for name, run in runs.items()}
     exact = slope(runs["float32"], defence).double().flatten(1)
@@ -56,8 +75,9 @@ def test_precision(
         problem=profile,
         defence=defence,
         reference="float32",
-        cosines={name: cosines(slope(runs[name], defence), exact) for name in LOWERED},
+        cosines={name: cosines(slope(runs[name], defence), exact) for name in CHEAPER},
         n_images=full.n_images,
+        compiling=compiling,
         robust={name: 100 * float(score.right.mean()) for name, score in scores.items()},
         # Of ten draws of each image, the float32 defence's majority under either attack.
         changed={

@@ -1,0 +1,159 @@
+"""The compiled score network: the same numbers, one program for every batch, and a way on without it."""
+
+import dataclasses
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
+from torch import nn
+from torch._dynamo.utils import counters
+
+from coup_lib import evaluate, paths
+from coup_lib.compiled import LEAST, Compiled
+from coup_lib.config import GRADIENTS, Config
+from coup_lib.data import SHAPES, load_split
+from coup_lib.defences import PURIFIERS
+from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.mechanism import SmoothEvaluation
+from coup_lib.score import NoiseScore
+from coup_lib.zoo import load_score
+
+SHAPE = SHAPES["digits"]
+SMALL = {"n_images": LEAST, "n_iter": 2, "eot": 1, "n_steps": 2}
+
+
+class Pixelwise(nn.Module):
+    """Predicts noise by one convolution: little to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        return F.silu(self.layer(x)) * t[:, None, None, None]
+
+
+@pytest.fixture
+def score():
+    torch.manual_seed(0)
+    return NoiseScore(Pixelwise()).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Traced and split into forward and backward as ever, but left to PyTorch's own kernels: seconds."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(evaluate, "Compiled", partial(Compiled, backend="aot_eager"))
+    torch.compiler.reset()
+
+
+def slope(network, x, t):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(network(x, t).square().sum(), x)[0]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_it_computes_the_score_and_its_gradient(score, capsys):
+    compiled = Compiled(score, SHAPE)
+    assert "compiled in" in capsys.readouterr().out
+    counters.clear()
+    for n in (LEAST, 3 * LEAST + 1, LEAST - 1, 1):
+        for t in (torch.tensor(0.02), torch.tensor(0.3)):
+            x = torch.randn(n, *SHAPE)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, t), score(x, t), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(slope(compiled, x, t), slope(score, x, t), rtol=1e-4, atol=1e-4)
+    assert not counters["stats"]  # what it was built with served all of them
+
+
+def test_fewer_images_go_through_the_score_itself(score):
+    compiled, x, t = Compiled(score, SHAPE, "aot_eager"), torch.randn(LEAST, *SHAPE), torch.tensor(0.1)
+    seen = []
+    compiled._run = lambda x, t: seen.append(len(x))
+    for n in (1, LEAST - 1, LEAST):
+        compiled(x[:n], t)
+    assert seen == [LEAST]
+
+
+def without_gradient(graph, examples):
+    if torch.is_grad_enabled():
+        raise OSError("no room for what was compiled\nand more")
+    return graph
+
+
+@pytest.mark.parametrize("backend", [without_gradient, "no such compiler"])
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(score, capsys, backend):
+    compiled, x, t = Compiled(score, SHAPE, backend), torch.randn(LEAST, *SHAPE), torch.tensor(0.1)
+    assert "torch.compile failed, going on without it: " in capsys.readouterr().out
+    assert torch.equal(compiled(x, t), score(x, t))
+    assert torch.equal(slope(compiled, x, t), slope(score, x, t))
+
+
+def gradient(kind, config, name, which):
+    model = kind(config, verbose=False).defence(name, which, attacked=True)
+    data = load_split("digits", "validation").first(config.n_images)
+    x = data.x.requires_grad_()
+    loss = F.cross_entropy(model(x, seeds=torch.arange(len(x))), data.y, reduction="sum")
+    return torch.autograd.grad(loss, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [(name, "exact") for name in PURIFIERS] + [("coup", which) for which in GRADIENTS if which != "exact"],
+)
+def test_every_defence_has_its_gradient(quick, name, which):
+    plain, compiled = (
+        gradient(Evaluation, Config(**SMALL, compiled=flag), name, which) for flag in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_smoothed_maximum_has_its_gradient(quick):
+    plain, compiled = (
+        gradient(SmoothEvaluation, Config(**SMALL, compiled=flag), "coup", "exact") for flag in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_attacks_meet_what_is_compiled_and_scores_do_not(quick):
+    evaluation = Evaluation(Config(**SMALL, compiled=True), verbose=False)
+    scores = evaluation.scores({"coup": {"own": Source("apgd-ce", "coup"), "clean": CLEAN}})["coup"]
+    assert isinstance(evaluation.attacked_score("coup", "exact"), Compiled)
+    assert not isinstance(evaluation.defence("coup").purifier.score.score, Compiled)
+    assert scores["own"].right.shape == (LEAST,)
+
+
+def test_a_record_says_whether_its_attack_was_compiled():
+    plain = Evaluation(Config(**SMALL), verbose=False)
+    compiled = Evaluation(dataclasses.replace(plain.config, compiled=True), verbose=False)
+    for name, flag in {"coup": True, "reverse": True, "denoised": False, "none": False}.items():
+        source = Source("apgd-ce", name)
+        settings = plain.attack_settings(source)[1] | ({"compiled": True} if flag else {})
+        assert compiled.attack_settings(source)[1] == settings
+    assert compiled.defence_settings("coup") == plain.defence_settings("coup")
+
+
+def test_nothing_is_compiled_before_an_attack_needs_it(monkeypatch):
+    monkeypatch.setattr(evaluate, "Compiled", None)
+    evaluation = Evaluation(Config(**SMALL, compiled=True), verbose=False)
+    for name in ("coup", "denoised", "none"):
+        evaluation.defence(name, attacked=name != "coup")
+
+
+@pytest.mark.parametrize("value", ["yes", 2, None])
+def test_a_setting_that_is_no_yes_or_no_is_refused(value):
+    with pytest.raises(ValueError, match="compiled: expected one of False, True; got"):
+        Config(compiled=value)
+
+
+def test_the_published_networks_compile(monkeypatch, capsys):
+    monkeypatch.setenv("COUP_SMOKE", "1")
+    for dataset, name in {"cifar10": "ddpmpp-deep", "cifar100": "edm-vp"}.items():
+        score = load_score(dataset, name)
+        compiled = Compiled(score, SHAPES[dataset], "aot_eager")
+        x, t = torch.randn(LEAST, *SHAPES[dataset]), torch.tensor(0.1)
+        torch.testing.assert_close(slope(compiled, x, t), slope(score, x, t), rtol=1e-3, atol=1e-2)
+    assert "failed" not in capsys.readouterr().out
