@@ -45,6 +45,7 @@ VALID = {
     "gradient": st.sampled_from(GRADIENTS),
     "precision": st.sampled_from(["float32", "bfloat16"]),
     "device": st.sampled_from(["auto", "cpu"]),
+    "compiled": st.booleans(),
     "split": st.sampled_from(SPLITS),
     "purpose": st.sampled_from(PURPOSES),
     "eps": written(st.floats(1e-6, 10)) | FRACTIONS,
