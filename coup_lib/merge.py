@@ -6,6 +6,7 @@ Shards write into one folder of results, and who finishes a record's last chunk 
 
 import argparse
 import json
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -96,14 +97,27 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def mixed(folder: Path) -> list[str]:
-    """A line for every record in the folder whose chunks were made by more than one version of the code."""
+    """A line for every record in the folder whose chunks were made by more than one version of the code.
+
+    Records that are as they were committed are no work of the run's.
+    """
     lines = []
-    for path in sorted(folder.glob("*.json")):
+    for path in _uncommitted(folder):
         made = json.loads(path.read_text())["provenance"]
         if others := made.get("also"):
             commits = ", ".join(sorted({other["commit"][:12] for other in (made, *others)}))
             lines.append(f"{path}: made by several versions of the code or its packages (commits {commits})")
     return lines
+
+
+def _uncommitted(folder: Path) -> list[Path]:
+    """The folder's records that git does not have as they are; outside of git all of them."""
+    command = ["git", "ls-files", "--modified", "--others", "--", "*.json"]
+    try:
+        names = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return sorted(folder.glob("*.json"))
+    return sorted(path for name in names.splitlines() if (path := folder / name).exists())
 
 
 def check(notebooks: Sequence[Path], results: Path) -> list[str]:

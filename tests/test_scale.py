@@ -140,6 +140,16 @@ def test_merge_refuses_gaps_and_mixed_code(tmp_path, monkeypatch):
     work("mixed").finish()
     (reason,) = merge.check(whole, tmp_path)
     assert "mixed-" in reason and reason.endswith("(commits 0123456789ab, fedcba987654)")
+    # What is committed as it is was there before the run.
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "records")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert merge.check(whole, tmp_path) == []
+    (record,) = (tmp_path / "digits").glob("mixed-*.json")
+    record.write_text(record.read_text() + " ")
+    assert merge.check(whole, tmp_path) == [reason]
+    record.unlink()
+    assert merge.check(whole, tmp_path) == []
 
 
 def test_a_shard_is_checked_before_any_work():
