@@ -1,9 +1,13 @@
 """The score network as fused code by torch.compile, while it is attacked: minutes once, then faster."""
 
 import time
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from coup_lib.data import SHAPES
+from coup_lib.zoo import load_score
 
 # PyTorch convolves fewer images in another way: that program would take longer to compile than it saves.
 LEAST = 16
@@ -55,3 +59,9 @@ class Compiled(nn.Module):
             return self.score(x, t)
         torch._dynamo.maybe_mark_dynamic(x, 0)  # one program for every B
         return self._run(x, t)
+
+
+@cache
+def compiled_score(dataset: str, name: str, precision: str, device: torch.device) -> Compiled:
+    """`zoo.load_score`, compiled: once in a process, however many settings are tried with it."""
+    return Compiled(load_score(dataset, name, precision=precision).to(device), SHAPES[dataset])

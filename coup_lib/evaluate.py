@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.attacks import ATTACKS, Attack
-from coup_lib.compiled import Compiled
+from coup_lib.compiled import compiled_score
 from coup_lib.config import GRADIENTS, Config, choice, count
-from coup_lib.data import SHAPES, Images, fingerprint, is_here, load_split
+from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
@@ -159,14 +159,12 @@ class Evaluation:
         precision = self.config.precision
         return self.score_network if precision == "float32" else self._score_network(precision)
 
-    @cached_property
-    def compiled_network(self) -> nn.Module:
-        """The attacked network, compiled: minutes, once."""
-        return Compiled(self.attacked_network, SHAPES[self.config.sizes.dataset])
-
     def attacked_score(self, defence: str, gradient: str) -> nn.Module:
         """What an attack by this gradient on this purifier meets for its score, compiled where it can be."""
-        return self.compiled_network if self._compiles(defence, gradient) else self.attacked_network
+        if not self._compiles(defence, gradient):
+            return self.attacked_network
+        config = self.config
+        return compiled_score(config.sizes.dataset, config.sizes.score, config.precision, config.torch_device)
 
     def _compiles(self, defence: str, gradient: str) -> bool:
         """Not for second derivatives of the score, nor for torchsde, which goes through one graph twice."""

@@ -11,8 +11,8 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 from torch._dynamo.utils import counters
 
-from coup_lib import evaluate, paths
-from coup_lib.compiled import LEAST, Compiled
+from coup_lib import compiled, evaluate, paths
+from coup_lib.compiled import LEAST, Compiled, compiled_score
 from coup_lib.config import GRADIENTS, Config
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PURIFIERS
@@ -46,8 +46,10 @@ def score():
 def quick(tmp_path, monkeypatch):
     """Traced and split into forward and backward as ever, but left to PyTorch's own kernels: seconds."""
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    monkeypatch.setattr(evaluate, "Compiled", partial(Compiled, backend="aot_eager"))
-    torch.compiler.reset()
+    monkeypatch.setattr(compiled, "Compiled", partial(Compiled, backend="aot_eager"))
+    compiled_score.cache_clear()
+    yield
+    compiled_score.cache_clear()
 
 
 def slope(network, x, t):
@@ -57,24 +59,24 @@ def slope(network, x, t):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_it_computes_the_score_and_its_gradient(score, capsys):
-    compiled = Compiled(score, SHAPE)
+    fast = Compiled(score, SHAPE)
     assert "compiled in" in capsys.readouterr().out
     counters.clear()
     for n in (LEAST, 3 * LEAST + 1, LEAST - 1, 1):
         for t in (torch.tensor(0.02), torch.tensor(0.3)):
             x = torch.randn(n, *SHAPE)
             with torch.no_grad():
-                torch.testing.assert_close(compiled(x, t), score(x, t), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(slope(compiled, x, t), slope(score, x, t), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(fast(x, t), score(x, t), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(slope(fast, x, t), slope(score, x, t), rtol=1e-4, atol=1e-4)
     assert not counters["stats"]  # what it was built with served all of them
 
 
 def test_fewer_images_go_through_the_score_itself(score):
-    compiled, x, t = Compiled(score, SHAPE, "aot_eager"), torch.randn(LEAST, *SHAPE), torch.tensor(0.1)
+    fast, x, t = Compiled(score, SHAPE, "aot_eager"), torch.randn(LEAST, *SHAPE), torch.tensor(0.1)
     seen = []
-    compiled._run = lambda x, t: seen.append(len(x))
+    fast._run = lambda x, t: seen.append(len(x))
     for n in (1, LEAST - 1, LEAST):
-        compiled(x[:n], t)
+        fast(x[:n], t)
     assert seen == [LEAST]
 
 
@@ -86,10 +88,10 @@ def without_gradient(graph, examples):
 
 @pytest.mark.parametrize("backend", [without_gradient, "no such compiler"])
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(score, capsys, backend):
-    compiled, x, t = Compiled(score, SHAPE, backend), torch.randn(LEAST, *SHAPE), torch.tensor(0.1)
+    fast, x, t = Compiled(score, SHAPE, backend), torch.randn(LEAST, *SHAPE), torch.tensor(0.1)
     assert "torch.compile failed, going on without it: " in capsys.readouterr().out
-    assert torch.equal(compiled(x, t), score(x, t))
-    assert torch.equal(slope(compiled, x, t), slope(score, x, t))
+    assert torch.equal(fast(x, t), score(x, t))
+    assert torch.equal(slope(fast, x, t), slope(score, x, t))
 
 
 def gradient(kind, config, name, which):
@@ -105,17 +107,17 @@ def gradient(kind, config, name, which):
     [(name, "exact") for name in PURIFIERS] + [("coup", which) for which in GRADIENTS if which != "exact"],
 )
 def test_every_defence_has_its_gradient(quick, name, which):
-    plain, compiled = (
+    plain, fast = (
         gradient(Evaluation, Config(**SMALL, compiled=flag), name, which) for flag in (False, True)
     )
-    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_the_smoothed_maximum_has_its_gradient(quick):
-    plain, compiled = (
+    plain, fast = (
         gradient(SmoothEvaluation, Config(**SMALL, compiled=flag), "coup", "exact") for flag in (False, True)
     )
-    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_attacks_meet_what_is_compiled_and_scores_do_not(quick):
@@ -124,20 +126,23 @@ def test_attacks_meet_what_is_compiled_and_scores_do_not(quick):
     assert isinstance(evaluation.attacked_score("coup", "exact"), Compiled)
     assert not isinstance(evaluation.defence("coup").purifier.score.score, Compiled)
     assert scores["own"].right.shape == (LEAST,)
+    # One program for all settings.
+    other = Evaluation(dataclasses.replace(evaluation.config, guidance_weight=2), verbose=False)
+    assert other.attacked_score("reverse", "exact") is evaluation.attacked_score("coup", "exact")
 
 
 def test_a_record_says_whether_its_attack_was_compiled():
     plain = Evaluation(Config(**SMALL), verbose=False)
-    compiled = Evaluation(dataclasses.replace(plain.config, compiled=True), verbose=False)
+    fast = Evaluation(dataclasses.replace(plain.config, compiled=True), verbose=False)
     for name, flag in {"coup": True, "reverse": True, "denoised": False, "none": False}.items():
         source = Source("apgd-ce", name)
         settings = plain.attack_settings(source)[1] | ({"compiled": True} if flag else {})
-        assert compiled.attack_settings(source)[1] == settings
-    assert compiled.defence_settings("coup") == plain.defence_settings("coup")
+        assert fast.attack_settings(source)[1] == settings
+    assert fast.defence_settings("coup") == plain.defence_settings("coup")
 
 
 def test_nothing_is_compiled_before_an_attack_needs_it(monkeypatch):
-    monkeypatch.setattr(evaluate, "Compiled", None)
+    monkeypatch.setattr(evaluate, "compiled_score", None)
     evaluation = Evaluation(Config(**SMALL, compiled=True), verbose=False)
     for name in ("coup", "denoised", "none"):
         evaluation.defence(name, attacked=name != "coup")
@@ -153,7 +158,7 @@ def test_the_published_networks_compile(monkeypatch, capsys):
     monkeypatch.setenv("COUP_SMOKE", "1")
     for dataset, name in {"cifar10": "ddpmpp-deep", "cifar100": "edm-vp"}.items():
         score = load_score(dataset, name)
-        compiled = Compiled(score, SHAPES[dataset], "aot_eager")
+        fast = Compiled(score, SHAPES[dataset], "aot_eager")
         x, t = torch.randn(LEAST, *SHAPES[dataset]), torch.tensor(0.1)
-        torch.testing.assert_close(slope(compiled, x, t), slope(score, x, t), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(slope(fast, x, t), slope(score, x, t), rtol=1e-3, atol=1e-2)
     assert "failed" not in capsys.readouterr().out
