@@ -52,7 +52,7 @@ def test_notebook(benchmark: Any, tmp_path: Path) -> None:
     rivals = {"now": lambda: run(ROOT)}
     if BEFORE:
         rivals["before"] = lambda: run(Path(BEFORE).absolute())
-    take_turns(benchmark, rivals, 1, warm_up=0, problem="04_autoattack", reference="now", n_images=N_IMAGES)
+    take_turns(benchmark, rivals, 3, warm_up=0, problem="04_autoattack", reference="now", n_images=N_IMAGES)
 
 
 @pytest.mark.benchmark(group="profile")
