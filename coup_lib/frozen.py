@@ -1,6 +1,7 @@
 """Second derivatives through layers whose weights are frozen, without those of the weights."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 Settings = tuple[Any, ...]  # stride, padding, dilation, groups
 
-# Multiplications in one call; below it Python's part in what follows costs more than it saves.
-WORTHWHILE = 10_000_000
+# Below these Python's part in what follows costs more than it saves: multiplications in one call, and numbers
+# in an image, as networks for smaller images are small.
+WORTHWHILE, WORTHWHILE_IMAGE = 10_000_000, 1024
 
 
 class FrozenLayers(TorchFunctionMode):
@@ -41,6 +43,11 @@ class FrozenLayers(TorchFunctionMode):
             if frozen and not training:
                 return _BatchNorm.apply(x, mean, variance, weight, bias, eps)
         return func(*args, **kwargs)
+
+
+def frozen_layers(x: Tensor) -> AbstractContextManager[Any]:
+    """`FrozenLayers` where images x (B, ...) are large enough for it to pay."""
+    return FrozenLayers() if x[0].numel() >= WORTHWHILE_IMAGE else nullcontext()
 
 
 def _arguments(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.frozen import FrozenLayers
+from coup_lib.frozen import frozen_layers
 
 
 def to_image(state: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     second-order term of Sec. 4.2.1.
     """
     second_order = torch.is_grad_enabled() and x.requires_grad
-    with torch.enable_grad(), FrozenLayers() if second_order else nullcontext():
+    with torch.enable_grad(), frozen_layers(x) if second_order else nullcontext():
         x = x if second_order else x.detach().requires_grad_()
         return torch.autograd.grad(function(x).sum(), x, create_graph=second_order)[0]
 

@@ -25,6 +25,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
     monkeypatch.setattr(frozen, "WORTHWHILE", 0)
+    monkeypatch.setattr(frozen, "WORTHWHILE_IMAGE", 0)
 
 
 def problem(settings):
