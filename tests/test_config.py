@@ -146,9 +146,8 @@ def test_from_notebook_takes_the_parameters():
 
 
 def test_from_notebook_refuses_an_unknown_parameter():
-    with pytest.raises(
-        ValueError, match="unknown parameter 'normm'; this notebook knows budget, classifier, compiled"
-    ):
+    known = "budget, classifier, compiled, device, eot"
+    with pytest.raises(ValueError, match=f"unknown parameter 'normm'; this notebook knows {known}"):
         from_notebook(Config, notebook("# Parameters\nnormm = 'l2'", norm="linf", normm="l2"))
 
 
