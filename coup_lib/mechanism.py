@@ -68,8 +68,8 @@ class SmoothEvaluation(Evaluation):
         """As `Evaluation.defence`."""
         if name != "coup":
             return super().defence(name, gradient, n_steps, attacked=attacked)
-        config, score = self.config, self.score_network
-        score = self.attacked_score(name, gradient) if attacked else score
+        config = self.config
+        score = self.attacked_score(name, gradient) if attacked else self.score_network
         guided = SmoothMax(score, self.classifier, config.guidance_weight)
         n_steps = n_steps or config.n_steps
         purifier = Purifier(guided, t_star=config.t_star, n_steps=n_steps, gradient=gradient)
