@@ -1,9 +1,9 @@
-"""Minimise a loss: AdamW, a moving average of the weights, and a file to go on from after a kill."""
+"""Minimise a loss: AdamW or Muon, a moving average of the weights, a file to go on from after a kill."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,20 @@ def fit(
     lr: float,
     decay: float,
     weight_decay: float,
+    muon_lr: float | None = None,
     every: int = 100,
     precision: str = "float32",
     state: Path | None = None,
     also: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """AdamW, warm-up, cosine decay; returns the moving average of lowest score, or else the last.
+    """Warm-up, cosine decay; returns the moving average of lowest score, or else the last.
 
     Args:
         loss: takes all its chance from the generator, which is on the network's device.
         score: lower is better; asked every so many steps.
+        lr, weight_decay: of AdamW.
         decay: of the moving average, approached from below.
+        muon_lr: of Muon, which then has the kernels but the last, AdamW the rest.
         precision: of the network's products while it is trained; weights are float32 all the time.
         state: where a run writes once a minute how far it is, and where the same run goes on from. Left
             there at the end: to ask again for as many steps costs nothing.
@@ -53,16 +56,18 @@ def fit(
     choice("precision", precision, PRECISIONS)
     device = next(network.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizers = _optimizers(network, lr, weight_decay, muon_lr)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = copy.deepcopy(network)
     best, lowest, first = average, math.inf, 0
     settings = {"seed": seed, "steps": steps, "lr": lr, "decay": decay, "precision": precision}
-    settings |= also or {}
+    settings |= {"muon_lr": muon_lr} | dict(also or {})
     if state and state.exists():
         saved = _read(state, settings, device)
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         generator.set_state(saved["generator"].cpu())
         first, lowest = saved["step"], saved["lowest"]
         if saved["best"]:
@@ -78,7 +83,7 @@ def fit(
             "network": network.state_dict(),
             "average": average.state_dict(),
             "best": None if best is average else best.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": generator.get_state(),
         }
         write_atomically(state, lambda temporary: torch.save(content, temporary))
@@ -87,13 +92,15 @@ def fit(
     bar = tqdm(range(first, steps), mininterval=5, initial=first, total=steps)
     for step in bar:
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
-        optimizer.zero_grad()
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
+        network.zero_grad()
         with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
             value = loss(network, generator)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average_into(average, network, min(decay, (2 + step) / (11 + step)))
         if score and (step + 1) % every == 0 and (now := score(average)) < lowest:
             best, lowest = copy.deepcopy(average), now
@@ -102,6 +109,32 @@ def fit(
             keep(step + 1)
             saved_at = time.monotonic()
     return best
+
+
+class KernelMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024), a kernel (out, in, k, k) seen as the matrix (out, in·k·k) that it is."""
+
+    def __init__(self, kernels: Sequence[nn.Parameter], lr: float) -> None:
+        self.kernels = kernels
+        # The same memory: what moves a matrix moves its kernel.
+        self.matrices = [nn.Parameter(kernel.detach().view(len(kernel), -1)) for kernel in kernels]
+        super().__init__(self.matrices, lr=lr, weight_decay=0.0)
+
+    def step(self, closure: Any = None) -> Any:
+        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
+        return super().step(closure)
+
+
+def _optimizers(
+    network: nn.Module, lr: float, weight_decay: float, muon_lr: float | None
+) -> list[torch.optim.Optimizer]:
+    # The last kernel speaks of outputs, not of features: Muon's authors leave it to AdamW.
+    kernels = [p for p in network.parameters() if p.ndim > 1][:-1] if muon_lr else []
+    chosen = {id(kernel) for kernel in kernels}
+    rest = [p for p in network.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)
+    return [adam, KernelMuon(kernels, muon_lr)] if muon_lr else [adam]
 
 
 def _read(state: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:

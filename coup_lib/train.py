@@ -9,18 +9,20 @@ taken in another order and the weights differ slightly.
 """
 
 import argparse
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from coup_lib import train_cifar, train_digits
 from coup_lib.attacks import PGD_STEP, Attack
-from coup_lib.checkpoints import load_network, save_network, weights_path
+from coup_lib.checkpoints import load_network, load_state, save_network, weights_path
 from coup_lib.config import NORM_LABELS, choice, count
 from coup_lib.config import device as named_device
 from coup_lib.data import SHAPES, SIZES, SPLIT_SEED, Images, load_split
@@ -72,11 +74,13 @@ def train(
     seed: int,
     steps: int | None = None,
     batch: int | None = None,
+    begin_with: Path | None = None,
     **resumable: Any,
 ) -> nn.Module:
     """One trained network, fixed by the seed and the thread count.
 
     `steps`, and `batch` of CIFAR-10's score network, are the recipe's, unless given.
+    `begin_with`: weights from which CIFAR-10's score network is trained further, instead of from scratch.
     `resumable`: `precision` and `state` of `fit`, for CIFAR-10, whose training takes long.
     """
     torch.manual_seed(seed)
@@ -91,6 +95,10 @@ def train(
     if isinstance(network, PatchedDDPMpp):
         held_out = load_split(dataset, "validation").to(data.x.device)
         settings |= {"batch": batch} if batch else {}
+        if begin_with:
+            content = begin_with.read_bytes()
+            load_state(network, load(content), str(begin_with)).train().requires_grad_(True)
+            settings["begins_with"] = hashlib.sha256(content).hexdigest()
         return train_cifar.train_score(network, data, held_out, **settings)
     attack = _attack(dataset, name, seed)
     if dataset == "cifar10":
@@ -173,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
     parser.add_argument("--steps", type=int, help="other than the recipe's")
     parser.add_argument("--batch", type=int, help="images per step of CIFAR-10's score network")
+    parser.add_argument("--begin-with", type=Path, help="weights of the score network to train further")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products (CIFAR-10)")
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights go")
     parser.add_argument("--card-only", action="store_true", help="measure what is there, train nothing")
@@ -183,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("steps", "batch"):
         if (given := getattr(options, name)) is not None:
             count(f"--{name}", given)
+    if options.begin_with:
+        choice("--only, with --begin-with", options.only, (PROFILES["cifar10-small"].score,))
+        if not options.begin_with.is_file():
+            raise FileNotFoundError(f"--begin-with: no weights at {options.begin_with}")
     torch.set_num_threads(options.threads)
     for name in () if options.card_only else names:
         started = time.monotonic()
@@ -194,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             steps=options.steps,
             batch=options.batch,
+            begin_with=options.begin_with,
             precision=options.precision,
             state=state,
         )
@@ -204,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command += f" --dataset {dataset}" if dataset != "digits" else ""
     command += f" --steps {options.steps}" if options.steps else ""
     command += f" --batch {options.batch}" if options.batch else ""
+    command += f" --begin-with {options.begin_with}" if options.begin_with else ""
     command += f" --precision {options.precision}" if options.precision != "float32" else ""
     card = model_card(dataset, command=command, folder=options.folder)
     write_atomically(options.folder / dataset / "README.md", lambda temporary: temporary.write_text(card))

@@ -13,7 +13,7 @@ from coup_lib.denoising import denoising_loss, noise_error
 from coup_lib.fit import fit
 from coup_lib.networks import T_MAX
 
-STEPS, BATCH, LR = 8_000, 64, 1e-3
+STEPS, BATCH, LR, MUON_LR = 8_000, 64, 2e-3, 0.02
 ROBUST_LR, PGD_STEPS = 3e-4, 3
 # What adversarial training begins with, and its steps. Attacks in L∞ leave so little of the published network
 # that training on them from there ended in a constant.
@@ -32,10 +32,12 @@ def train_score(
     batch: int = BATCH,
     precision: str = "float32",
     state: Path | None = None,
+    begins_with: str = "",
 ) -> nn.Module:
     """Squared error of the predicted noise on images and their mirror images, `fit` by validation.
 
     Three quarters of the times are below half of T_MAX: t is a square of what is uniform.
+    `begins_with` names the weights that the network comes with, to tell the run from others.
     """
     held_out = validation.first(min(STOP_IMAGES, len(validation)))
 
@@ -55,12 +57,13 @@ def train_score(
         seed=seed,
         steps=steps,
         lr=LR,
+        muon_lr=MUON_LR,
         decay=0.999,
         weight_decay=0.01,
         every=500,
         precision=precision,
         state=state,
-        also={"batch": batch, "images": len(data)},
+        also={"batch": batch, "images": len(data), "begins with": begins_with},
     )
 
 

@@ -4,7 +4,7 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 
 from coup_lib import fit as fitting
-from coup_lib.fit import average_into, fit
+from coup_lib.fit import KernelMuon, average_into, fit
 
 SETTINGS = {"seed": 3, "steps": 12, "lr": 0.1, "decay": 0.9, "weight_decay": 0.0}
 
@@ -16,6 +16,15 @@ class Killed(BaseException):
 def line():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+
+
+def kernels():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 5, 3), nn.SiLU(), nn.Conv2d(5, 2, 1))
+
+
+def images_loss(network, generator):
+    return network(torch.rand(4, 2, 6, 6, generator=generator)).square().mean()
 
 
 def loss_until(dies=None):
@@ -42,18 +51,23 @@ def numbers(network):
     return torch.cat([value.flatten().double() for value in network.state_dict().values()])
 
 
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
 @pytest.mark.parametrize("score", [None, away])
 @pytest.mark.parametrize("dies", [1, 4, 9, 12])
-def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, dies, score):
+def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, dies, score, muon_lr):
     monkeypatch.setattr(fitting, "SAVE_EVERY", -1)  # at every step
-    undisturbed = fit(line(), loss_until(), score, every=2, **SETTINGS)
-    state = tmp_path / "state.pt"
+    state, settings = tmp_path / "state.pt", SETTINGS | {"every": 2, "muon_lr": muon_lr}
+
+    def network():
+        return nn.Sequential(*line(), nn.Linear(1, 1))
+
+    undisturbed = fit(network(), loss_until(), score, **settings)
     with pytest.raises(Killed):
-        fit(line(), loss_until(dies), score, every=2, state=state, **SETTINGS)
-    resumed = fit(line(), loss_until(), score, every=2, state=state, **SETTINGS)
+        fit(network(), loss_until(dies), score, state=state, **settings)
+    resumed = fit(network(), loss_until(), score, state=state, **settings)
     assert torch.equal(numbers(resumed), numbers(undisturbed))
     # Done is done: asked again, it takes no step.
-    again = fit(line(), loss_until(dies=1), score, every=2, state=state, **SETTINGS)
+    again = fit(network(), loss_until(dies=1), score, state=state, **settings)
     assert torch.equal(numbers(again), numbers(undisturbed))
 
 
@@ -62,6 +76,32 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     fit(line(), loss_until(), state=state, **SETTINGS)
     with pytest.raises(ValueError, match=r"state\.pt: expected .*'steps': 13.* got one with .*'steps': 12"):
         fit(line(), loss_until(), state=state, **SETTINGS | {"steps": 13})
+
+
+def test_muon_moves_every_kernel_but_the_last_by_a_nearly_orthogonal_matrix():
+    before, one_step = kernels(), SETTINGS | {"steps": 1, "decay": 0.0}
+    after = fit(kernels(), images_loss, muon_lr=0.02, **one_step)
+    adam = fit(kernels(), images_loss, **one_step)
+    moved = (after[0].weight - before[0].weight).detach().flatten(1)
+    # The first of 100 steps of warming up; Muon's five iterations end between 0.68 and 1.13.
+    singular = torch.linalg.svdvals(moved) / (0.02 / 100)
+    assert ((singular > 0.6) & (singular < 1.2)).all()
+    assert torch.equal(after[2].weight, adam[2].weight) and torch.equal(after[0].bias, adam[0].bias)
+    assert not torch.equal(after[0].weight, adam[0].weight)
+
+
+def test_muon_sees_a_kernel_as_pytorchs_own_sees_the_matrix():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(6, 4, 3, 3))
+    matrix = nn.Parameter(kernel.detach().reshape(6, 36).clone())
+    ours = KernelMuon([kernel], lr=0.1)
+    theirs = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        slope = torch.randn(6, 36)
+        kernel.grad, matrix.grad = slope.view_as(kernel), slope.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(kernel.flatten(1), matrix)
 
 
 def test_the_average_of_lowest_score_is_returned():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from coup_lib import train, train_cifar
 from coup_lib.attacks import Attack
-from coup_lib.checkpoints import SUMS, load_network
+from coup_lib.checkpoints import SUMS, load_network, read_sums, save_network
 from coup_lib.config import NORM_LABELS
 from coup_lib.data import Images, is_here, load_split
 from coup_lib.denoising import denoising_loss, noise_error
@@ -160,6 +160,33 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
         train.main([*arguments, "--batch", "3"])
     with pytest.raises(ValueError, match="--batch: expected a number greater than 0"):
         train.main([*arguments, "--batch", "0"])
+
+
+def test_a_score_network_is_trained_further_from_weights_that_are_named(random_cifar, tmp_path, monkeypatch):
+    monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
+    first = train.train("cifar10", SMALL.score, seed=0, steps=1, batch=2)
+    path = save_network(first, "cifar10", SMALL.score, folder=tmp_path, half=True)
+    given = []
+    monkeypatch.setattr(train_cifar, "fit", lambda network, *_, **settings: given.append(settings) or network)
+    begun = train.train("cifar10", SMALL.score, seed=1, begin_with=path)
+    assert all(parameter.requires_grad for parameter in begun.parameters()) and begun.training
+    for key, value in first.state_dict().items():
+        assert torch.equal(begun.state_dict()[key].half(), value.half()), key
+    # Another run's state is not taken up: the file's digest is among what tells runs apart.
+    assert read_sums(tmp_path)[f"cifar10/{SMALL.score}.safetensors"] == given[0]["also"]["begins with"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--only", "score-small"], FileNotFoundError, "--begin-with: no weights at .*nowhere"),
+        (["--only", "resnet20-l2"], ValueError, "--only, with --begin-with: expected one of score-small"),
+        ([], ValueError, "--only, with --begin-with: expected one of score-small; got None"),
+    ],
+)
+def test_weights_to_begin_with_are_checked(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        train.main(["--dataset", "cifar10", "--begin-with", str(tmp_path / "nowhere"), *arguments])
 
 
 def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
