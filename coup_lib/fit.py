@@ -61,7 +61,7 @@ def fit(
     average = copy.deepcopy(network)
     best, lowest, first = average, math.inf, 0
     settings = {"seed": seed, "steps": steps, "lr": lr, "decay": decay, "precision": precision}
-    settings |= {"muon_lr": muon_lr} | dict(also or {})
+    settings |= {"muon_lr": muon_lr, **(also or {})}
     if state and state.exists():
         saved = _read(state, settings, device)
         network.load_state_dict(saved["network"])

@@ -9,18 +9,18 @@ taken in another order and the weights differ slightly.
 """
 
 import argparse
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from coup_lib import train_cifar, train_digits
+from coup_lib.artefacts import file_digest
 from coup_lib.attacks import PGD_STEP, Attack
 from coup_lib.checkpoints import load_network, load_state, save_network, weights_path
 from coup_lib.config import NORM_LABELS, choice, count
@@ -96,9 +96,8 @@ def train(
         held_out = load_split(dataset, "validation").to(data.x.device)
         settings |= {"batch": batch} if batch else {}
         if begin_with:
-            content = begin_with.read_bytes()
-            load_state(network, load(content), str(begin_with)).train().requires_grad_(True)
-            settings["begins_with"] = hashlib.sha256(content).hexdigest()
+            load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)
+            settings["begins_with"] = file_digest(begin_with)
         return train_cifar.train_score(network, data, held_out, **settings)
     attack = _attack(dataset, name, seed)
     if dataset == "cifar10":
