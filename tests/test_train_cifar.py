@@ -13,7 +13,7 @@ from coup_lib.checkpoints import SUMS, load_network, read_sums, save_network
 from coup_lib.config import NORM_LABELS
 from coup_lib.data import Images, is_here, load_split
 from coup_lib.denoising import denoising_loss, noise_error
-from coup_lib.networks import NETWORKS, PatchedDDPMpp
+from coup_lib.networks import NETWORKS, T_MAX, PatchedDDPMpp
 from coup_lib.paths import DATA_VARIABLE, WEIGHTS
 from coup_lib.profiles import PROFILES
 from coup_lib.resnet import cifar_resnet
@@ -117,6 +117,23 @@ def test_the_model_card_matches_the_weights():
             assert [float(n) for n in re.findall(NUMBER, line)] == pytest.approx(
                 [float(n) for n in re.findall(NUMBER, claim)], rel=0, abs=2e-3
             )
+
+
+def test_most_times_of_training_are_short_few_next_to_zero(images, monkeypatch):
+    """Against the distribution of the smallest of three: P(t < s·T_MAX) = 1 - (1 - s)³."""
+    times = []
+
+    def seen(network, x, t, noise):
+        times.append(t)
+        return noise_error(network, x, t, noise)
+
+    monkeypatch.setattr(train_cifar, "noise_error", seen)
+    train_cifar.train_score(PatchedDDPMpp(**TINY), images, images, seed=0, steps=8, batch=64)
+    t = torch.cat(times)
+    assert 0 < t.min() and t.max() <= T_MAX + 1e-4
+    for s in (1 / 15, 1 / 3, 1 / 2):
+        share = 1 - (1 - s) ** 3
+        assert abs((t < s * T_MAX).float().mean() - share) < 3 * (share * (1 - share) / len(t)) ** 0.5
 
 
 def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monkeypatch):
