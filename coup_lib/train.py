@@ -215,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.0f} s", flush=True)
     command = f"python -m coup_lib.train --seed {options.seed} --threads {options.threads}"
     command += f" --dataset {dataset}" if dataset != "digits" else ""
+    command += f" --only {options.only}" if options.only else ""
     command += f" --steps {options.steps}" if options.steps else ""
     command += f" --batch {options.batch}" if options.batch else ""
     command += f" --begin-with {options.begin_with}" if options.begin_with else ""

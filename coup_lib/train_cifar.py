@@ -112,8 +112,11 @@ def shifted(x: Tensor, generator: Generator, most: int = 4) -> Tensor:
 CARD_SPLITS, CARD_IMAGES = ("validation", "train"), 128
 CARD = """# Networks of the profile cifar10-small
 
-Written by `{command}`, this card included. Another processor, thread
-count or PyTorch rounds differently.
+The last of them was trained by
+
+    {command}
+
+which wrote this card, too. Another processor, thread count or PyTorch rounds differently.
 
 Data: CIFAR-10's training images at hand, every tenth held out for validation (seed {split_seed}): {train} for
 training, {validation} for validation; {test} test images, which served for nothing but the column below.
@@ -128,7 +131,7 @@ Their robustness is in notebook 06.
 |---|---|---|---|---|
 {classifiers}
 
-Noise predictor, for t in (0, {t_max}], from scratch: mean squared error of the predicted noise per pixel
+Noise predictor, for t in (0, {t_max}]: mean squared error of the predicted noise per pixel
 ({loss_images} images, 8 noises each; 1 is what predicting zero would cost). On images that it was trained on
 the error is what a network of this size and training reaches where nothing is new to it.
 
