@@ -52,7 +52,7 @@ class Difference:
         return "does not hold" if self.high < 0 else "is not decided"
 
     def __str__(self) -> str:
-        return f"{self.value:+.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{self.value:+z.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
 
 
 @dataclass(frozen=True)
