@@ -52,7 +52,8 @@ class Difference:
         return "does not hold" if self.high < 0 else "is not decided"
 
     def __str__(self) -> str:
-        return f"{self.value:+z.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
+        value = round(self.value, 2) + 0.0  # never -0.00
+        return f"{value:+.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
 
 
 @dataclass(frozen=True)

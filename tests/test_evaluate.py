@@ -109,6 +109,7 @@ def test_difference_and_its_verdict():
     assert Difference.of(wrong, mixed).verdict == "does not hold"
     assert Difference.of(mixed, mixed[::-1]).verdict == "is not decided"
     assert Difference.of(right, mixed).value == 50
+    assert str(Difference(-0.004, -1.0, 1.0, 4)) == "+0.00 points [-1.0, +1.0]"
     assert str(Accuracy.of(mixed)).startswith("50.00 [36.")
 
 
