@@ -41,6 +41,7 @@ STATEMENTS = {
     "3": "guidance results in correct classification (in more than half of the cases)",
 }
 PAPER_CASES = 14  # bad cases in the paper's Fig. 2a, CIFAR-10, L∞
+EPS_FACTORS = (0.5, 1.0, 1.5)  # multiples of eps that the study is done at
 SHOWN_STATES = (0.1, 0.3, 0.6, 0.9)  # of the path, in the image strips
 FEWEST_FOR_BAND = 4
 TENTH = 0.1  # the paper speaks of "the very beginning" and of "after 90" of 100 steps

@@ -35,7 +35,7 @@ from coup_lib import (
 )
 from coup_lib.config import NORMS, Config
 from coup_lib.data import SHAPES
-from coup_lib.defences import MAXIMISERS, PAPER
+from coup_lib.defences import MAXIMISERS, PAPER, is_guided
 from coup_lib.evaluate import Evaluation, Job, Source, calls, planning
 from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
 from coup_lib.profiles import BUDGETS, PROFILES
@@ -50,30 +50,34 @@ TABLE_HEAD = ("images", "purifications", "gradients", "network calls", "PFLOP", 
 
 @dataclass(frozen=True)
 class Notebook:
-    """settings: of each of its configurations. run: what it attacks, given these."""
+    """settings: of each of its configurations. run: what it attacks, given these and its own parameters."""
 
     settings: tuple[dict[str, Any], ...]
     run: Callable[..., Any]
 
 
-def _case_study(config: Config) -> None:
-    for one in case_study.radii(config, (0.5, 1.0, 1.5)):
+def _case_study(config: Config, eps_factors: Sequence[float] = case_study.EPS_FACTORS) -> None:
+    for one in case_study.radii(config, eps_factors):
         Evaluation(one).run({"reverse": [Source("apgd-ce", "reverse", config.gradient)]})
 
 
-def _ablation(config: Config) -> None:
-    for classifier in config.sizes.classifiers:
+def _ablation(config: Config, classifiers: Sequence[str] | None = None) -> None:
+    for classifier in classifiers or config.sizes.classifiers:
         Evaluation(config, classifier).columns(("diffpure", "reverse", "coup"))
 
 
-def _sweeps(config: Config, confirm: Config) -> None:
-    times = sweeps.values_to_sweep(config, "t_star", sweeps.T_STARS)
-    weights = sweeps.values_to_sweep(config, "guidance_weight", sweeps.WEIGHTS)
+def _sweeps(
+    config: Config,
+    confirm: Config,
+    t_stars: Sequence[float] = sweeps.T_STARS,
+    guidance_weights: Sequence[float] = sweeps.WEIGHTS,
+) -> None:
+    times = sweeps.values_to_sweep(config, "t_star", t_stars)
+    weights = sweeps.values_to_sweep(config, "guidance_weight", guidance_weights)
     sweeps.sweep(config, "t_star", times)
     sweeps.sweep(replace(config, guidance_weight=0), "t_star", times)
     sweeps.sweep(config, "guidance_weight", weights)
-    for _ in range(3):  # the paper's setting, the best t*, the best λ
-        sweeps.measure(confirm)
+    sweeps.measure(confirm)  # and what stands best on validation, which only the sweeps can tell
 
 
 def _autoattack(config: Config, compare: Config) -> None:
@@ -81,9 +85,11 @@ def _autoattack(config: Config, compare: Config) -> None:
     likelihood_study.measure(compare)
 
 
-def _bpda(config: Config) -> None:
-    counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
-    Evaluation(counted).scores({name: bpda.sources(name, bpda.EOT_COUNTS, config.eot) for name in PAPER})
+def _bpda(
+    config: Config, eot_counts: Sequence[int] = bpda.EOT_COUNTS, purifications: int | None = None
+) -> None:
+    counted = replace(config, n_draws=purifications or bpda.PURIFICATIONS[config.budget])
+    Evaluation(counted).scores({name: bpda.sources(name, eot_counts, config.eot) for name in PAPER})
 
 
 def _stronger(config: Config) -> None:
@@ -93,8 +99,8 @@ def _stronger(config: Config) -> None:
     mechanism.smooth_control(config)
 
 
-def _beyond(search: Config, confirm: Config) -> None:
-    found = beyond.scores(search, beyond.settings(beyond.WEIGHTS[search.budget]))
+def _beyond(search: Config, confirm: Config, weights: Sequence[float] | None = None) -> None:
+    found = beyond.scores(search, beyond.settings(weights or beyond.WEIGHTS[search.budget]))
     beyond.scores(confirm, beyond.to_confirm(beyond.best_guided(found), confirm.guidance_weight))
 
 
@@ -130,29 +136,42 @@ class Cost:
         return Cost(self.seconds + other.seconds, self.flop + other.flop)
 
 
-def jobs(name: str, *configs: Config) -> list[Job]:
-    """What the notebook would attack with these configurations, each source once; nothing is computed.
+def jobs(name: str, *configs: Config, **own: Any) -> list[Job]:
+    """What the notebook would attack and score with these configurations; nothing is computed.
 
-    ValueError for an unknown notebook.
+    own: parameters of this notebook alone, such as t_stars; its defaults where left out. ValueError for an
+    unknown notebook.
     """
     if name not in NOTEBOOKS:
         raise ValueError(f"expected a notebook out of {', '.join(NOTEBOOKS)}; got {name!r}")
     with planning() as found, redirect_stdout(StringIO()):
-        NOTEBOOKS[name].run(*configs)
+        NOTEBOOKS[name].run(*configs, **own)
     return list({(str(job.config), job.classifier, job.source): job for job in found}.values())
 
 
-def estimate(name: str, *configs: Config) -> dict[str, float]:
+def _attacked(job: Job) -> tuple[str, str, Source]:
+    """What the attack depends on: jobs that agree in it read one record."""
+    changed: dict[str, Any] = {"purpose": "report", "n_draws": 1}
+    changed |= {} if is_guided(job.source.defence) else {"guidance_weight": 0}
+    changed |= {"t_star": None, "n_steps": None} if job.source.defence == "none" else {}
+    return str(replace(job.config, **changed)), job.classifier, job.source
+
+
+def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
     """The row of a notebook, by `TABLE_HEAD`: of all that it computes, but hours only of what is left.
+
+    own: as in `jobs`.
 
     network calls: of the score network, a derivative counting as one. GiB: of activations and states at the
     batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32; they do
     not compress.
     """
-    row, memory = dict.fromkeys(TABLE_HEAD, 0.0), [0.0]
-    for job in jobs(name, *configs):
+    row, memory, attacks = dict.fromkeys(TABLE_HEAD, 0.0), [0.0], set()
+    for job in jobs(name, *configs, **own):
         config, source = job.config, job.source
-        gradients, forwards = calls(source, config)
+        is_new = _attacked(job) not in attacks
+        attacks.add(_attacked(job))
+        gradients, forwards = calls(source, config) if is_new else (0, 0)
         scored = {target: 2 * config.n_draws for target in job.targets if target != "none"}
         cost = Cost(0, 0)
         if forwards:
@@ -170,24 +189,24 @@ def estimate(name: str, *configs: Config) -> dict[str, float]:
         )
         row["PFLOP"] += config.n_images * cost.flop / 1e15
         pixels = prod(SHAPES[config.sizes.dataset])
-        row["GiB on disk"] += config.n_images * pixels * 4 / 2**30
+        row["GiB on disk"] += is_new * config.n_images * pixels * 4 / 2**30
         row["hours"] += 0 if job.done else config.n_images * cost.seconds / 3600
         if steps:
             memory.append(bytes_per_image(job) * config.sizes.max_batch)
     return row | {"GiB": max(memory) / 2**30}
 
 
-def show(name: str, *configs: Config) -> None:
-    """Print the notebook's row, and a batch size that fits, before it starts.
+def show(name: str, *configs: Config, **own: Any) -> None:
+    """Print the notebook's row, and a batch size that fits, before it starts; own as in `jobs`.
 
     Raises what `artefacts.obtain` raises where published networks are missing: all of them are named at once.
     """
     for config in configs:
         artefacts.obtain(zoo.needed(*_networks(config)))
-    if all(job.done for job in jobs(name, *configs)):
+    if all(job.done for job in jobs(name, *configs, **own)):
         print(f"{name}: the record of every attack is here, none is to be computed")
         return
-    row = estimate(name, *configs)
+    row = estimate(name, *configs, **own)
     print(markdown(_frame({name: row})))
     print(f"\n{suggestion(configs[0], row['GiB'])}")
 
@@ -331,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 04_autoattack; all of them")
     given = vars(parser.parse_args(arguments))
     names = given.pop("notebooks") or list(NOTEBOOKS)
-    rows = {name: estimate(name, *_configs(name, given)) for name in names}
+    rows = {name: estimate(name, *_configs(name, given), **_own(name, given)) for name in names}
     total = {head: sum(row[head] for row in rows.values()) for head in TABLE_HEAD}
     total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
     print(markdown(_frame(rows | ({"all of them": total} if len(rows) > 1 else {}))))
@@ -344,6 +363,12 @@ def _configs(name: str, given: dict[str, Any]) -> list[Config]:
     if name not in NOTEBOOKS:
         raise ValueError(f"expected a notebook out of {', '.join(NOTEBOOKS)}; got {name!r}")
     return [Config(**given | settings) for settings in NOTEBOOKS[name].settings]
+
+
+def _own(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """02_ablation takes every classifier of the profile, unless one is named."""
+    one = given["classifier"] if name == "02_ablation" else None
+    return {"classifiers": [one]} if one else {}
 
 
 def _networks(config: Config) -> tuple[str, Iterable[str], str]:

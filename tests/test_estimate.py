@@ -83,6 +83,38 @@ def test_a_plan_is_in_step_with_the_run(results, capsys):
     assert capsys.readouterr().out == "05_bpda: the record of every attack is here, none is to be computed\n"
 
 
+def test_an_attack_that_many_settings_read_is_counted_once(results):
+    """Without guidance, λ changes nothing; without a purifier, neither does t*."""
+    configs = estimate._configs("03_sweeps", {"n_images": 5, "n_iter": 7, "eot": 1})
+    row = estimate.estimate("03_sweeps", *configs, t_stars=[0.05, 0.3], guidance_weights=[0, 2])
+    # Undefended; reverse-only at three t*; COUP at these and at another λ, exact and first-order.
+    on_validation = 1 + 3 + 2 * (3 + 1)
+    on_test = 1 + 1 + 2
+    assert row["gradients"] == 5 * 7 * (on_validation + on_test)
+
+
+@pytest.mark.parametrize(
+    ("name", "fewer", "more"),
+    [
+        ("01_case_study", {"eps_factors": [1]}, {"eps_factors": [1, 2]}),
+        ("02_ablation", {"classifiers": ["cnn-small"]}, {}),
+        ("03_sweeps", {"t_stars": [0.05, 0.3], "guidance_weights": [0, 2]}, {}),
+        ("05_bpda", {"eot_counts": [1]}, {"eot_counts": [1, 5]}),
+        ("08_beyond", {"weights": [1.0]}, {"weights": [1.0, 2.0]}),
+    ],
+)
+def test_a_notebooks_own_parameters_count(results, name, fewer, more):
+    configs = estimate._configs(name, {})
+    assert len(estimate.jobs(name, *configs, **fewer)) < len(estimate.jobs(name, *configs, **more))
+
+
+def test_purifications_count(results):
+    few, many = (
+        estimate.estimate("05_bpda", *estimate._configs("05_bpda", {}), purifications=n) for n in (2, 3)
+    )
+    assert many["purifications"] > few["purifications"]
+
+
 def test_longer_paths_cost_more(results):
     def flop(n_steps):
         config = Config(n_steps=n_steps)
@@ -108,6 +140,11 @@ def test_the_command_line(results, capsys):
     out = capsys.readouterr().out
     for part in ("| 02_ablation |", "| all of them |", "images fit into one call", "All networks are here."):
         assert part in out
+    rows = [line.split("|")[5] for line in out.splitlines() if line.startswith("| 02_ablation |")]
+    estimate.main(["--classifier", "cnn-small", "02_ablation"])
+    alone = capsys.readouterr().out
+    rows += [line.split("|")[5] for line in alone.splitlines() if line.startswith("| 02_ablation |")]
+    assert int(rows[1].replace(",", "")) < int(rows[0].replace(",", ""))
     with pytest.raises(ValueError, match=r"expected a notebook out of 01_case_study, .*; got '99'"):
         estimate.main(["99"])
 
