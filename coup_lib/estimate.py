@@ -35,8 +35,8 @@ from coup_lib import (
 )
 from coup_lib.config import NORMS, Config
 from coup_lib.data import SHAPES
-from coup_lib.defences import MAXIMISERS, PAPER, is_guided
-from coup_lib.evaluate import Evaluation, Job, Source, calls, planning
+from coup_lib.defences import MAXIMISERS, PAPER
+from coup_lib.evaluate import Evaluation, Job, Source, planning
 from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
 from coup_lib.profiles import BUDGETS, PROFILES
 from coup_lib.purify import Purified, Purifier
@@ -137,7 +137,7 @@ class Cost:
 
 
 def jobs(name: str, *configs: Config, **own: Any) -> list[Job]:
-    """What the notebook would attack and score with these configurations; nothing is computed.
+    """What the notebook would attack and score with these configurations, each once; nothing is computed.
 
     own: parameters of this notebook alone, such as t_stars; its defaults where left out. ValueError for an
     unknown notebook.
@@ -146,15 +146,15 @@ def jobs(name: str, *configs: Config, **own: Any) -> list[Job]:
         raise ValueError(f"expected a notebook out of {', '.join(NOTEBOOKS)}; got {name!r}")
     with planning() as found, redirect_stdout(StringIO()):
         NOTEBOOKS[name].run(*configs, **own)
-    return list({(str(job.config), job.classifier, job.source): job for job in found}.values())
-
-
-def _attacked(job: Job) -> tuple[str, str, Source]:
-    """What the attack depends on: jobs that agree in it read one record."""
-    changed: dict[str, Any] = {"purpose": "report", "n_draws": 1}
-    changed |= {} if is_guided(job.source.defence) else {"guidance_weight": 0}
-    changed |= {"t_star": None, "n_steps": None} if job.source.defence == "none" else {}
-    return str(replace(job.config, **changed)), job.classifier, job.source
+    planned: list[Job] = []
+    known: set[Any] = set()  # records and scores that are made by then
+    for job in found:
+        scores = {target: (job.record, str(job.config), target) for target in job.targets}
+        left = tuple(target for target, score in scores.items() if score not in known)
+        if left or job.record not in known:
+            planned.append(replace(job, targets=left, shared=job.record in known))
+        known |= {job.record, *scores.values()}
+    return planned
 
 
 def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
@@ -166,12 +166,10 @@ def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
     batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32; they do
     not compress.
     """
-    row, memory, attacks = dict.fromkeys(TABLE_HEAD, 0.0), [0.0], set()
+    row, memory = dict.fromkeys(TABLE_HEAD, 0.0), [0.0]
     for job in jobs(name, *configs, **own):
         config, source = job.config, job.source
-        is_new = _attacked(job) not in attacks
-        attacks.add(_attacked(job))
-        gradients, forwards = calls(source, config) if is_new else (0, 0)
+        gradients, forwards = job.calls
         scored = {target: 2 * config.n_draws for target in job.targets if target != "none"}
         cost = Cost(0, 0)
         if forwards:
@@ -189,7 +187,7 @@ def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
         )
         row["PFLOP"] += config.n_images * cost.flop / 1e15
         pixels = prod(SHAPES[config.sizes.dataset])
-        row["GiB on disk"] += is_new * config.n_images * pixels * 4 / 2**30
+        row["GiB on disk"] += 0 if job.shared else config.n_images * pixels * 4 / 2**30
         row["hours"] += 0 if job.done else config.n_images * cost.seconds / 3600
         if steps:
             memory.append(bytes_per_image(job) * config.sizes.max_batch)

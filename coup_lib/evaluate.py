@@ -21,7 +21,7 @@ from coup_lib.outcomes import Score
 from coup_lib.precision import products
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified
-from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
+from coup_lib.records import ChunkedRecord, Progress, Worker, config_hash, is_complete, record_path
 from coup_lib.zoo import check_classifier, digest, load_classifier, load_score, missing
 
 T = TypeVar("T")
@@ -93,13 +93,23 @@ CLEAN = Source("clean", "none")
 
 @dataclass(frozen=True)
 class Job:
-    """A source that a run needs, and the targets it is scored on. done: its record is there."""
+    """A source that a run needs, and the targets it is scored on.
+
+    record: jobs with the same one read the same record. done: it is there. shared: another job makes it.
+    """
 
     config: Config
     classifier: str
     source: Source
     targets: tuple[str, ...]
+    record: str
     done: bool
+    shared: bool = False
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """As `calls`, of the attack if it is this job's."""
+        return (0, 0) if self.shared else calls(self.source, self.config)
 
 
 _planned: ContextVar[list[Job] | None] = ContextVar("planned", default=None)
@@ -408,8 +418,11 @@ class Evaluation:
             ]
         return torch.cat(parts).reshape(len(x), draws, -1)
 
-    def attack_settings(self, source: Source) -> tuple[str, dict[str, Any]]:
-        """A readable name for the record and everything that its numbers depend on."""
+    def attack_settings(self, source: Source, *, by_name: bool = False) -> tuple[str, dict[str, Any]]:
+        """A readable name for the record and everything that its numbers depend on.
+
+        by_name: networks and images by their names, not their hashes; so they need not be here.
+        """
         config = self.config
         settings: dict[str, Any] = {
             "attack": source.attack,
@@ -417,13 +430,15 @@ class Evaluation:
             "split": config.split,
             "n_images": config.n_images,
         }
-        rows = fingerprint(config.sizes.dataset, config.split, config.subset, config.n_images)
+        rows = config.subset
+        if not by_name:
+            rows = fingerprint(config.sizes.dataset, config.split, config.subset, config.n_images)
         settings |= {"images": rows} if rows else {}
         if source.attack == "clean":
             return f"{self.classifier_name}-clean", settings
         budget = {name: getattr(config, name) for name in SPENT.get(source.attack, ITERATED)}
         budget |= {name: getattr(source, name) for name in budget if getattr(source, name, None)}
-        defence = self.defence_settings(source.defence)
+        defence = self.defence_settings(source.defence, by_name=by_name)
         if source.n_steps and source.defence != "none":
             defence["n_steps"] = source.n_steps
         settings |= {
@@ -443,31 +458,35 @@ class Evaluation:
         if self._compiles(source.defence, source.gradient):
             settings["compiled"] = True
         if source.start:
-            settings["start"] = self.attack_settings(source.start)[1]
+            settings["start"] = self.attack_settings(source.start, by_name=by_name)[1]
         name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"
         return name, settings
 
-    def defence_settings(self, name: str) -> dict[str, Any]:
-        """What a defence's behaviour depends on: its networks by hash, and its own settings."""
+    def defence_settings(self, name: str, *, by_name: bool = False) -> dict[str, Any]:
+        """What a defence's behaviour depends on: its networks by hash (or name), and its own settings."""
         config, dataset = self.config, self.config.sizes.dataset
+
+        def identity(network: str) -> str:
+            return network if by_name else digest(dataset, network)
+
         settings: dict[str, Any] = {
             "name": name,
             "classifier": self.classifier_name,
-            "classifier_sha256": digest(dataset, self.classifier_name),
+            "classifier_sha256": identity(self.classifier_name),
         }
         if name in MAXIMISERS:
-            settings |= {"score_sha256": digest(dataset, config.sizes.score)}
+            settings |= {"score_sha256": identity(config.sizes.score)}
             settings |= {"n_steps": N_STEPS, "lr": LR, "sigma": SIGMA}
         elif name != "none":
             settings |= {
-                "score_sha256": digest(dataset, config.sizes.score),
+                "score_sha256": identity(config.sizes.score),
                 "t_star": config.t_star,
                 "n_steps": config.n_steps,
             }
         if is_guided(name):
             settings["guidance_weight"] = config.guidance_weight
         if name in PURIFIERS and PURIFIERS[name].robust_guide:
-            settings["guide_sha256"] = digest(dataset, self._guide)
+            settings["guide_sha256"] = identity(self._guide)
         return settings
 
     def _is_done(self, source: Source) -> bool:
@@ -479,7 +498,9 @@ class Evaluation:
         dataset, guide = self.config.sizes.dataset, self._guide
         missing_networks = missing(dataset, [self.classifier_name, guide], self.config.sizes.score)
         done = is_here(dataset) and not missing_networks and self._is_done(source)
-        return Job(self.config, self.classifier_name, source, facing, done)
+        name, settings = self.attack_settings(source, by_name=True)
+        record = f"{name}-{config_hash(settings)}"
+        return Job(self.config, self.classifier_name, source, facing, record, done)
 
     def _all_right(self) -> Score:
         labels = np.zeros(self.config.n_images, dtype=int)

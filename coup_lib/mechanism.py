@@ -75,9 +75,10 @@ class SmoothEvaluation(Evaluation):
         purifier = Purifier(guided, t_star=config.t_star, n_steps=n_steps, gradient=gradient)
         return Purified(self.classifier, purifier)
 
-    def defence_settings(self, name: str) -> dict[str, Any]:
+    def defence_settings(self, name: str, *, by_name: bool = False) -> dict[str, Any]:
         """As `Evaluation.defence_settings`."""
-        return super().defence_settings(name) | ({"smooth_max": POWER} if name == "coup" else {})
+        settings = super().defence_settings(name, by_name=by_name)
+        return settings | ({"smooth_max": POWER} if name == "coup" else {})
 
 
 # --- What is measured -------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def cost():
 def test_an_attack_is_counted_as_by_hand(cost, source, gflop):
     config = Config(profile="cifar10", budget="full", subset="first", n_images=4, n_steps=STEPS)
     scored = DRAWS * (STEPS * (37.1 + 21.0) + 10.5)
-    job = Job(config, WRN, source, ("coup",), done=False)
+    job = Job(config, WRN, source, ("coup",), record="", done=False)
     assert cost["cost"](job) == pytest.approx((gflop + scored) / 1000)
 
 

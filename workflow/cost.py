@@ -10,7 +10,7 @@ import pandas as pd
 from coup_lib.config import Config
 from coup_lib.defences import MAXIMISERS, PURIFIERS, is_guided
 from coup_lib.estimate import NOTEBOOKS, jobs
-from coup_lib.evaluate import Job, calls
+from coup_lib.evaluate import Job
 from coup_lib.tables import markdown
 
 # GFLOP of one image, a multiply-add counting two: the call, with its derivative in the image, and for
@@ -41,7 +41,7 @@ def teraflop(job: Job, defence: str, gradient: str | None) -> float:
 
 def cost(job: Job) -> float:
     """TFLOP of an attack and of scoring what it found, for one image."""
-    gradients, forwards = calls(job.source, job.config)
+    gradients, forwards = job.calls
     source, gradient = job.source.defence, job.source.gradient
     attack = gradients * teraflop(job, source, gradient) + forwards * teraflop(job, source, None)
     scores = sum(2 * job.config.n_draws * teraflop(job, target, None) for target in job.targets)
@@ -65,9 +65,10 @@ def table(n_images: int) -> pd.DataFrame:
     for name in NOTEBOOKS:
         found = list(planned(name, n_images))
         petaflop = sum(job.config.n_images * cost(job) for job in found) / 1000
-        stored = sum(job.config.n_images for job in found) * 3 * 32 * 32 * 4 / 2**30
+        attacks = [job for job in found if not job.shared]
+        stored = sum(job.config.n_images for job in attacks) * 3 * 32 * 32 * 4 / 2**30
         rows[name] = {
-            "attacks": len(found),
+            "attacks": len(attacks),
             "PFLOP": petaflop,
             "GPU hours": petaflop * 1000 / SUSTAINED / 3600,
             "GiB": stored,
