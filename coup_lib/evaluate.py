@@ -21,7 +21,7 @@ from coup_lib.outcomes import Score
 from coup_lib.precision import products
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified
-from coup_lib.records import ChunkedRecord, Progress, Worker, config_hash, is_complete, record_path
+from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
 from coup_lib.zoo import check_classifier, digest, load_classifier, load_score, missing
 
 T = TypeVar("T")
@@ -498,8 +498,7 @@ class Evaluation:
         dataset, guide = self.config.sizes.dataset, self._guide
         missing_networks = missing(dataset, [self.classifier_name, guide], self.config.sizes.score)
         done = is_here(dataset) and not missing_networks and self._is_done(source)
-        name, settings = self.attack_settings(source, by_name=True)
-        record = f"{name}-{config_hash(settings)}"
+        record = record_path(self.config.profile, *self.attack_settings(source, by_name=True)).stem
         return Job(self.config, self.classifier_name, source, facing, record, done)
 
     def _all_right(self) -> Score:
