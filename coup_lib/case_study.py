@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from scipy.stats import t as student
 from torch import Tensor
 
-from coup_lib.config import Config, number
+from coup_lib.config import Config, number, radius
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.guidance import to_image
 from coup_lib.outcomes import Accuracy, Difference
@@ -269,7 +269,7 @@ def verdict_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
     """One row per eps and group: n, shares rescued and broken, and the verdict on each statement."""
     rows = [
         {
-            "eps": f"{study.eps:g}",
+            "eps": radius(study.eps),
             "Group": label,
             "Bad cases": len(study.rescued(group)),
             "Rescued (%)": _share(study.rescued(group)),
@@ -318,7 +318,7 @@ def reading(study: CaseStudy) -> str:
     was_bad = int((study.bad & (study.clean != study.labels)).sum())
     decided = int((study.bad & (study.raw == study.y_adv)).sum())
     lines = [
-        f"**eps = {study.eps:g}.** Of {total} images {n_bad} are bad cases (the paper: {PAPER_CASES}); "
+        f"**eps = {radius(study.eps)}.** Of {total} images {n_bad} are bad cases (the paper: {PAPER_CASES}); "
         f"{was_bad} of them reverse-only gets wrong without any attack. In {decided} of them the bare "
         "classifier sees y_adv in x_adv already: guidance, which pushes towards the class that is seen, "
         "starts out towards y_adv there.",
@@ -376,7 +376,7 @@ def verdict_lines(studies: Sequence[CaseStudy]) -> str:
     for name, statement in STATEMENTS.items():
         lines += [f"- **({name}) {statement}**"]
         lines += [f"    - {GROUPS[group]}: {_where(studies, group, name)}" for group in GROUPS]
-    counts = ", ".join(f"{int(study.bad.sum())} (eps = {study.eps:g})" for study in studies)
+    counts = ", ".join(f"{int(study.bad.sum())} (eps = {radius(study.eps)})" for study in studies)
     first = f"The statements of Sec. 5.3.1 on our {counts} bad cases, where the paper has {PAPER_CASES}:"
     return "\n".join([first, "", *lines])
 
@@ -385,13 +385,13 @@ def _where(studies: Sequence[CaseStudy], group: str, statement: str) -> str:
     """Each verdict with the eps that it was found at."""
     found: dict[str, list[str]] = {}
     for study in studies:
-        found.setdefault(verdicts(study, group)[statement], []).append(f"{study.eps:g}")
+        found.setdefault(verdicts(study, group)[statement], []).append(radius(study.eps))
     return "; ".join(f"**{verdict}** at eps = {', '.join(eps)}" for verdict, eps in found.items())
 
 
 def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: str) -> str:
     """What stands behind the numbers, and what the verdicts mean."""
-    eps = ", ".join(f"{study.eps:g}" for study in studies)
+    eps = ", ".join(radius(study.eps) for study in studies)
     words = "; ".join(f"({name}) {statement}" for name, statement in STATEMENTS.items())
     return (
         f"{config.profile}, {config.split} split, {classifier}, {config.n_images} images; "
@@ -435,7 +435,9 @@ def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
     for row, group in zip(grid, ("right", "wrong"), strict=True):
         for axes, study in zip(row, studies, strict=True):
             n = len(study.rescued(group))
-            axes.set_title(f"({next(letters)}) eps = {study.eps:g}, n = {n}", loc="left", fontsize="medium")
+            axes.set_title(
+                f"({next(letters)}) eps = {radius(study.eps)}, n = {n}", loc="left", fontsize="medium"
+            )
             _curves_panel(axes, study, group)
         row[0].set_ylabel(f"{GROUPS[group]}\nconfidence $p(y\\,|\\,x_t)$".replace("x_adv", "$x_{adv}$"))
     for axes in grid[-1]:
@@ -510,21 +512,25 @@ def _rescue_panel(axes: Axes, studies: Sequence[CaseStudy], group: str, what: st
     counts = [len(getattr(study, what)(group)) for study in studies]
     if not any(counts):
         axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
-    labels = [f"eps = {study.eps:g}\nn = {n}" for study, n in zip(studies, counts, strict=True)]
+    labels = [f"eps = {radius(study.eps)}\nn = {n}" for study, n in zip(studies, counts, strict=True)]
     axes.set_xticks(range(len(studies)), labels)
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(xlim=(-0.5, len(studies) - 0.5), ylim=(-4, 104))
 
 
-def strips_figure(study: CaseStudy) -> Figure:
-    """Fig. 1c: the first rescued and the first other bad cases by index, without and with guidance."""
+def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
+    """Fig. 1c: the first rescued and the first other bad cases by index, without and with guidance.
+
+    `classes`: the name of each label.
+    """
     index = study.strips["index"]
     saved = study.right["coup"][index] == 1
     parts = {"(a) rescued by guidance": saved, "(b) not rescued": ~saved}
     widths = [1 if chosen.any() else 0.42 for chosen in parts.values()]
     rows = max(1, int(saved.sum()), int((~saved).sum()))
-    figure = plt.figure(figsize=(6.4 * sum(widths), 0.7 + 2.1 * rows))
+    figure = plt.figure(figsize=(6.4 * sum(widths), 0.7 + 2.6 * rows))
+    figure.set_layout_engine("constrained", h_pad=0.07)  # inches, between a label and the next title
     halves = np.atleast_1d(np.array(figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)))
     rescued = study.rescued("all") == 1
     totals = (int(rescued.sum()), int((~rescued).sum()))
@@ -537,11 +543,11 @@ def strips_figure(study: CaseStudy) -> Figure:
             for axes in grid.flat:
                 axes.set_axis_off()
             for row, place in enumerate(places):
-                _strip(grid[2 * row : 2 * row + 2], study, place)
+                _strip(grid[2 * row : 2 * row + 2], study, place, classes)
     return figure
 
 
-def _strip(grid: np.ndarray, study: CaseStudy, place: int) -> None:
+def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str]) -> None:
     """Two rows of images of one case: without guidance above, with guidance below."""
     strips, times = study.strips, study.strips["columns"]
     place_in_split = int(strips["index"][place])
@@ -556,10 +562,10 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int) -> None:
                 _picture(grid[side][column], strips["images"][side, place, column])
                 seen, sure = (strips[name][side, place, column] for name in ("class", "confidence"))
                 colour, weight = _emphasis(seen == label, title == "final")
-                text = f"{seen}: {100 * sure:.0f} %"
+                text = f"{classes[seen]}\n{100 * sure:.0f} %"
                 _write(grid[side][column], 0.5, -0.05, text, ha="center", color=colour, weight=weight)
         _write(grid[side][2], -0.3, 0.95, ("without", "with")[side], rotation=90, color=COLOURS[path])
-    _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class {label}")
+    _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class\n{classes[label]}")
 
 
 def _picture(axes: Axes, image: np.ndarray) -> None:
@@ -582,9 +588,9 @@ def strips_caption(study: CaseStudy, shown: int) -> str:
     """How the strips were chosen and what their labels mean."""
     saved = study.rescued("all").astype(bool)
     return (
-        f"Fig. 1c at eps = {study.eps:g}: of the {int(saved.sum())} rescued and the {int((~saved).sum())} "
-        f"other bad cases the first {shown} of each by index in the split, not chosen by their looks. Under "
-        "each image the class that the bare classifier gives to it, with its confidence: blue is the true "
-        "class, red another. On the way the classifier sees the state as it is; what is drawn is clipped to "
-        "[0, 1]."
+        f"Fig. 1c at eps = {radius(study.eps)}: of the {int(saved.sum())} rescued and the "
+        f"{int((~saved).sum())} other bad cases the first {shown} of each by index in the split, not chosen "
+        "by their looks. Under each image the class that the bare classifier gives to it, with its "
+        "confidence: blue is the true class, red another. On the way the classifier sees the state as it is; "
+        "what is drawn is clipped to [0, 1]."
     )

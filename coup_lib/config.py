@@ -41,6 +41,11 @@ def number(name: str, value: Any, low: float, high: float = float("inf")) -> flo
     return result
 
 
+def radius(eps: float) -> str:
+    """eps in words: "8/255" where that is shorter than its decimals."""
+    return min(f"{eps:g}", f"{round(255 * eps, 6):g}/255", key=len)
+
+
 def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> int:
     """A whole number in [low, high]; papermill hands over 1e3 as a float and that is fine."""
     result = number(name, value, low - 1, high)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from coup_lib import paper, plots, tables
-from coup_lib.config import Config
+from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import Evaluation
 from coup_lib.outcomes import Accuracy, Difference
@@ -76,7 +76,7 @@ def figure(found: Panels, configs: Mapping[str, Config]) -> Figure:
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         axes.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, 102))
-        what = f"({letter}) attacked in {NORM_NAMES[norm]}, ε = {config.eps:g}"
+        what = f"({letter}) attacked in {NORM_NAMES[norm]}, ε = {radius(config.eps)}"
         axes.set_title(what, loc="left", fontsize="medium")
     panels[0].set_ylabel(f"accuracy (%), n = {config.n_images}, 95 % interval")
     gradient = config.gradient.replace("_", "-")
@@ -101,7 +101,7 @@ def table(found: Panels, configs: Mapping[str, Config]) -> pd.DataFrame:
             rows,
             configs[norm],
             Classifier=title(training),
-            Attack=f"{NORM_NAMES[norm]}, {configs[norm].eps:g}",
+            Attack=f"{NORM_NAMES[norm]}, {radius(configs[norm].eps)}",
         )
         for norm, panel in found.items()
         for training, rows in panel.items()
@@ -125,7 +125,8 @@ def caption(configs: Mapping[str, Config]) -> str:
     """What stands behind the numbers, once for both norms."""
     config = next(iter(configs.values()))
     threats = " and ".join(
-        f"{NORM_NAMES[norm]} with eps = {each.eps:g}, t* = {each.t_star:g}" for norm, each in configs.items()
+        f"{NORM_NAMES[norm]} with eps = {radius(each.eps)}, t* = {each.t_star:g}"
+        for norm, each in configs.items()
     )
     return (
         f"{config.profile}, {config.split} split; attacked in {threats}; N = {config.n_steps}, "

@@ -24,6 +24,11 @@ SIZES = {
     "cifar100": _CIFAR,
 }
 SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+CLASSES = {
+    "digits": [str(label) for label in range(10)],
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "cifar100": [str(label) for label in range(100)],  # its names come only with the download
+}
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 2408
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coup_lib.config import Config
+from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
@@ -206,7 +206,7 @@ def caption(config: Config) -> str:
     spent = {"n_images": "images", "n_iter": "iterations", "eot": "EOT draws", "square_queries": "queries"}
     sizes = [f"{getattr(config, name)}/{getattr(full, name)} {what}" for name, what in spent.items()]
     return (
-        f"{config.profile}, {config.split} split; {config.norm_label}, eps = {config.eps:g}; "
+        f"{config.profile}, {config.split} split; {config.norm_label}, eps = {radius(config.eps)}; "
         f"t* = {config.t_star:g}, N = {config.n_steps}, λ = {config.guidance_weight:g}; spent of the full "
         f"size: {', '.join(sizes)}; the adjoint, BPDA, half of the steps, the margins, the warm starts and "
         f"the numbered EOT take {halved(config).n_iter} iterations; seed {config.seed}. Accuracies in % with "
@@ -494,7 +494,7 @@ def sanity_figure(
 
     factors = (0.0, *EPS_FACTORS[config.norm])
     points_panel(panels[0], eps, factors, factors)
-    panels[0].set(xlabel=f"radius (units of eps = {config.eps:g})", ylabel="accuracy (%)")
+    panels[0].set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylabel="accuracy (%)")
 
     threats = {"clean": "clean", "noise": "random\nnoise", "square": "Square"}
     threats |= {"fgsm": "FGSM", "exact": "APGD\nexact"}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from coup_lib import paper, paths
-from coup_lib.config import Config
+from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
@@ -122,7 +122,7 @@ def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequen
     )
     return (
         f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {config.norm_label}, "
-        f"eps = {config.eps:g}; t* = {config.t_star:g}, N = {config.n_steps}, "
+        f"eps = {radius(config.eps)}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; spent of the paper's protocol: {', '.join(sizes)}; "
         f"seed {config.seed}. Accuracies in % with "
         f"95 % Wilson interval. {counting} average {config.n_draws} fresh noise draws per image."

@@ -13,6 +13,7 @@ from torch import nn
 from coup_lib import case_study as cs
 from coup_lib import paths
 from coup_lib.config import Config
+from coup_lib.data import CLASSES
 from coup_lib.guidance import to_state
 from coup_lib.purify import coup, reverse_only
 
@@ -175,7 +176,11 @@ def test_without_a_bad_case_text_and_figures_say_so(results_folder):
         pytest.fail("choose images that no attack this small can break")
     assert "Of 3 images 0 are bad cases" in cs.reading(found)
     assert set(cs.verdicts(found, "all").values()) == {"too few cases"}
-    for figure in (cs.curves_figure([found]), cs.rescue_figure([found]), cs.strips_figure(found)):
+    for figure in (
+        cs.curves_figure([found]),
+        cs.rescue_figure([found]),
+        cs.strips_figure(found, CLASSES["digits"]),
+    ):
         figure.canvas.draw()
         texts = [text.get_text() for part in (figure, *figure.subfigs) for text in part.findobj(plt.Text)]
         assert any("no such case" in text for text in texts)

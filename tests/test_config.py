@@ -15,6 +15,7 @@ from coup_lib.config import (
     count,
     from_notebook,
     number,
+    radius,
 )
 
 
@@ -133,6 +134,13 @@ def test_number_and_count():
     assert count("x", "12", 20) == 12
     with pytest.raises(ValueError, match="whole number; got True"):
         count("x", True)
+
+
+@pytest.mark.parametrize(
+    ("eps", "words"), [(8 / 255, "8/255"), (0.0470588235294, "12/255"), (0.5, "0.5"), (0.2, "0.2"), (1, "1")]
+)
+def test_a_radius_is_written_as_the_field_writes_it(eps, words):
+    assert radius(eps) == words and number("eps", words, 0) == pytest.approx(eps)
 
 
 def notebook(cell, **names):
