@@ -1,5 +1,6 @@
 """How far a gradient that is not exact points away from the exact one, on trained networks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from coup_lib.config import Config
 from coup_lib.data import Images
 from coup_lib.evaluate import Evaluation, Source
-from coup_lib.records import record
+from coup_lib.progress import Plan
+from coup_lib.records import ChunkedRecord, Worker, is_complete
 
+CHUNK = 4  # images at once
 STEP_COUNTS = (10, 20, 50, 100)
 COMPARED = {"reverse": ("adjoint", "bpda"), "coup": ("adjoint", "first_order", "bpda")}
 
@@ -29,19 +32,29 @@ def gradient_cosines(
     n_images = min(n_images, config.n_images)
     source, attacked = Source("apgd-ce", "reverse"), Evaluation(config)
 
-    def compute() -> dict[str, Any]:
-        x_adv = attacked.x_adv(source)
-        images = Images(x_adv, attacked.images.y).first(n_images)
-        found: dict[str, Any] = {"step_counts": list(step_counts)}
+    def compute(start: int) -> dict[str, Any]:
+        places = range(start, min(start + CHUNK, n_images))
+        rows = slice(places.start, places.stop)
+        images = Images(attacked.x_adv(source)[rows], attacked.images.y[rows])
+        found: dict[str, Any] = {}
         for defence, gradients in COMPARED.items():
             found[defence] = {gradient: [] for gradient in gradients}
             for n_steps in step_counts:
                 evaluation = Evaluation(replace(config, n_steps=n_steps))
-                exact = _gradient(evaluation.defence(defence, "exact"), images)
+                exact = _gradient(evaluation.defence(defence, "exact"), images, places)
                 for gradient in gradients:
-                    other = _gradient(evaluation.defence(defence, gradient), images)
+                    other = _gradient(evaluation.defence(defence, gradient), images, places)
                     found[defence][gradient].append(_cosine(exact, other).tolist())
         return found
+
+    def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        def joined(defence: str, gradient: str, place: int) -> list[float]:
+            return [value for part in parts for value in part[defence][gradient][place]]
+
+        return {"step_counts": list(step_counts)} | {
+            defence: {name: [joined(defence, name, i) for i in range(len(step_counts))] for name in gradients}
+            for defence, gradients in COMPARED.items()
+        }
 
     name, attack = attacked.attack_settings(source)
     settings = {
@@ -50,12 +63,18 @@ def gradient_cosines(
         "attack": attack,
         "target": attacked.defence_settings("coup"),
     }
-    return record(config.profile, f"gradient-cosines-{name}", settings, compute)
+    starts, worker = range(0, n_images, CHUNK), Worker(config.shard, config.num_shards)
+    name = f"gradient-cosines-{name}"
+    record = ChunkedRecord(config.profile, name, settings, starts, compute, combine, worker)
+    plan = Plan([0.0 if is_complete(record.path) else 1.0], verbose=True)
+    plan.start("cosines to the exact gradient")
+    return record.finish(plan.advance)
 
 
-def _gradient(model: nn.Module, images: Images) -> Tensor:
+def _gradient(model: nn.Module, images: Images, seeds: Sequence[int]) -> Tensor:
+    """Row by row, (n, C·H·W); of each image on the Brownian path of its seed."""
     x = images.x.double().requires_grad_()
-    loss = F.cross_entropy(model.double()(x, seeds=torch.arange(len(x))), images.y, reduction="sum")
+    loss = F.cross_entropy(model.double()(x, seeds=torch.tensor(seeds)), images.y, reduction="sum")
     return torch.autograd.grad(loss, x)[0].flatten(1)
 
 
