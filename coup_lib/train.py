@@ -101,8 +101,9 @@ def train(
         return train_cifar.train_score(network, data, held_out, **settings)
     attack = _attack(dataset, name, seed)
     if dataset == "cifar10":
-        network.load_state_dict(load_classifier(dataset, train_cifar.BEGINS_WITH[name]).state_dict())
-        settings = {"steps": train_cifar.ROBUST_STEPS[name]} | settings
+        recipe = train_cifar.ROBUST[name]
+        network.load_state_dict(load_classifier(dataset, recipe.begins_with).state_dict())
+        settings = {"steps": recipe.steps, "lr": recipe.lr} | settings
         return train_cifar.train_robust(network, data, attack, **settings)
     return train_digits.train_classifier(network, data, attack=attack, **settings)
 
@@ -112,7 +113,8 @@ def _attack(dataset: str, name: str, seed: int) -> Attack | None:
     profile = PROFILES[TRAINED[dataset]]
     for norm, robust in profile.robust_classifiers.items():
         if name == robust:
-            n_iter = RECIPES[dataset].PGD_STEPS
+            cifar = dataset == "cifar10"
+            n_iter = train_cifar.ROBUST[name].pgd_steps if cifar else train_digits.PGD_STEPS
             return Attack("pgd", NORM_LABELS[norm], profile.eps[norm], seed=seed, n_iter=n_iter, eot=1)
     return None
 
@@ -130,7 +132,7 @@ def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
         split_seed=SPLIT_SEED,
         command=command,
         t_max=T_MAX,
-        pgd_steps=recipes.PGD_STEPS,
+        **recipes.CARD_FACTS,
         pgd_step=PGD_STEP,
         loss_images=min(recipes.CARD_IMAGES, len(splits["validation"])),
         classifiers="\n".join(_classifier_row(dataset, *row, splits) for row in classifiers.items()),

@@ -1,7 +1,7 @@
 """How the small networks of CIFAR-10 are trained: `python -m coup_lib.train --dataset cifar10`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,23 @@ from coup_lib.fit import fit
 from coup_lib.networks import T_MAX
 
 STEPS, BATCH, LR, MUON_LR = 8_000, 64, 2e-3, 0.02
-ROBUST_LR, PGD_STEPS = 3e-4, 3
-# What adversarial training begins with, and its steps. Attacks in L∞ leave so little of the published network
-# that training on them from there ended in a constant.
-BEGINS_WITH = {"resnet20-l2": "resnet20", "resnet20-linf": "resnet20-l2"}
-ROBUST_STEPS = {"resnet20-l2": 1_500, "resnet20-linf": 800}
 STOP_TIMES, STOP_IMAGES = (0.02, 0.05, 0.1), 256
+
+
+class Robust(NamedTuple):
+    """Adversarial training: of which network, for how long, on how many steps of PGD."""
+
+    begins_with: str
+    steps: int
+    lr: float
+    pgd_steps: int
+
+
+# Attacks in L∞ leave so little of the published network that training on them from there ended in a constant.
+ROBUST = {
+    "resnet20-l2": Robust("resnet20", steps=1_500, lr=3e-4, pgd_steps=3),
+    "resnet20-linf": Robust("resnet20-l2", steps=2_000, lr=1e-3, pgd_steps=5),
+}
 
 
 def train_score(
@@ -75,6 +86,7 @@ def train_robust(
     *,
     seed: int,
     steps: int,
+    lr: float,
     **settings: Any,
 ) -> nn.Module:
     """Adversarial training (Madry et al. 2018) from the weights that the network has.
@@ -89,7 +101,7 @@ def train_robust(
         x, y = shifted(mirrored(data.x[chosen], generator), generator), data.y[chosen]
         return F.cross_entropy(network(attack(network, x, y).x_adv if attack else x), y)
 
-    return fit(network, loss, seed=seed, steps=steps, lr=ROBUST_LR, decay=0.99, weight_decay=0.01, **settings)
+    return fit(network, loss, seed=seed, steps=steps, lr=lr, decay=0.99, weight_decay=0.01, **settings)
 
 
 def mirrored(x: Tensor, generator: Generator) -> Tensor:
@@ -110,6 +122,7 @@ def shifted(x: Tensor, generator: Generator, most: int = 4) -> Tensor:
 
 
 CARD_SPLITS, CARD_IMAGES = ("validation", "train"), 128
+CARD_FACTS = {"l2": ROBUST["resnet20-l2"], "linf": ROBUST["resnet20-linf"]}
 CARD = """# Networks of the profile cifar10-small
 
 The last of them was trained by
@@ -123,9 +136,9 @@ training, {validation} for validation; {test} test images, which served for noth
 The published ResNet-20 and ResNet-18 of the profile were trained on all of CIFAR-10's training images, these
 validation images among them: what is chosen on those is chosen for a classifier that knows them.
 Accuracies with their 95 % Wilson interval. resnet20-l2 is the published ResNet-20
-(akamaster/pytorch_resnet_cifar10, BSD-2-Clause), adversarially trained further on PGD-{pgd_steps} images
-(step {pgd_step:.3f} eps) at the profile's eps; resnet20-linf is that, trained further for its own norm.
-Their robustness is in notebook 06.
+(akamaster/pytorch_resnet_cifar10, BSD-2-Clause), adversarially trained further on PGD-{l2.pgd_steps} images
+(step {pgd_step:.3f} eps) at the profile's eps; resnet20-linf is that, trained further for its own norm, on
+PGD-{linf.pgd_steps} images. Their robustness is in notebook 06.
 
 | classifier | parameters | MFLOP per image | accuracy, validation (n = {validation}) | test (n = {test}) |
 |---|---|---|---|---|

@@ -126,6 +126,7 @@ def redrawable(x: Tensor, rounds: int = 4) -> Tensor:
 # --- what is said of it ---
 
 CARD_SPLITS, CARD_IMAGES = ("validation",), 285  # of each split, at most, for the denoising losses
+CARD_FACTS = {"pgd_steps": PGD_STEPS}
 CARD = """# Networks of the digits profile
 
 Written by `{command}`, this card included. The same command on the same

@@ -208,17 +208,23 @@ def test_weights_to_begin_with_are_checked(tmp_path, arguments, error, message):
 
 def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
     torch.manual_seed(0)
-    published, begun = cifar_resnet(20), []
+    published, begun, met = cifar_resnet(20), [], []
 
     def load(dataset, name):
         begun.append(name)
         return published
 
+    def train_robust(network, data, attack, *, seed, steps, lr, **_):
+        met.append((attack.norm, attack.n_iter, steps, lr))
+        return network
+
     monkeypatch.setattr(train, "load_classifier", load)
-    monkeypatch.setattr(train_cifar, "train_robust", lambda network, *_, **__: network)
+    monkeypatch.setattr(train_cifar, "train_robust", train_robust)
     for name in SMALL.robust_classifiers.values():
         assert torch.equal(train.train("cifar10", name, seed=0).conv1.weight, published.conv1.weight)
     assert begun == ["resnet20-l2", "resnet20"]
+    recipes = {norm: train_cifar.ROBUST[name] for norm, name in SMALL.robust_classifiers.items()}
+    assert met == [(NORM_LABELS[norm], r.pgd_steps, r.steps, r.lr) for norm, r in recipes.items()]
 
 
 def test_adversarial_training_keeps_the_statistics(images):
@@ -230,7 +236,7 @@ def test_adversarial_training_keeps_the_statistics(images):
         seen.append((network.training, x, y))
         return Attack("clean", "Linf", 0.1)(network, x, y)
 
-    trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, seed=0, steps=2)
+    trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, seed=0, steps=2, lr=1e-3)
     assert len(seen) == 2 and not any(training for training, _, _ in seen)
     for key, value in published.state_dict().items():
         same = torch.equal(trained.state_dict()[key], value)
