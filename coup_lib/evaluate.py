@@ -240,8 +240,10 @@ class Evaluation:
 
         clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order
         guidance term); from_none and from_reverse (APGD-ce's images against the undefended classifier and
-        against reverse-only). With autoattack also dlr (APGD-dlr, the other half of AutoAttack's "rand") and
-        standard. `outcomes.worst_of` all of them is the column that a claim of robustness has to stand on.
+        against reverse-only). With autoattack also standard and dlr (APGD-dlr, the other half of AutoAttack's
+        "rand"), and both made against reverse-only: else reverse-only alone would face images that its smooth
+        gradient finds. `outcomes.worst_of` all of them is the column that a claim of robustness has to stand
+        on.
         """
         gradient = self.config.gradient
         rows = {
@@ -258,6 +260,8 @@ class Evaluation:
             for defence, row in rows.items():
                 row["standard"] = Source("standard", defence, gradient)
                 row["dlr"] = Source("apgd-dlr", defence, gradient)
+                row["standard_from_reverse"] = Source("standard", "reverse", gradient)
+                row["dlr_from_reverse"] = Source("apgd-dlr", "reverse", gradient)
         return self.scores(rows)
 
     def scores(self, rows: dict[str, dict[str, Source]]) -> dict[str, dict[str, Score]]:

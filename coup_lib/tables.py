@@ -25,6 +25,8 @@ COLUMNS = {
     "bpda": "APGD-ce, BPDA",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse-only",
+    "standard_from_reverse": "AutoAttack standard, from reverse-only",
+    "dlr_from_reverse": "APGD-dlr, from reverse-only",
     "worst": "Worst of all, per image",
 }
 

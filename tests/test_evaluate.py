@@ -278,13 +278,20 @@ def test_columns_and_their_records(results_folder, capsys):
 
 def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_folder, capsys):
     evaluation = Evaluation(Config(**TINY))
-    columns = evaluation.columns(("none", "coup"), autoattack=True)
-    assert list(columns["coup"])[-2:] == ["standard", "dlr"]
+    columns = evaluation.columns(("none", "reverse", "coup"), autoattack=True)
+    assert list(columns["coup"])[5:] == ["standard", "dlr", "standard_from_reverse", "dlr_from_reverse"]
     for defence, row in columns.items():
         for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
             robust = evaluation.attack(Source(attack, defence))["result"]["robust"]
             assert row[name].counted.tolist() == robust
         assert row["clean"].attack_robust is None
+    for name, attack in (
+        ("standard", "standard"),
+        ("dlr", "apgd-dlr"),
+    ):  # what is found on reverse-only is tried on all
+        assert columns["reverse"][name] is columns["reverse"][f"{name}_from_reverse"]
+        found = evaluation.score("coup", Source(attack, "reverse"))
+        assert (columns["coup"][f"{name}_from_reverse"].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
     said = evaluation.warnings("coup")
