@@ -36,11 +36,10 @@ def gradient_cosines(
         places = range(start, min(start + CHUNK, n_images))
         rows = slice(places.start, places.stop)
         images = Images(attacked.x_adv(source)[rows], attacked.images.y[rows])
-        found: dict[str, Any] = {}
-        for defence, gradients in COMPARED.items():
-            found[defence] = {gradient: [] for gradient in gradients}
-            for n_steps in step_counts:
-                evaluation = Evaluation(replace(config, n_steps=n_steps))
+        found: dict[str, Any] = {name: {other: [] for other in others} for name, others in COMPARED.items()}
+        for n_steps in step_counts:
+            evaluation = Evaluation(replace(config, n_steps=n_steps))
+            for defence, gradients in COMPARED.items():
                 exact = _gradient(evaluation.defence(defence, "exact"), images, places)
                 for gradient in gradients:
                     other = _gradient(evaluation.defence(defence, gradient), images, places)

@@ -11,19 +11,12 @@ from closed_forms import small_problem
 from torch import nn
 
 from coup_lib import case_study as cs
-from coup_lib import paths
 from coup_lib.config import Config
 from coup_lib.data import CLASSES
 from coup_lib.guidance import to_state
 from coup_lib.purify import coup, reverse_only
 
 SMALL = Config(n_images=12, n_iter=3, eot=2, n_draws=3, eps=0.2)
-
-
-@pytest.fixture
-def results_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    return tmp_path
 
 
 class NoScore(nn.Module):

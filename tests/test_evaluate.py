@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from coup_lib import config as settings
-from coup_lib import evaluate, paths
+from coup_lib import evaluate
 from coup_lib.attacks import ATTACKS, AttackResult
 from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, PURIFIERS
@@ -20,12 +20,6 @@ from coup_lib.records import config_hash
 from coup_lib.stats import paired_interval, wilson
 
 TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
-
-
-@pytest.fixture
-def results_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -285,10 +279,8 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
             robust = evaluation.attack(Source(attack, defence))["result"]["robust"]
             assert row[name].counted.tolist() == robust
         assert row["clean"].attack_robust is None
-    for name, attack in (
-        ("standard", "standard"),
-        ("dlr", "apgd-dlr"),
-    ):  # what is found on reverse-only is tried on all
+    # What is found on reverse-only is tried on all.
+    for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
         assert columns["reverse"][name] is columns["reverse"][f"{name}_from_reverse"]
         found = evaluation.score("coup", Source(attack, "reverse"))
         assert (columns["coup"][f"{name}_from_reverse"].report == found.report).all()

@@ -28,8 +28,7 @@ def test_every_image_has_a_cosine_at_every_number_of_steps(whole):
             assert np.abs(values).max() < 1 - 1e-6  # none of them is exact on these networks
 
 
-def test_chunks_and_who_makes_them_do_not_matter(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("coup_lib.paths.RESULTS", tmp_path)
+def test_chunks_and_who_makes_them_do_not_matter(whole, results_folder, monkeypatch, capsys):
     monkeypatch.setattr(fidelity, "CHUNK", 2)
     found = gradient_cosines(replace(SMALL, shard=1, num_shards=2), (2, 3))["result"]
     for defence, gradients in COMPARED.items():
@@ -40,8 +39,7 @@ def test_chunks_and_who_makes_them_do_not_matter(whole, tmp_path, monkeypatch, c
     assert "read back" in capsys.readouterr().out
 
 
-def test_without_guidance_the_first_order_gradient_is_exact(tmp_path, monkeypatch):
-    monkeypatch.setattr("coup_lib.paths.RESULTS", tmp_path)
+def test_without_guidance_the_first_order_gradient_is_exact(results_folder):
     found = gradient_cosines(replace(SMALL, guidance_weight=0.0), (2,))["result"]
     np.testing.assert_allclose(found["coup"]["first_order"], 1, atol=1e-12)
     np.testing.assert_allclose(found["coup"]["adjoint"], found["reverse"]["adjoint"], atol=1e-12)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coup_lib import mechanism, paths
+from coup_lib import mechanism
 from coup_lib.config import Config
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.guidance import Guided
@@ -85,11 +85,6 @@ def test_step_directions():
 def test_foretold_over_measured():
     result = {"foretold_exact": np.full(8, 3.0), "measured_exact": np.full((2, 8), 2.0)}
     assert mechanism.ratio_of(result, "exact") == (1.5, 1.5, 1.5)
-
-
-@pytest.fixture
-def results_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
 
 
 def test_without_guidance_there_is_no_second_order_term(results_folder):

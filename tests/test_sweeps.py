@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from coup_lib import paths, plots, sweeps
+from coup_lib import plots, sweeps
 from coup_lib.config import Config
 from coup_lib.outcomes import Difference
 
@@ -24,12 +24,6 @@ def made_up(wrong, clean=None):
         float(value): {"clean": share(right)} | {name: share(lost) for name in columns}
         for value, (lost, right) in enumerate(zip(wrong, clean, strict=True))
     }
-
-
-@pytest.fixture
-def results_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    return tmp_path
 
 
 def test_the_profiles_own_value_is_swept_too():

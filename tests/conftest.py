@@ -1,0 +1,10 @@
+import pytest
+
+from coup_lib import paths
+
+
+@pytest.fixture
+def results_folder(tmp_path, monkeypatch):
+    """An empty folder, which takes the records of this test."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    return tmp_path
