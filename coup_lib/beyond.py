@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
-from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.evaluate import CLEAN, OF, Evaluation, Source, lend
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
 from coup_lib.plots import COLOURS, MARKERS, PALETTE, bars
 
 BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
+PLAIN = ("reverse", "averaged")  # without guidance; what is made against them is tried on all
 WEIGHTS = {"smoke": (1.0,), "quick": (1.0,), "full": (0.5, 1.0, 3.0)}
 SOURCES = {
     "clean": "Clean",
@@ -28,6 +29,9 @@ SOURCES = {
     "from_reverse": "Transfer from reverse-only",
     "from_diffpure": "Transfer from DiffPure",
 }
+COLUMNS = SOURCES | {"lent": "Worst of all other transfers", "worst": "Worst of all, per image"}
+
+Found = dict[str, Score]
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,27 @@ def settings(weights: Sequence[float]) -> list[Setting]:
     ]
 
 
-def scores(config: Config, chosen: Sequence[Setting]) -> dict[Setting, dict[str, Score]]:
-    """Every setting against its own set of sources."""
-    found = {}
+def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False) -> dict[Setting, Found]:
+    """Every setting against its own set of sources, and against what is made against `PLAIN` ones.
+
+    both_ways: what is made against a guided setting is tried on the plain ones, too.
+    """
+    found: dict[Setting, Found] = {setting: {} for setting in chosen}
     for setting in chosen:
         here = config if setting.weight is None else replace(config, guidance_weight=setting.weight)
-        row = Evaluation(here).scores({setting.defence: sources(setting.defence)})
-        found[setting] = row[setting.defence]
+        row = lend({name: sources(name) for name in dict.fromkeys((*PLAIN, setting.defence))})
+        evaluation = Evaluation(here)
+        found[setting] |= evaluation.scores({setting.defence: row[setting.defence]})[setting.defence]
+        plain = [
+            other for other in chosen if both_ways and is_guided(setting.defence) and other.weight is None
+        ]
+        for other in plain:
+            made = {
+                f"{name}{OF}{setting}": source
+                for name, source in row[setting.defence].items()
+                if source.defence == setting.defence
+            }
+            found[other] |= evaluation.scores({other.defence: made})[other.defence]
     return found
 
 
@@ -80,11 +98,20 @@ def worst(found: Mapping[Setting, Mapping[str, Score]]) -> dict[Setting, np.ndar
     return {setting: worst_of(list(row.values())) for setting, row in found.items()}
 
 
+def shares(row: Mapping[str, Score]) -> dict[str, np.ndarray]:
+    """The columns of `COLUMNS` of one setting: name → share of right draws per image (n,)."""
+    lent = [score for name, score in row.items() if OF in name]
+    return {name: score.right for name, score in row.items() if OF not in name} | {
+        "lent": worst_of(lent),
+        "worst": worst_of(list(row.values())),
+    }
+
+
 def best_guided(found: Mapping[Setting, Mapping[str, Score]]) -> Setting:
     """The guided setting, COUP's own among them, with the highest accuracy under the worst of its sources."""
-    shares = worst(found)
+    left = worst(found)
     guided = [setting for setting in found if is_guided(setting.defence)]
-    return max(guided, key=lambda setting: float(shares[setting].mean()))
+    return max(guided, key=lambda setting: float(left[setting].mean()))
 
 
 def to_confirm(winner: Setting, weight: float) -> list[Setting]:
@@ -101,35 +128,30 @@ def to_confirm(winner: Setting, weight: float) -> list[Setting]:
 
 
 def table(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
-    """One row per setting, best worst case first, "accuracy [95 % interval]" in percent per source."""
-    shares = worst(found)
-    order = sorted(found, key=lambda setting: -float(shares[setting].mean()))
-    rows = {
-        str(setting): {label: str(found[setting][name].mean) for name, label in SOURCES.items()}
-        | {"Worst of all, per image": str(Accuracy.of(shares[setting]))}
-        for setting in order
+    """One row per setting, best worst case first, "accuracy [95 % interval]" in percent per column."""
+    rows = {str(setting): shares(row) for setting, row in found.items()}
+    cells = {
+        name: {label: str(Accuracy.of(row[column])) for column, label in COLUMNS.items()}
+        for name, row in sorted(rows.items(), key=lambda item: -float(item[1]["worst"].mean()))
     }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Purifier (%)")
+    return pd.DataFrame.from_dict(cells, orient="index").rename_axis("Purifier (%)")
 
 
 def numbers(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
     """The same in long form for a CSV."""
-    shares = worst(found)
     rows = [
-        {"defence": setting.defence, "guidance_weight": setting.weight, "source": name} | vars(accuracy)
+        {"defence": setting.defence, "guidance_weight": setting.weight, "source": name}
+        | vars(Accuracy.of(right))
         for setting, row in found.items()
-        for name, accuracy in [
-            *((name, score.mean) for name, score in row.items()),
-            ("worst", Accuracy.of(shares[setting])),
-        ]
+        for name, right in shares(row).items()
     ]
     return pd.DataFrame(rows)
 
 
 def search_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
     """Every setting's accuracy under exact, first-order and worst-of-sources attacks, best at the top."""
-    shares = worst(found)
-    order = sorted(found, key=lambda setting: float(shares[setting].mean()))
+    left = worst(found)
+    order = sorted(found, key=lambda setting: float(left[setting].mean()))
     figure, axes = plt.subplots(figsize=(8.2, 0.8 + 0.27 * len(order)))
     marks = (
         ("first_order", "first-order attack", ">", PALETTE[4]),
@@ -138,32 +160,31 @@ def search_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
     for name, label, marker, colour in marks:
         accuracies = [found[setting][name].mean.value for setting in order]
         axes.plot(accuracies, range(len(order)), marker, color=colour, markersize=5, label=label, alpha=0.8)
-    values, errors = bars([shares[setting] for setting in order])
+    values, errors = bars([left[setting] for setting in order])
     axes.errorbar(
         values, range(len(order)), xerr=errors, fmt="o", color="black", capsize=2.5, label="worst of all"
     )
-    baseline = Accuracy.of(shares[Setting(BASELINE)]).value
+    baseline = Accuracy.of(left[Setting(BASELINE)]).value
     axes.axvline(baseline, color=COLOURS[BASELINE], linewidth=1.2, zorder=0)
     axes.text(baseline, len(order) - 0.4, LABELS[BASELINE], color=COLOURS[BASELINE], ha="center", va="bottom")
     axes.set_yticks(range(len(order)), [str(setting) for setting in order])
     axes.set_ylim(-0.7, len(order) - 0.3)
-    axes.set_xlabel(f"accuracy (%), n = {len(shares[order[0]])}, 95 % interval")
+    axes.set_xlabel(f"accuracy (%), n = {len(left[order[0]])}, 95 % interval")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.04), ncols=3)
     return figure
 
 
 def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
     """The confirmed settings: a group per source, a marker per setting, with 95 % intervals."""
-    shares = worst(found)
-    columns = SOURCES | {"worst": "Worst of all, per image"}
     figure, axes = plt.subplots(figsize=(9.5, 4.0))
     looks = {name: (COLOURS[name], MARKERS[name]) for name in RIVALS} | {"averaged": (PALETTE[5], "p")}
     offsets = np.linspace(-0.24, 0.24, len(found))
     for offset, (setting, row) in zip(offsets, found.items(), strict=True):
-        right = [row[name].right if name in row else shares[setting] for name in columns]
+        columns = shares(row)
+        right = [columns[name] for name in COLUMNS]
         colour, marker = looks.get(setting.defence, (PALETTE[3], "^"))
         axes.errorbar(
-            np.arange(len(columns)) + offset,
+            np.arange(len(COLUMNS)) + offset,
             *bars(right),
             fmt=marker,
             color=colour,
@@ -171,13 +192,13 @@ def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
             markersize=5,
             capsize=2.5,
         )
-    wrapped = [fill(label, 12, break_on_hyphens=False) for label in columns.values()]
-    axes.set_xticks(range(len(columns)), wrapped, fontsize="small")
+    wrapped = [fill(label, 12, break_on_hyphens=False) for label in COLUMNS.values()]
+    axes.set_xticks(range(len(COLUMNS)), wrapped, fontsize="small")
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
-    for edge in range(1, len(columns)):
+    for edge in range(1, len(COLUMNS)):
         axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))
+    axes.set(xlim=(-0.5, len(COLUMNS) - 0.5), ylim=(0, 102))
     axes.set_ylabel(f"accuracy (%), n = {len(right[0])}, 95 % interval")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4)
     return figure
@@ -185,21 +206,21 @@ def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
 
 def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting) -> str:
     """Markdown: paired differences of the winner to its rivals, under the worst of all and under exact."""
-    shares = worst(found)
+    left = worst(found)
     lines = []
     for rival in found:
         if rival == winner:
             continue
-        difference = Difference.of(shares[winner], shares[rival])
+        difference = Difference.of(left[winner], left[rival])
         exact = Difference.of(found[winner]["exact"].right, found[rival]["exact"].right)
         lines.append(
             f"- *{winner}* is more robust than *{rival}*: under the worst of all attacks this "
             f"**{difference.verdict}** ({difference}); under each one's own exact attack it "
             f"**{exact.verdict}** ({exact})."
         )
-    gain = Difference.of(shares[winner], shares[Setting(BASELINE)])
+    gain = Difference.of(left[winner], left[Setting(BASELINE)])
     fair = [rival for rival in found if rival.defence == "averaged"]
-    beaten = gain.low > 0 and all(Difference.of(shares[winner], shares[rival]).low > 0 for rival in fair)
+    beaten = gain.low > 0 and all(Difference.of(left[winner], left[rival]).low > 0 for rival in fair)
     closing = (
         f"**On these images {winner} keeps its gain under the worst of all attacks tried.**"
         if beaten

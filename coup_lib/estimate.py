@@ -101,7 +101,8 @@ def _stronger(config: Config) -> None:
 
 def _beyond(search: Config, confirm: Config, weights: Sequence[float] | None = None) -> None:
     found = beyond.scores(search, beyond.settings(weights or beyond.WEIGHTS[search.budget]))
-    beyond.scores(confirm, beyond.to_confirm(beyond.best_guided(found), confirm.guidance_weight))
+    chosen = beyond.to_confirm(beyond.best_guided(found), confirm.guidance_weight)
+    beyond.scores(confirm, chosen, both_ways=True)
 
 
 VALIDATION = {"split": "validation"}

@@ -89,6 +89,7 @@ class Source:
 
 
 CLEAN = Source("clean", "none")
+OF = " of "  # in the name of a source that another target lends
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,8 @@ class Evaluation:
         clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order
         guidance term); from_none and from_reverse (APGD-ce's images against the undefended classifier and
         against reverse-only). With autoattack also standard and dlr (APGD-dlr, the other half of AutoAttack's
-        "rand"), and both made against reverse-only: else reverse-only alone would face images that its smooth
-        gradient finds. `outcomes.worst_of` all of them is the column that a claim of robustness has to stand
-        on.
+        "rand"). All of it is lent, see `lend`. `outcomes.worst_of` all of them is the column that a claim of
+        robustness has to stand on.
         """
         gradient = self.config.gradient
         rows = {
@@ -260,9 +260,7 @@ class Evaluation:
             for defence, row in rows.items():
                 row["standard"] = Source("standard", defence, gradient)
                 row["dlr"] = Source("apgd-dlr", defence, gradient)
-                row["standard_from_reverse"] = Source("standard", "reverse", gradient)
-                row["dlr_from_reverse"] = Source("apgd-dlr", "reverse", gradient)
-        return self.scores(rows)
+        return self.scores(lend(rows))
 
     def scores(self, rows: dict[str, dict[str, Source]]) -> dict[str, dict[str, Score]]:
         """`run` with a name for each source: target → name → score."""
@@ -370,9 +368,8 @@ class Evaluation:
         def compute(start: int) -> dict[str, Any]:
             x_adv = self._x_adv(source, start)
             labels, model = self.images.y[start : start + size], self.defence(target)
-            with products("float32"):
-                selecting = self._logits(model, x_adv, SELECT, start).softmax(2)
-                reporting = self._logits(model, x_adv, REPORT, start)
+            selecting = self._logits(model, x_adv, SELECT, start).softmax(2)
+            reporting = self._logits(model, x_adv, REPORT, start)
             right = (selecting.argmax(2) == labels[:, None]).float().mean(1)
             trust = selecting[torch.arange(len(labels), device=labels.device), :, labels].mean(1)
             return {
@@ -517,6 +514,24 @@ class Evaluation:
         draws = PURIFIERS[source.defence].draws if source.defence in PURIFIERS else 1
         weight = steps * draws * (2 if is_guided(source.defence) else 1)
         return float(self.config.n_images * weight * (2 * gradients + forwards) + 1)
+
+
+def lend(rows: dict[str, dict[str, Source]], names: Sequence[str] = ()) -> dict[str, dict[str, Source]]:
+    """What is made against one defence is tried on all: target → name → source, with the other targets' own.
+
+    An attacker is free to try it, and a defence whose gradient finds good images would else be alone in
+    facing them. A lent source is called "exact of reverse"; `names` are those to lend, by default all.
+    """
+    own = {
+        f"{name}{OF}{target}": source
+        for target, row in rows.items()
+        for name, source in row.items()
+        if source.defence == target and source.attack not in ("clean", "noise") and name in (names or row)
+    }
+    return {
+        target: row | {name: source for name, source in own.items() if source not in row.values()}
+        for target, row in rows.items()
+    }
 
 
 def calls(source: Source, config: Config) -> tuple[int, int]:

@@ -139,9 +139,11 @@ class _Scaled(Function):
     ) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(mean, variance, weight)
-        # With fixed statistics the layer's input, here v once more, is not looked at.
+        # With fixed statistics the layer's input, here v once more, is not looked at; nor are a batch's own
+        # statistics, of which a GPU's code wants to have none rather than to have no tensor.
+        none = mean.new_empty(0)
         return torch.ops.aten.native_batch_norm_backward(
-            v, v, weight, mean, variance, None, None, False, eps, [True, False, False]
+            v, v, weight, mean, variance, none, none, False, eps, [True, False, False]
         )[0]
 
     @staticmethod

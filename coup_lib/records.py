@@ -29,9 +29,11 @@ from typing import Any
 
 import filelock
 import numpy as np
+import torch
 
 from coup_lib import paths
 from coup_lib.files import write_atomically
+from coup_lib.precision import products
 
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
@@ -138,7 +140,8 @@ class ChunkedRecord:
         if index in journal.parts() or is_complete(self.path):
             return
         started = time.perf_counter()
-        arrays, values = _split(self.compute(self.chunks[index]))
+        with products("float32"):  # unless `compute` says otherwise, as attacks may
+            arrays, values = _split(self.compute(self.chunks[index]))
         values["seconds"] = round(time.perf_counter() - started, 3)
         journal.append(index, len(self.chunks), values, arrays)
 
@@ -268,13 +271,19 @@ def provenance() -> dict[str, Any]:
         "commit": COMMIT,
         "python": platform.python_version(),
         "packages": _versions(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": _machine(),
     }
 
 
 def _code(made: dict[str, Any]) -> tuple[Any, ...]:
     """What of a provenance may change numbers."""
     return made["commit"], made["python"], made["packages"]
+
+
+@lru_cache
+def _machine() -> str:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpus])
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS, PAPER
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluate import OF, Evaluation, Source, lend
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
 from coup_lib.plots import COLOURS, MARKERS, bars
@@ -51,12 +51,15 @@ SOURCE_LABELS = {
     "from_none": "transfer from undefended",
     "from_reverse": "transfer from reverse-only",
     "from_diffpure": "transfer from DiffPure",
+    "lent": "the others' attacks, all of them",
     "square": "Square (black box)",
     "fgsm": "FGSM (one step)",
     "noise": "random noise",
     "clean": "clean images",
 }
 
+# What is tried on the other defences, too: what spent the whole number of iterations, and other losses.
+LENT = ("exact", "first_order", "restart", "dlr", "margin", "pgd", "pgd_first_order")
 SERIES = ("eot_1", "eot_2", "eot_3", "eot_4")  # a small budget has fewer
 
 
@@ -110,15 +113,16 @@ def labels(config: Config) -> dict[str, str]:
 
 
 def columns(config: Config, defences: Sequence[str] = PAPER, *, verbose: bool = True) -> Columns:
-    """Every source on every defence: defence → name → score."""
-    rows = {defence: sources(config, defence) for defence in defences}
+    """Every source on every defence, and those of `LENT` on all others: defence → name → score."""
+    rows = lend({defence: sources(config, defence) for defence in defences}, LENT)
     return Evaluation(config, verbose=verbose).scores(rows)
 
 
 def shares(columns: Columns) -> dict[str, dict[str, np.ndarray]]:
     """Defence → name → share of right draws of each image, (n,).
 
-    Added are "worst", the worst of all sources per image; "two_runs", the worse of the exact attack and its
+    Added are "worst", the worst of all sources per image; "lent", the worst of those that another defence
+    lends; "two_runs", the worse of the exact attack and its
     restart; and "fixed_own", the fixed-noise attack judged on the very noise that it was made for.
     """
     found = {}
@@ -126,6 +130,7 @@ def shares(columns: Columns) -> dict[str, dict[str, np.ndarray]]:
         found[defence] = {name: score.right for name, score in row.items()}
         if "fixed" in row:
             found[defence]["fixed_own"] = row["fixed"].counted
+        found[defence]["lent"] = worst_of([score for name, score in row.items() if OF in name])
         found[defence]["two_runs"] = worst_of([row["exact"], row["restart"]])
         found[defence]["worst"] = worst_of(list(row.values()))
     return found
@@ -161,6 +166,15 @@ def _rows(config: Config) -> dict[str, str]:
     return labels(config) | {"worst": "Worst of all, per image"}
 
 
+def _single(row: Mapping[str, Any], config: Config) -> dict[str, str]:
+    """Name → what the source is called, of all that this row has, the lent ones among them."""
+    own = labels(config)
+    lent = {name: name.split(OF) for name in row if OF in name}
+    return {name: label for name, label in own.items() if name in row} | {
+        name: f"{own[source]}, made against {LABELS[rival]}" for name, (source, rival) in lent.items()
+    }
+
+
 RULES = {
     "mean": "a single draw",
     "averaged": "the mean of the logits",
@@ -171,12 +185,12 @@ RULES = {
 
 def decisions_table(columns: Columns, config: Config) -> pd.DataFrame:
     """Defences × ways of deciding, each under the source that is worst for that defence and that way."""
-    names = labels(config)
     rows: dict[str, dict[str, str]] = {}
     for defence, row in columns.items():
+        names = _single(row, config)
         rows[LABELS[defence]] = {}
         for rule, label in RULES.items():
-            found = {name: getattr(row[name], rule) for name in names if name in row}
+            found = {name: getattr(row[name], rule) for name in names}
             worst = min(found, key=lambda name: found[name].value)
             rows[LABELS[defence]][f"Decided by {label}"] = f"{found[worst]}: {names[worst]}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"{config.n_draws} draws (%)")
@@ -227,10 +241,10 @@ def claim_lines(results: Mapping[str, Mapping[str, np.ndarray]], config: Config)
             f"under the paper's protocol, APGD-ce with the exact gradient, this **{exact.verdict}** "
             f"({exact}); under the worst of all sources per image it **{worst.verdict}** ({worst})."
         )
-    names = labels(config)
     found = []
     for defence, row in results.items():
-        single = {name: row[name].mean() for name in names if name in row and name != "fixed_own"}
+        names = _single(row, config)
+        single = {name: row[name].mean() for name in names if name not in ("fixed_own", "lent")}
         worst_name = min(single, key=lambda name: single[name])
         found.append(
             f"{LABELS[defence]}: {Accuracy.of(row['exact'])} under its own exact gradient, "

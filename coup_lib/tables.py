@@ -9,10 +9,13 @@ import pandas as pd
 from coup_lib import paper, paths
 from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS
+from coup_lib.evaluate import OF
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
 
 Shares = dict[str, dict[str, np.ndarray]]
+
+TRANSFERS = {"from_none", "from_reverse"}
 
 COLUMNS = {
     "clean": "Clean accuracy",
@@ -25,14 +28,16 @@ COLUMNS = {
     "bpda": "APGD-ce, BPDA",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse-only",
-    "standard_from_reverse": "AutoAttack standard, from reverse-only",
-    "dlr_from_reverse": "APGD-dlr, from reverse-only",
+    "lent": "Worst of all transfers",
     "worst": "Worst of all, per image",
 }
 
 
 def shares(columns: dict[str, dict[str, Score]]) -> Shares:
-    """Per defence and column the share of right draws of each image, (n,); "worst" and "autoattack" added.
+    """Per defence and column the share of right draws of each image, (n,); some columns are added.
+
+    "worst" is the worst of all sources, "lent" of those that were made against other defences (both per
+    image), which have no column of their own but from_none and from_reverse.
 
     AutoAttack's two versions count as AutoAttack does, by the single draws that it looked at: "standard" is
     an attack, "rand" is what APGD-ce and APGD-dlr leave together. The paper's robustness ("autoattack") is
@@ -40,12 +45,13 @@ def shares(columns: dict[str, dict[str, Score]]) -> Shares:
     """
     result: Shares = {}
     for defence, row in columns.items():
-        found = {name: score.right for name, score in row.items()}
+        found = {name: score.right for name, score in row.items() if OF not in name}
         if "standard" in row:
             found["standard"] = row["standard"].counted
             found["rand"] = row["adaptive"].counted * row["dlr"].counted
             found["autoattack"] = min(found["standard"], found["rand"], key=lambda share: float(share.mean()))
-        result[defence] = found | {"worst": worst_of(list(row.values()))}
+        lent = [score for name, score in row.items() if OF in name or name in TRANSFERS - {f"from_{defence}"}]
+        result[defence] = found | {"lent": worst_of(lent), "worst": worst_of(list(row.values()))}
     return result
 
 

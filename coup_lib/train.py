@@ -75,12 +75,14 @@ def train(
     steps: int | None = None,
     batch: int | None = None,
     begin_with: Path | None = None,
+    compiled: bool = False,
     **resumable: Any,
 ) -> nn.Module:
     """One trained network, fixed by the seed and the thread count.
 
     `steps`, and `batch` of CIFAR-10's score network, are the recipe's, unless given.
     `begin_with`: weights from which CIFAR-10's score network is trained further, instead of from scratch.
+    `compiled`: that network while it is trained, by torch.compile.
     `resumable`: `precision` and `state` of `fit`, for CIFAR-10, whose training takes long.
     """
     torch.manual_seed(seed)
@@ -94,7 +96,7 @@ def train(
         return train_digits.train_noise_net(network, data, load_split(dataset, "validation"), **settings)
     if isinstance(network, PatchedDDPMpp):
         held_out = load_split(dataset, "validation").to(data.x.device)
-        settings |= {"batch": batch} if batch else {}
+        settings |= {"compiled": compiled} | ({"batch": batch} if batch else {})
         if begin_with:
             load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)
             settings["begins_with"] = file_digest(begin_with)
@@ -183,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="other than the recipe's")
     parser.add_argument("--batch", type=int, help="images per step of CIFAR-10's score network")
     parser.add_argument("--begin-with", type=Path, help="weights of the score network to train further")
+    parser.add_argument(
+        "--compiled", action="store_true", help="the score network, by torch.compile (CIFAR-10)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products (CIFAR-10)")
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights go")
     parser.add_argument("--card-only", action="store_true", help="measure what is there, train nothing")
@@ -209,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps=options.steps,
             batch=options.batch,
             begin_with=options.begin_with,
+            compiled=options.compiled,
             precision=options.precision,
             state=state,
         )
@@ -221,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command += f" --steps {options.steps}" if options.steps else ""
     command += f" --batch {options.batch}" if options.batch else ""
     command += f" --begin-with {options.begin_with}" if options.begin_with else ""
+    command += " --compiled" if options.compiled else ""
     command += f" --precision {options.precision}" if options.precision != "float32" else ""
     card = model_card(dataset, command=command, folder=options.folder)
     write_atomically(options.folder / dataset / "README.md", lambda temporary: temporary.write_text(card))

@@ -42,6 +42,7 @@ def train_score(
     steps: int = STEPS,
     batch: int = BATCH,
     precision: str = "float32",
+    compiled: bool = False,
     state: Path | None = None,
     begins_with: str = "",
 ) -> nn.Module:
@@ -74,6 +75,7 @@ def train_score(
         weight_decay=0.01,
         every=500,
         precision=precision,
+        compiled=compiled,
         state=state,
         also={"batch": batch, "images": len(data), "begins with": begins_with},
     )

@@ -13,7 +13,7 @@ from coup_lib.outcomes import Score
 def row(**right):
     """Scores of ten images of which the first `right` are right, per source."""
     made = {}
-    for name in beyond.SOURCES:
+    for name in (*beyond.SOURCES, "margin of averaged"):
         n_right = right.get(name, 10)
         wrong = (np.arange(10) >= n_right).astype(int)
         made[name] = Score(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
@@ -74,7 +74,7 @@ def test_the_verdict_says_what_the_interval_says(found):
 def test_tables_and_figures_have_every_setting(found):
     frame = beyond.table(found)
     assert next(iter(frame.index)) == "no guidance, averaged"
-    assert len(beyond.numbers(found)) == len(found) * (len(beyond.SOURCES) + 1)
+    assert len(beyond.numbers(found)) == len(found) * len(beyond.COLUMNS)
     ticks = [text.get_text() for text in beyond.search_figure(found).axes[0].get_yticklabels()]
     assert ticks == [str(setting) for setting in sorted(found, key=lambda s: beyond.worst(found)[s].mean())]
     assert len(beyond.confirm_figure(found).axes[0].get_legend().texts) == len(found)
@@ -89,3 +89,19 @@ def test_a_search_on_a_few_images(tmp_path, monkeypatch):
     assert all(score.report.shape == (3, 2) for scores in found.values() for score in scores.values())
     assert len(list(tmp_path.rglob("*guided*"))) == 0
     assert list(tmp_path.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))
+    lent = {f"{name} of averaged" for name in ("exact", "margin", "warm")}
+    assert lent < set(found[tried[0]]) and lent | {"margin of reverse"} < set(found[tried[1]])
+
+
+def test_plain_purifiers_face_what_is_made_against_guided_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    config = Config(n_images=3, n_draws=2, purpose="compare", n_iter=1, eot=1)
+    tried = [Setting("reverse"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
+    found = beyond.scores(config, tried, both_ways=True)
+    made = ("exact", "first_order", "margin", "warm")
+    ours = {f"{name} of {setting}" for setting in tried[1:] for name in made}
+    assert ours < set(found[tried[0]])
+    assert not ours & (set(found[tried[1]]) | set(found[tried[2]]))
+    # At each one's own λ.
+    names = [path.name for path in tmp_path.rglob("score-reverse-on-*-apgd-margin-smoothed-*.json")]
+    assert len(names) == 1

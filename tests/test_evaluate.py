@@ -251,7 +251,10 @@ def test_an_unknown_classifier_is_refused():
 def test_columns_and_their_records(results_folder, capsys):
     config = Config(n_images=6, n_draws=3)
     columns = Evaluation(config).columns(("none", "reverse", "coup"))
-    assert list(columns["coup"]) == ["clean", "adaptive", "first_order", "from_none", "from_reverse"]
+    names = ["clean", "adaptive", "first_order", "from_none", "from_reverse"]
+    assert list(columns["coup"]) == names  # the others' are there already: from_none, from_reverse
+    lent = ["adaptive of coup", "first_order of coup"]
+    assert list(columns["none"]) == list(columns["reverse"]) == names + lent
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["none"]["adaptive"] is columns["none"]["from_none"]
     assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
@@ -273,17 +276,19 @@ def test_columns_and_their_records(results_folder, capsys):
 def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_folder, capsys):
     evaluation = Evaluation(Config(**TINY))
     columns = evaluation.columns(("none", "reverse", "coup"), autoattack=True)
-    assert list(columns["coup"])[5:] == ["standard", "dlr", "standard_from_reverse", "dlr_from_reverse"]
+    lent = [f"{name} of {other}" for other in ("none", "reverse") for name in ("standard", "dlr")]
+    assert list(columns["coup"])[5:] == ["standard", "dlr", *lent]
     for defence, row in columns.items():
         for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
             robust = evaluation.attack(Source(attack, defence))["result"]["robust"]
             assert row[name].counted.tolist() == robust
         assert row["clean"].attack_robust is None
-    # What is found on reverse-only is tried on all.
+    # What is found on one is tried on all.
     for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
-        assert columns["reverse"][name] is columns["reverse"][f"{name}_from_reverse"]
         found = evaluation.score("coup", Source(attack, "reverse"))
-        assert (columns["coup"][f"{name}_from_reverse"].report == found.report).all()
+        assert (columns["coup"][f"{name} of reverse"].report == found.report).all()
+        found = evaluation.score("reverse", Source(attack, "coup"))
+        assert (columns["reverse"][f"{name} of coup"].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
     said = evaluation.warnings("coup")

@@ -10,6 +10,7 @@ from coup_lib.config import Config
 from coup_lib.data import load_split
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.precision import Bfloat16, products
+from coup_lib.records import record
 from coup_lib.zoo import load_score
 
 LOWERED = Config(n_images=8, n_iter=2, eot=1, precision="bfloat16")
@@ -86,3 +87,9 @@ def test_products_says_what_a_gpu_may_do_and_leaves_it_as_it_was(precision, allo
         assert [backend.allow_tf32 for backend in backends] == [allowed] * 2
         raise KeyboardInterrupt
     assert [backend.allow_tf32 for backend in backends] == before
+
+
+def test_what_a_record_holds_is_computed_in_float32_unless_it_says_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    found = record("p", "name", {}, lambda: {"allowed": torch.backends.cudnn.allow_tf32})
+    assert found["result"]["allowed"] is False

@@ -13,6 +13,7 @@ from dataclasses import replace
 import filelock
 import numpy as np
 import pytest
+import torch
 
 from coup_lib import paths, records
 
@@ -49,6 +50,14 @@ def test_a_record_holds_what_it_takes_to_make_it_again(folder):
     assert {"commit", "python", "packages", "machine", "seconds", "peak_memory_mib"} <= provenance.keys()
     assert "torch" in provenance["packages"]
     assert sorted(path.suffix for path in folder.rglob("work-*")) == [".json", ".npz"]
+
+
+def test_a_record_names_the_gpus(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    records._machine.cache_clear()
+    assert run(square)["provenance"]["machine"].endswith(f"{os.cpu_count()} cores, GPU 0, GPU 1")
+    records._machine.cache_clear()
 
 
 def test_the_same_settings_are_read_back_and_changed_ones_are_not():

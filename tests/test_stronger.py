@@ -99,6 +99,12 @@ def test_columns_shares_and_tables(tmp_path, monkeypatch):
     for defence, row in results.items():
         assert all(row["worst"].mean() <= score.right.mean() for score in columns[defence].values())
         assert row["two_runs"].mean() <= min(row["exact"].mean(), row["restart"].mean())
+        lent = [score.right.mean() for name, score in columns[defence].items() if " of " in name]
+        assert row["worst"].mean() <= row["lent"].mean() <= min(lent)
+    # From the others the longest attacks and other losses; what is there already is not lent again.
+    assert {"restart of reverse", "margin of none"} < set(columns["coup"])
+    assert not {"exact of reverse", "exact of none", "fgsm of reverse"} & set(columns["coup"])
+    assert "first_order of coup" in columns["reverse"]
     assert (results["coup"]["fixed_own"] == columns["coup"]["fixed"].attack_robust).all()
     frame = stronger.sources_table(results, config)
     assert frame.loc["APGD-ce, BPDA", "No defence"] == "–"

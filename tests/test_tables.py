@@ -61,17 +61,26 @@ def test_robustness_is_the_worse_of_standard_and_rand(results):
     assert results["coup"]["autoattack"].mean() == results["coup"]["rand"].mean() == 1 - 6 / N
     assert results["none"]["autoattack"].mean() == 0
     assert results["coup"]["worst"].mean() == 1 - 20 / N
-    row = {"clean": made_up(1), "standard": made_up(2, robust=all_but(9))}
+    row = {"clean": made_up(1), "from_none": made_up(2), "standard": made_up(2, robust=all_but(9))}
     row |= {name: made_up(2, robust=all_but(3)) for name in ("adaptive", "dlr")}
     assert tables.shares({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
 
 
 def test_without_autoattack_there_are_no_columns_of_it():
     """A table of APGD alone, whose counts are all on fresh noise."""
-    row = {"clean": made_up(1), "adaptive": made_up(4, robust=all_but(30))}
+    row = {"clean": made_up(1), "adaptive": made_up(4, robust=all_but(30)), "from_none": made_up(3)}
     found = tables.shares({"coup": row})["coup"]
-    assert list(found) == ["clean", "adaptive", "worst"]
+    assert list(found) == ["clean", "adaptive", "from_none", "lent", "worst"]
     assert found["adaptive"].mean() == found["worst"].mean() == 1 - 4 / N
+
+
+def test_what_others_lend_counts_and_has_one_column():
+    own = {"clean": made_up(1), "adaptive": made_up(8), "from_none": made_up(3), "from_reverse": made_up(8)}
+    found = tables.shares({"reverse": own | {"adaptive of coup": made_up(5)}, "coup": own})
+    assert list(found["reverse"]) == list(found["coup"]) == [*own, "lent", "worst"]
+    # Of itself reverse-only does not borrow; to COUP its images are lent.
+    assert found["reverse"]["lent"].mean() == 1 - 5 / N and found["coup"]["lent"].mean() == 1 - 8 / N
+    assert found["reverse"]["worst"].mean() == 1 - 8 / N
 
 
 def test_an_attacks_images_are_decided_in_four_ways():
