@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluate import CLEAN, OF, Evaluation, Source, lend
-from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_of
 from coup_lib.plots import COLOURS, MARKERS, PALETTE, bars
 
 BASELINE = "reverse"
@@ -95,15 +95,15 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
 
 def worst(found: Mapping[Setting, Mapping[str, Score]]) -> dict[Setting, np.ndarray]:
     """The share of right draws per image (n,) against each image's worst source."""
-    return {setting: worst_of(list(row.values())) for setting, row in found.items()}
+    return {setting: shares(row)["worst"] for setting, row in found.items()}
 
 
 def shares(row: Mapping[str, Score]) -> dict[str, np.ndarray]:
     """The columns of `COLUMNS` of one setting: name → share of right draws per image (n,)."""
-    lent = [score for name, score in row.items() if OF in name]
+    lent = worst_of([score for name, score in row.items() if OF in name])
     return {name: score.right for name, score in row.items() if OF not in name} | {
-        "lent": worst_of(lent),
-        "worst": worst_of(list(row.values())),
+        "lent": lent,
+        "worst": lowest([worst_of(list(row.values())), lent]),
     }
 
 

@@ -142,5 +142,9 @@ def worst_of(scores: Sequence[Score]) -> np.ndarray:
     """
     right = np.stack([score.right for score in scores])
     chosen = np.stack([score.suspicion for score in scores]).argmin(0)
-    each_its_own = right[chosen, np.arange(len(chosen))]
-    return min([each_its_own, *right], key=lambda shares: float(shares.mean()))
+    return lowest([right[chosen, np.arange(len(chosen))], *right])
+
+
+def lowest(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """Those of lowest mean: an attacker who has several ways takes the best of them."""
+    return min(shares, key=lambda values: float(values.mean()))

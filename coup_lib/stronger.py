@@ -16,7 +16,7 @@ from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import OF, Evaluation, Source, lend
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
-from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_of
 from coup_lib.plots import COLOURS, MARKERS, bars
 from coup_lib.stats import Z_95
 
@@ -132,7 +132,7 @@ def shares(columns: Columns) -> dict[str, dict[str, np.ndarray]]:
             found[defence]["fixed_own"] = row["fixed"].counted
         found[defence]["lent"] = worst_of([score for name, score in row.items() if OF in name])
         found[defence]["two_runs"] = worst_of([row["exact"], row["restart"]])
-        found[defence]["worst"] = worst_of(list(row.values()))
+        found[defence]["worst"] = lowest([worst_of(list(row.values())), found[defence]["lent"]])
     return found
 
 

@@ -11,7 +11,7 @@ from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import OF
 from coup_lib.files import write_atomically
-from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_of
 
 Shares = dict[str, dict[str, np.ndarray]]
 
@@ -50,8 +50,10 @@ def shares(columns: dict[str, dict[str, Score]]) -> Shares:
             found["standard"] = row["standard"].counted
             found["rand"] = row["adaptive"].counted * row["dlr"].counted
             found["autoattack"] = min(found["standard"], found["rand"], key=lambda share: float(share.mean()))
-        lent = [score for name, score in row.items() if OF in name or name in TRANSFERS - {f"from_{defence}"}]
-        result[defence] = found | {"lent": worst_of(lent), "worst": worst_of(list(row.values()))}
+        lent = worst_of(
+            [score for name, score in row.items() if OF in name or name in TRANSFERS - {f"from_{defence}"}]
+        )
+        result[defence] = found | {"lent": lent, "worst": lowest([worst_of(list(row.values())), lent])}
     return result
 
 

@@ -71,6 +71,20 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, die
     assert torch.equal(numbers(again), numbers(undisturbed))
 
 
+def test_a_compiled_network_is_trained_as_itself_and_returned_without_its_program(monkeypatch):
+    compiled, compile_it = [], nn.Module.compile
+
+    def eager(network):  # the same operations: PyTorch's fused ones differ in the last digits
+        compiled.append(network)
+        compile_it(network, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    network = kernels()
+    best = fit(network, images_loss, muon_lr=0.02, compiled=True, **SETTINGS)
+    assert compiled == [network] and best._compiled_call_impl is None
+    assert torch.equal(numbers(best), numbers(fit(kernels(), images_loss, muon_lr=0.02, **SETTINGS)))
+
+
 def test_the_state_of_another_run_is_refused(tmp_path):
     state = tmp_path / "state.pt"
     fit(line(), loss_until(), state=state, **SETTINGS)
