@@ -1,7 +1,7 @@
 """Train the networks of the small profiles and write their model card.
 
 python -m coup_lib.train                                                digits: minutes on two CPU cores
-python -m coup_lib.train --dataset cifar10 --steps 25000 --batch 512    CIFAR-10: for a GPU; goes on where
+python -m coup_lib.train --dataset cifar10 --batch 1024 --compiled      CIFAR-10: for a GPU; goes on where
                                                                         it was killed
 
 The same seed, thread count, processor and PyTorch give the same weights, bit for bit; elsewhere sums are
