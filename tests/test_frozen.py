@@ -112,6 +112,15 @@ def test_a_hessian_vector_product_takes_four_forward_passes_and_is_the_same():
     assert operations[1] > 4.5 * counter.total
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_has_the_same_second_derivatives():
+    """Its batch norm asks for more than the CPU's."""
+    classifier, x = small_classifier().double(), torch.rand(2, 3, 8, 8).double()
+    here = hessian_vector_product(classifier, x, FrozenLayers())
+    there = hessian_vector_product(classifier.cuda(), x.cuda(), FrozenLayers())
+    torch.testing.assert_close(there.cpu(), here)
+
+
 def test_the_guidance_makes_use_of_it():
     classifier, x = small_classifier(), torch.rand(1, 3, 8, 8).requires_grad_()
     with FlopCounter() as forward:
