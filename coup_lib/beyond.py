@@ -75,21 +75,16 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
     both_ways: what is made against a guided setting is tried on the plain ones, too.
     """
     found: dict[Setting, Found] = {setting: {} for setting in chosen}
+    plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
     for setting in chosen:
-        here = config if setting.weight is None else replace(config, guidance_weight=setting.weight)
-        row = lend({name: sources(name) for name in dict.fromkeys((*PLAIN, setting.defence))})
-        evaluation = Evaluation(here)
-        found[setting] |= evaluation.scores({setting.defence: row[setting.defence]})[setting.defence]
-        plain = [
-            other for other in chosen if both_ways and is_guided(setting.defence) and other.weight is None
-        ]
-        for other in plain:
-            made = {
-                f"{name}{OF}{setting}": source
-                for name, source in row[setting.defence].items()
-                if source.defence == setting.defence
-            }
-            found[other] |= evaluation.scores({other.defence: made})[other.defence]
+        defence, weight = setting.defence, setting.weight
+        evaluation = Evaluation(config if weight is None else replace(config, guidance_weight=weight))
+        row = lend({name: sources(name) for name in dict.fromkeys((*PLAIN, defence))})[defence]
+        found[setting] |= evaluation.scores({defence: row})[defence]
+        if is_guided(defence):
+            made = {f"{name}{OF}{setting}": row[name] for name in row if row[name].defence == defence}
+            for other in plain:
+                found[other] |= evaluation.scores({other.defence: made})[other.defence]
     return found
 
 
