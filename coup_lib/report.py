@@ -412,6 +412,7 @@ def figure(gaps: Sequence[Gap]) -> Figure:
     axes.set_yticks(places, [gap.what for gap in gaps])
     axes.set_ylim(-0.6, len(gaps) - 0.4)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("difference in accuracy (points), paired 95 % interval; the claim is that it is positive")
+    claimed = "the claim is that it is positive"
+    axes.set_xlabel(f"difference in accuracy (points), paired 95 % interval;\n{claimed}")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return drawn
