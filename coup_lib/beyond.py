@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluate import CLEAN, OF, Evaluation, Source, lend
-from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, worst_columns
 from coup_lib.plots import COLOURS, MARKERS, PALETTE, bars
 
 BASELINE = "reverse"
@@ -95,11 +95,9 @@ def worst(found: Mapping[Setting, Mapping[str, Score]]) -> dict[Setting, np.ndar
 
 def shares(row: Mapping[str, Score]) -> dict[str, np.ndarray]:
     """The columns of `COLUMNS` of one setting: name → share of right draws per image (n,)."""
-    lent = worst_of([score for name, score in row.items() if OF in name])
-    return {name: score.right for name, score in row.items() if OF not in name} | {
-        "lent": lent,
-        "worst": lowest([worst_of(list(row.values())), lent]),
-    }
+    lent = [score for name, score in row.items() if OF in name]
+    own = {name: score.right for name, score in row.items() if OF not in name}
+    return own | worst_columns(list(row.values()), lent)
 
 
 def best_guided(found: Mapping[Setting, Mapping[str, Score]]) -> Setting:

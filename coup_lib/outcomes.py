@@ -145,6 +145,12 @@ def worst_of(scores: Sequence[Score]) -> np.ndarray:
     return lowest([right[chosen, np.arange(len(chosen))], *right])
 
 
+def worst_columns(scores: Sequence[Score], lent: Sequence[Score]) -> dict[str, np.ndarray]:
+    """ "lent", the worst of the sources made against others; "worst", of all: never above it. (n,) each."""
+    borrowed = worst_of(lent)
+    return {"lent": borrowed, "worst": lowest([worst_of(scores), borrowed])}
+
+
 def lowest(shares: Sequence[np.ndarray]) -> np.ndarray:
     """Those of lowest mean: an attacker who has several ways takes the best of them."""
     return min(shares, key=lambda values: float(values.mean()))

@@ -16,7 +16,7 @@ from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import OF, Evaluation, Source, lend
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
-from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, worst_columns, worst_of
 from coup_lib.plots import COLOURS, MARKERS, bars
 from coup_lib.stats import Z_95
 
@@ -122,17 +122,17 @@ def shares(columns: Columns) -> dict[str, dict[str, np.ndarray]]:
     """Defence → name → share of right draws of each image, (n,).
 
     Added are "worst", the worst of all sources per image; "lent", the worst of those that another defence
-    lends; "two_runs", the worse of the exact attack and its
-    restart; and "fixed_own", the fixed-noise attack judged on the very noise that it was made for.
+    lends; "two_runs", the worse of the exact attack and its restart; and "fixed_own", the fixed-noise attack
+    judged on the very noise that it was made for.
     """
     found = {}
     for defence, row in columns.items():
         found[defence] = {name: score.right for name, score in row.items()}
         if "fixed" in row:
             found[defence]["fixed_own"] = row["fixed"].counted
-        found[defence]["lent"] = worst_of([score for name, score in row.items() if OF in name])
         found[defence]["two_runs"] = worst_of([row["exact"], row["restart"]])
-        found[defence]["worst"] = lowest([worst_of(list(row.values())), found[defence]["lent"]])
+        lent = [score for name, score in row.items() if OF in name]
+        found[defence] |= worst_columns(list(row.values()), lent)
     return found
 
 

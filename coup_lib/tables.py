@@ -11,7 +11,7 @@ from coup_lib.config import Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import OF
 from coup_lib.files import write_atomically
-from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, lowest, worst_columns
 
 Shares = dict[str, dict[str, np.ndarray]]
 
@@ -49,11 +49,10 @@ def shares(columns: dict[str, dict[str, Score]]) -> Shares:
         if "standard" in row:
             found["standard"] = row["standard"].counted
             found["rand"] = row["adaptive"].counted * row["dlr"].counted
-            found["autoattack"] = min(found["standard"], found["rand"], key=lambda share: float(share.mean()))
-        lent = worst_of(
-            [score for name, score in row.items() if OF in name or name in TRANSFERS - {f"from_{defence}"}]
-        )
-        result[defence] = found | {"lent": lent, "worst": lowest([worst_of(list(row.values())), lent])}
+            found["autoattack"] = lowest([found["standard"], found["rand"]])
+        transfers = TRANSFERS - {f"from_{defence}"}
+        lent = [score for name, score in row.items() if OF in name or name in transfers]
+        result[defence] = found | worst_columns(list(row.values()), lent)
     return result
 
 
