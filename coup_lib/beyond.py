@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
-from coup_lib.evaluate import CLEAN, OF, Evaluation, Source, lend
+from coup_lib.evaluate import CLEAN, OF, Evaluation, Source, lend, made_against
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_columns
 from coup_lib.plots import COLOURS, MARKERS, PALETTE, bars
 
@@ -82,7 +82,7 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
         row = lend({name: sources(name) for name in dict.fromkeys((*PLAIN, defence))})[defence]
         found[setting] |= evaluation.scores({defence: row})[defence]
         if is_guided(defence):
-            made = {f"{name}{OF}{setting}": row[name] for name in row if row[name].defence == defence}
+            made = made_against(defence, row, str(setting))
             for other in plain:
                 found[other] |= evaluation.scores({other.defence: made})[other.defence]
     return found

@@ -522,15 +522,22 @@ def lend(rows: dict[str, dict[str, Source]], names: Sequence[str] = ()) -> dict[
     An attacker is free to try it, and a defence whose gradient finds good images would else be alone in
     facing them. A lent source is called "exact of reverse"; `names` are those to lend, by default all.
     """
-    own = {
-        f"{name}{OF}{target}": source
-        for target, row in rows.items()
-        for name, source in row.items()
-        if source.defence == target and source.attack not in ("clean", "noise") and name in (names or row)
-    }
+    own: dict[str, Source] = {}
+    for target, row in rows.items():
+        chosen = {name: source for name, source in row.items() if name in (names or row)}
+        own |= made_against(target, chosen, target)
     return {
         target: row | {name: source for name, source in own.items() if source not in row.values()}
         for target, row in rows.items()
+    }
+
+
+def made_against(target: str, row: dict[str, Source], label: str) -> dict[str, Source]:
+    """Of a row of sources those that attack this target, by the names under which they are lent."""
+    return {
+        f"{name}{OF}{label}": source
+        for name, source in row.items()
+        if source.defence == target and source.attack not in ("clean", "noise")
     }
 
 

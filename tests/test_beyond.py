@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coup_lib import beyond, paths
+from coup_lib import beyond
 from coup_lib.beyond import Setting
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES
@@ -80,21 +80,19 @@ def test_tables_and_figures_have_every_setting(found):
     assert len(beyond.confirm_figure(found).axes[0].get_legend().texts) == len(found)
 
 
-def test_a_search_on_a_few_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+def test_a_search_on_a_few_images(results_folder):
     config = Config(n_images=3, n_draws=2, split="validation", purpose="search")
     tried = [Setting("reverse"), Setting("smoothed", 2.0)]
     found = beyond.scores(config, tried)
     assert list(found) == tried
     assert all(score.report.shape == (3, 2) for scores in found.values() for score in scores.values())
-    assert len(list(tmp_path.rglob("*guided*"))) == 0
-    assert list(tmp_path.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))
+    assert len(list(results_folder.rglob("*guided*"))) == 0
+    assert list(results_folder.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))
     lent = {f"{name} of averaged" for name in ("exact", "margin", "warm")}
     assert lent < set(found[tried[0]]) and lent | {"margin of reverse"} < set(found[tried[1]])
 
 
-def test_plain_purifiers_face_what_is_made_against_guided_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+def test_plain_purifiers_face_what_is_made_against_guided_ones(results_folder):
     config = Config(n_images=3, n_draws=2, purpose="compare", n_iter=1, eot=1)
     tried = [Setting("reverse"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
     found = beyond.scores(config, tried, both_ways=True)
@@ -103,5 +101,5 @@ def test_plain_purifiers_face_what_is_made_against_guided_ones(tmp_path, monkeyp
     assert ours < set(found[tried[0]])
     assert not ours & (set(found[tried[1]]) | set(found[tried[2]]))
     # At each one's own λ.
-    names = [path.name for path in tmp_path.rglob("score-reverse-on-*-apgd-margin-smoothed-*.json")]
+    names = [path.name for path in results_folder.rglob("score-reverse-on-*-apgd-margin-smoothed-*.json")]
     assert len(names) == 1
