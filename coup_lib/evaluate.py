@@ -45,8 +45,9 @@ WITHOUT_GRADIENT = ("clean", "noise", "square")
 class Source:
     """Where adversarial images come from: an attack on a defence with a gradient of it.
 
-    n_iter, eot, n_steps and seed, where given, take the place of the configuration's: n_steps that of the
-    path under attack (a coarser one may stand in for the true one), seed that of attack and defence.
+    n_iter, eot, n_steps, guidance_weight and seed, where given, take the place of the configuration's:
+    n_steps that of the path under attack (a coarser one may stand in for the true one), seed that of attack
+    and defence.
     fixed_noise: the defence under attack draws the same noise every time. start: where the attack begins.
     """
 
@@ -59,6 +60,7 @@ class Source:
     seed: int | None = None
     fixed_noise: bool = False
     start: "Source | None" = None
+    guidance_weight: float | None = None
 
     def __post_init__(self) -> None:
         choice("attack", self.attack, ATTACKS)
@@ -71,6 +73,8 @@ class Source:
         same = self.defence == "none" or (self.gradient == "first_order" and not is_guided(self.defence))
         if same or self.attack in WITHOUT_GRADIENT:
             object.__setattr__(self, "gradient", "exact")
+        if not is_guided(self.defence):
+            object.__setattr__(self, "guidance_weight", None)
         if self.attack in ("clean", "noise"):
             object.__setattr__(self, "defence", "none")
 
@@ -80,7 +84,7 @@ class Source:
         kind = "" if self.attack in WITHOUT_GRADIENT else f", {self.gradient}"
         more = "".join(
             f", {name} {getattr(self, name)}"
-            for name in ("n_iter", "eot", "n_steps", "seed")
+            for name in ("n_iter", "eot", "n_steps", "guidance_weight", "seed")
             if getattr(self, name) is not None
         )
         more += ", fixed noise" if self.fixed_noise else ""
@@ -193,10 +197,17 @@ class Evaluation:
         return classifier.to(self.config.torch_device)
 
     def defence(
-        self, name: str, gradient: str = "exact", n_steps: int | None = None, *, attacked: bool = False
+        self,
+        name: str,
+        gradient: str = "exact",
+        n_steps: int | None = None,
+        guidance_weight: float | None = None,
+        *,
+        attacked: bool = False,
     ) -> nn.Module:
-        """The named defence around the classifier, ready to be attacked; n_steps overrides the path's.
+        """The named defence around the classifier, ready to be attacked.
 
+        n_steps, guidance_weight: take the place of the configuration's.
         attacked: with the score network in the precision of attacks, compiled if the configuration says so.
         """
         choice("defence", name, DEFENCES)
@@ -209,7 +220,7 @@ class Evaluation:
             self.classifier,
             score,
             self._classifier(self._guide) if robust else self.classifier,
-            guidance_weight=self.config.guidance_weight,
+            guidance_weight=self.config.guidance_weight if guidance_weight is None else guidance_weight,
             t_star=self.config.t_star,
             n_steps=n_steps or self.config.n_steps,
             gradient=gradient,
@@ -300,7 +311,8 @@ class Evaluation:
                 square_queries=config.square_queries,
                 max_batch=self.max_batch,
             )
-            model = self.defence(source.defence, source.gradient, source.n_steps, attacked=True)
+            path = (source.n_steps, source.guidance_weight)
+            model = self.defence(source.defence, source.gradient, *path, attacked=True)
             if isinstance(model, Purified):
                 model.purifier.reseed(_seed(seed, DEFENCE, start))
                 model = FixedNoise(model, _seed(seed, DEFENCE, start)) if source.fixed_noise else model
@@ -395,7 +407,8 @@ class Evaluation:
         return self._as_score(target, source, record["result"])
 
     def _as_score(self, target: str, source: Source, result: dict[str, Any]) -> Score:
-        own = source.defence == target and source.attack not in ("clean", "noise")
+        same = source.guidance_weight in (None, self.config.guidance_weight)
+        own = source.defence == target and same and source.attack not in ("clean", "noise")
         robust = np.array(self.attack(source)["result"]["robust"], dtype=bool) if own else None
         return Score(
             **{key: np.array(result[key]) for key in ("labels", "report", "average", "suspicion")},
@@ -442,6 +455,8 @@ class Evaluation:
         defence = self.defence_settings(source.defence, by_name=by_name)
         if source.n_steps and source.defence != "none":
             defence["n_steps"] = source.n_steps
+        if source.guidance_weight is not None:
+            defence["guidance_weight"] = source.guidance_weight
         settings |= {
             "classifier": self.classifier_name,
             "norm": config.norm,

@@ -63,14 +63,21 @@ class SmoothEvaluation(Evaluation):
     """An evaluation whose COUP is guided by the smoothed maximum."""
 
     def defence(
-        self, name: str, gradient: str = "exact", n_steps: int | None = None, *, attacked: bool = False
+        self,
+        name: str,
+        gradient: str = "exact",
+        n_steps: int | None = None,
+        guidance_weight: float | None = None,
+        *,
+        attacked: bool = False,
     ) -> nn.Module:
         """As `Evaluation.defence`."""
         if name != "coup":
-            return super().defence(name, gradient, n_steps, attacked=attacked)
+            return super().defence(name, gradient, n_steps, guidance_weight, attacked=attacked)
         config = self.config
         score = self.attacked_score(name, gradient) if attacked else self.score_network
-        guided = SmoothMax(score, self.classifier, config.guidance_weight)
+        weight = config.guidance_weight if guidance_weight is None else guidance_weight
+        guided = SmoothMax(score, self.classifier, weight)
         n_steps = n_steps or config.n_steps
         purifier = Purifier(guided, t_star=config.t_star, n_steps=n_steps, gradient=gradient)
         return Purified(self.classifier, purifier)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from coup_lib import plots, tables
 from coup_lib.config import Config, number
 from coup_lib.defences import LABELS
-from coup_lib.evaluate import Evaluation
+from coup_lib.evaluate import OF, Evaluation, Source
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.progress import Plan
 from coup_lib.stats import paired_interval
@@ -58,9 +58,21 @@ def at(config: Config, name: str, value: float) -> Config:
 
 
 def measure(config: Config) -> Row:
-    """COUP's columns; without guidance it is reverse-only, whose records serve more than one notebook."""
-    defence = "coup" if config.guidance_weight else "reverse"
-    return tables.shares(Evaluation(config, verbose=False).columns((defence,)))[defence]
+    """COUP's columns; without guidance it is reverse-only, whose records serve more than one notebook.
+
+    Every λ faces what is made against none (a column) and against the paper's λ (lent) at the same t*.
+    """
+    defence, papers = "coup" if config.guidance_weight else "reverse", config.sizes.guidance_weight
+    evaluation = Evaluation(config, verbose=False)
+    row = evaluation.columns((defence,))
+    if config.guidance_weight != papers:
+        gradients = {"adaptive": config.gradient, "first_order": "first_order"}
+        lent = {
+            f"{name}{OF}coup": Source("apgd-ce", "coup", gradient, guidance_weight=papers)
+            for name, gradient in gradients.items()
+        }
+        row[defence] |= evaluation.scores({defence: lent})[defence]
+    return tables.shares(row)[defence]
 
 
 def sweep(config: Config, name: str, values: Sequence[float]) -> Sweep:
@@ -365,6 +377,6 @@ def figure_caption(times: Sweep, weights: Sweep, config: Config) -> str:
     return (
         f"Accuracy of COUP on the {config.split} split along t* (a) and λ (b). Ringed is the best of a line "
         f"({peaks}); the grey bar marks the paper's choice. “{gradient}” and “first-order” are the gradients "
-        "that APGD-ce follows. In (a) also reverse-only at the same t*. Without guidance the exact and the "
-        "first-order attack and the transfer from reverse-only are one: its worst case is over fewer attacks."
+        "that APGD-ce follows. In (a) also reverse-only at the same t*. Every λ faces what is made against "
+        f"λ = 0 and λ = {config.sizes.guidance_weight:g}, too."
     )

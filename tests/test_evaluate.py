@@ -200,13 +200,15 @@ def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch)
             fixed = isinstance(model, FixedNoise)
             purifier = (model.purified if fixed else model).purifier
             made.append(self.told | {"steps": purifier.n_steps, "fixed": fixed, "start": start})
-            made[-1]["gradient"] = purifier.gradient
+            made[-1] |= {"gradient": purifier.gradient, "weight": getattr(purifier.score, "weight", None)}
             return AttackResult(x + 0.01, torch.ones(len(y), dtype=torch.bool))
 
     monkeypatch.setattr(evaluate, "Attack", Noted)
     evaluation = Evaluation(Config(**TINY), verbose=False)
     start = Source("pgd", "reverse")
-    overridden = Source("pgd", "coup", "first_order", 7, 5, 4, 3, fixed_noise=True, start=start)
+    overridden = Source(
+        "pgd", "coup", "first_order", 7, 5, 4, 3, fixed_noise=True, start=start, guidance_weight=6
+    )
     evaluation.attack(Source("pgd", "coup"))
     evaluation.attack(overridden)
     plain, begun, other = made
@@ -214,6 +216,7 @@ def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch)
     assert (other["n_iter"], other["eot"], other["steps"], other["gradient"]) == (7, 5, 4, "first_order")
     assert other["fixed"] and not plain["fixed"] and other["seed"] != plain["seed"] == begun["seed"]
     assert plain["start"] is begun["start"] is None
+    assert [record["weight"] for record in made] == [1, None, 6]
     torch.testing.assert_close(other["start"], evaluation.images.x + 0.01)
 
 

@@ -1,5 +1,7 @@
 """Sweeps of t* and λ: which values, which claims hold, and what is confirmed."""
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -137,6 +139,23 @@ def test_without_guidance_coup_is_reverse_only(results_folder):
     frame = sweeps.numbers(found, config, "guidance_weight")
     assert frame.groupby("guidance_weight")["defence"].unique().map(list).tolist() == [["reverse"], ["coup"]]
     assert len(sweeps.sweep_table(found, config, "guidance_weight")) == 2
+
+
+def test_every_weight_faces_what_is_made_against_the_papers(results_folder):
+    config = Config(budget="smoke")
+    sweeps.measure(config)
+    attacks = {path for path in results_folder.rglob("*.json") if not path.name.startswith("score-")}
+    for weight in (0.0, 4.0):
+        row = sweeps.measure(sweeps.at(config, "guidance_weight", weight))
+        assert row["worst"].mean() <= row["lent"].mean()
+    targets = [path.name.split("-on-")[0] for path in results_folder.rglob("score-*-coup-exact-*.json")]
+    assert sorted(targets) == ["score-coup"] * 3 + ["score-reverse"]  # λ = 4 on its own and on λ = 1's
+    scores = [json.loads(path.read_text()) for path in results_folder.rglob("score-coup-*-coup-exact-*.json")]
+    assert sum("autoattack" in score["result"]["accuracy"] for score in scores) == 2  # each by its own attack
+    made = {path for path in results_folder.rglob("*.json") if not path.name.startswith("score-")} - attacks
+    assert (
+        sum("-coup-" in path.name for path in made) == 2
+    )  # λ = 4's own by both gradients; λ = 1's were there
 
 
 def test_the_figure_rings_the_best_and_marks_the_papers_choice():
