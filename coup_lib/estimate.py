@@ -37,7 +37,7 @@ from coup_lib.config import NORMS, Config
 from coup_lib.data import SHAPES
 from coup_lib.defences import MAXIMISERS, PAPER
 from coup_lib.evaluate import Evaluation, Job, Source, planning
-from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
+from coup_lib.gradients import ACTIVATION_BUDGET, THROUGH_STEPS, activation_bytes
 from coup_lib.profiles import BUDGETS, PROFILES
 from coup_lib.purify import Purified, Purifier
 from coup_lib.tables import markdown
@@ -232,7 +232,7 @@ def unit(job: Job, defence: str, gradient: str | None) -> Cost:
         return _measured(config, job.classifier, defence, gradient)
     steps = (job.source.n_steps if defence == job.source.defence else None) or config.n_steps
     step = _measured(config, job.classifier, defence, gradient).plus(without.times(-1))
-    if gradient in ("exact", "first_order") and _replays(job, defence, steps):
+    if gradient in THROUGH_STEPS and _replays(job, defence, steps):
         step = step.plus(_measured(config, job.classifier, defence, None))
         step = step.plus(_measured(config, job.classifier, "none", None).times(-1))
     step = step.times(1 / STEPS)
@@ -243,7 +243,8 @@ def _replays(job: Job, defence: str, steps: int) -> bool:
     """Whether such a path has too many activations to be kept, so that every step is gone once more."""
     config = job.config
     together = min(config.n_images, config.sizes.chunk_size) * (job.source.eot or config.eot)
-    batch = min(together, config.sizes.max_batch)
+    # On a CPU an attack takes as few images at once as fit.
+    batch = 1 if config.torch_device.type == "cpu" else min(together, config.sizes.max_batch)
     kept = _step_bytes(config.profile, config.device, job.classifier, defence) * steps * batch
     return kept > ACTIVATION_BUDGET
 

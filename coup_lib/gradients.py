@@ -20,6 +20,7 @@ from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, euler_step, reverse_drift, solve, step_times
 
 ACTIVATION_BUDGET = 2 * 2**30  # bytes of activations that plain autograd may keep before replaying pays
+THROUGH_STEPS = ("exact", "first_order")  # gradients that autograd takes step by step
 
 # Of one step of one image, by score: an attack asks thousands of times.
 _step_bytes: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
@@ -43,22 +44,39 @@ def solve_with_gradient(
     every step is replayed from its own stored state, so the memory for activations does not grow with N.
     The noise is additive and drops out of the derivative. Both ways give the same numbers.
     """
-    measured = _step_bytes.setdefault(score, {})
-    score = first_order(score) if gradient == "first_order" else score
+    followed = _followed(score, gradient)
 
     def run(x: Tensor, keep: Callback | None = None) -> Tensor:
-        return solve(score, sde, x, times, noise, keep)
+        return solve(followed, sde, x, times, noise, keep)
 
     if not (torch.is_grad_enabled() and x.requires_grad):
         return run(x)
     if gradient == "adjoint":
-        return _Path.apply(x, run, lambda states, v: adjoint(score, sde, states, times, noise, v))
+        return _Path.apply(x, run, lambda states, v: adjoint(followed, sde, states, times, noise, v))
+    if len(x) <= images_kept(gradient, score, sde, x, times, activation_budget):
+        return run(x)
+    return _Path.apply(x, run, lambda states, v: replay(followed, sde, states, times, v))
+
+
+def images_kept(
+    gradient: str,
+    score: nn.Module,
+    sde: VPSDE,
+    x: Tensor,
+    times: Tensor,
+    activation_budget: int = ACTIVATION_BUDGET,
+) -> int:
+    """How many images like x fit with all activations of their paths, so that none needs to be replayed."""
+    measured = _step_bytes.setdefault(score, {})
     kind = gradient, x.shape[1:], x.dtype, x.device
     if kind not in measured:
-        measured[kind] = activation_bytes(score, sde, x[:1], times[:2])
-    if measured[kind] * len(x) * (len(times) - 1) <= activation_budget:
-        return run(x)
-    return _Path.apply(x, run, lambda states, v: replay(score, sde, states, times, v))
+        measured[kind] = activation_bytes(_followed(score, gradient), sde, x[:1], times[:2])
+    return activation_budget // max(measured[kind] * (len(times) - 1), 1)
+
+
+def _followed(score: nn.Module, gradient: str) -> nn.Module:
+    """The score as the gradient sees it."""
+    return first_order(score) if gradient == "first_order" else score
 
 
 def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.config import GRADIENTS, choice
-from coup_lib.gradients import solve_with_gradient
+from coup_lib.gradients import images_kept, solve_with_gradient
 from coup_lib.guidance import Guided, to_image, to_state
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, solve, time_grid
@@ -125,6 +125,10 @@ class Purifier(StochasticPurifier):
         state = self.start(to_state(x), noise[0])
         gradient = "exact" if self.gradient == "bpda" else self.gradient
         return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, noise[1:]))
+
+    def images_kept(self, x: Tensor) -> int:
+        """How many images like x are differentiated without walking their paths again, see `gradients`."""
+        return images_kept(self.gradient, self.score, self.sde, x, self.times)
 
     def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
         """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""

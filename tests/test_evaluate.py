@@ -15,7 +15,7 @@ from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source, image_seeds
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
-from coup_lib.purify import FixedNoise
+from coup_lib.purify import FixedNoise, Purifier
 from coup_lib.records import config_hash
 from coup_lib.stats import paired_interval, wilson
 
@@ -218,6 +218,18 @@ def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch)
     assert plain["start"] is begun["start"] is None
     assert [record["weight"] for record in made] == [1, None, 6]
     torch.testing.assert_close(other["start"], evaluation.images.x + 0.01)
+
+
+def test_on_a_cpu_an_attack_takes_no_more_images_than_need_no_replay(monkeypatch):
+    evaluation = Evaluation(Config(), verbose=False)
+    x, most = torch.rand(2, 1, 8, 8), evaluation.max_batch
+    batches = {}
+    for kept in (100_000, 40, 0):  # not even one: as many as ever
+        monkeypatch.setattr(Purifier, "images_kept", lambda self, x, kept=kept: kept)
+        names = ("coup", "coup-averaged", "likelihood", "none")
+        batches[kept] = [evaluation._attack_batch(evaluation.defence(name), x) for name in names]
+    assert batches == {100_000: [most] * 4, 40: [40, 10, most, most], 0: [most] * 4}
+    assert evaluation._attack_batch(evaluation.defence("coup", "adjoint"), x) == most
 
 
 def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypatch):

@@ -176,6 +176,22 @@ def test_activation_bytes_are_what_autograd_keeps():
     assert 0.5 < forecast / counted < 2
 
 
+@pytest.mark.parametrize("gradient", ["exact", "first_order"])
+def test_as_many_images_as_are_kept_need_no_replay(gradient):
+    defence, x = build("coup", gradient, 5)
+    purifier, x = defence.purifier, x[:1].repeat(8, 1, 1, 1)
+    path = (gradient, purifier.score, purifier.sde, x, purifier.times)
+    of_one = 2**40 // gradients.images_kept(*path, 2**40)
+    budget = 4 * of_one + of_one // 2
+    assert gradients.images_kept(*path, budget) == 4
+    for n, replayed in ((4, False), (5, True)):
+        state = x[:n].clone().requires_grad_()
+        end = gradients.solve_with_gradient(
+            gradient, purifier.score, purifier.sde, state, purifier.times, None, budget
+        )
+        assert (type(end.grad_fn).__name__ == "_PathBackward") == replayed
+
+
 def test_unknown_gradient_is_refused():
     score, _, _ = small_problem()
     with pytest.raises(ValueError, match="expected one of exact, first_order, adjoint, bpda; got 'exakt'"):
