@@ -52,7 +52,7 @@ run: setup
 
 # Of a notebook's output, the progress and whatever went wrong.
 SHOW = while IFS= read -r line; do case "$$line" in \
-	*gone*|*"attacks in"*|*Error*|*override*) echo "$*: $$line";; esac; done
+	*gone*|*"done in"*|*Error*|*override*) echo "$*: $$line";; esac; done
 # NAME@l2 is notebook NAME with that norm; the toy analysis knows one size only.
 NORM = $(if $(findstring @,$*),-p norm $(lastword $(subst @, ,$*)))
 SIZE = $(if $(filter 00_%,$*)$(filter quick,$(BUDGET)),,-p budget $(BUDGET))

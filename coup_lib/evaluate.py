@@ -237,15 +237,20 @@ class Evaluation:
         if (jobs := _planned.get()) is not None:
             jobs += [self._job(source, targets) for source in sources]
             return {target: dict.fromkeys(row, self._all_right()) for target, row in targets.items()}
-        costs = [0.0 if self._is_done(source) else self._cost(source) for source in sources]
-        plan = Plan(costs, verbose=self.verbose)
+        rows = {target: list(dict.fromkeys(row)) for target, row in targets.items()}
+        attacks = [0.0 if self._is_done(source) else self._cost(source) for source in sources]
+        plan = Plan(attacks + [self._scoring_cost(*row) for row in rows.items()], verbose=self.verbose)
         for source in sources:
             plan.start(f"{self.classifier_name}: {source}")
             self._attack_record(source).share(plan.advance)
+        for target, row in rows.items():
+            plan.start(f"{self.classifier_name}: {target} on images of {len(row)} sources")
+            for place, source in enumerate(row, start=1):
+                self._score_record(target, source).share()
+                plan.advance(place, len(row))
         plan.end()
         return {
-            target: {source: self.score(target, source) for source in dict.fromkeys(row)}
-            for target, row in targets.items()
+            target: {source: self.score(target, source) for source in row} for target, row in rows.items()
         }
 
     def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[str, Score]]:
@@ -383,6 +388,9 @@ class Evaluation:
 
     def score(self, target: str, source: Source) -> Score:
         """The target's predictions on the source's images, on noise that no attack has seen."""
+        return self._as_score(target, source, self._score_record(target, source).finish()["result"])
+
+    def _score_record(self, target: str, source: Source) -> ChunkedRecord:
         config, size = self.config, self.config.sizes.chunk_size
 
         def compute(start: int) -> dict[str, Any]:
@@ -410,9 +418,7 @@ class Evaluation:
             "seed": config.seed,
             "attack": attack_settings,
         }
-        name = f"score-{target}-on-{attack_name}"
-        record = self._record(name, settings, compute, combine).finish()
-        return self._as_score(target, source, record["result"])
+        return self._record(f"score-{target}-on-{attack_name}", settings, compute, combine)
 
     def _as_score(self, target: str, source: Source, result: dict[str, Any]) -> Score:
         same = source.guidance_weight in (None, self.config.guidance_weight)
@@ -533,10 +539,18 @@ class Evaluation:
     def _cost(self, source: Source) -> float:
         """About how many score evaluations the attack takes; good enough to foretell the time left."""
         gradients, forwards = calls(source, self.config)
-        steps = 0.1 if source.defence == "none" else source.n_steps or self.config.n_steps
-        draws = PURIFIERS[source.defence].draws if source.defence in PURIFIERS else 1
-        weight = steps * draws * (2 if is_guided(source.defence) else 1)
-        return float(self.config.n_images * weight * (2 * gradients + forwards) + 1)
+        path = self._path_cost(source.defence, source.n_steps)
+        return self.config.n_images * path * (2 * gradients + forwards) + 1
+
+    def _scoring_cost(self, target: str, row: Sequence[Source]) -> float:
+        """The same of the target's draws on all of a row's images that are not scored yet."""
+        left = sum(not is_complete(self._score_record(target, source).path) for source in row)
+        return left * self.config.n_images * 2 * self.config.n_draws * self._path_cost(target)
+
+    def _path_cost(self, defence: str, n_steps: int | None = None) -> float:
+        steps = 0.1 if defence == "none" else n_steps or self.config.n_steps
+        draws = PURIFIERS[defence].draws if defence in PURIFIERS else 1
+        return float(steps * draws * (2 if is_guided(defence) else 1))
 
 
 def lend(rows: dict[str, dict[str, Source]], names: Sequence[str] = ()) -> dict[str, dict[str, Source]]:

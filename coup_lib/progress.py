@@ -22,15 +22,15 @@ class Plan:
         self.index, self.label, self.here = self.index + 1, label, 0.0
         self._say("started" if self.costs[self.index] else "read back")
 
-    def advance(self, chunks: int, total: int) -> None:
-        """`chunks` of the current job's `total` are finished."""
-        self.here = self.costs[self.index] * chunks / total
-        if chunks < total and time.monotonic() - self.last > self.every:
-            self._say(f"{chunks}/{total} chunks")
+    def advance(self, done: int, total: int) -> None:
+        """`done` of the current job's `total` parts are finished."""
+        self.here = self.costs[self.index] * done / total
+        if done < total and time.monotonic() - self.last > self.every:
+            self._say(f"{done} of {total} done")
 
     def end(self) -> None:
         """Say how long it took."""
-        self._print(f"{len(self.costs)} attacks in {_clock(time.monotonic() - self.began)}")
+        self._print(f"all {len(self.costs)} done in {_clock(time.monotonic() - self.began)}")
 
     def _say(self, what: str) -> None:
         worked = sum(self.costs[: self.index]) + self.here

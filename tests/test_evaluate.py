@@ -273,7 +273,9 @@ def test_columns_and_their_records(results_folder, capsys):
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["none"]["adaptive"] is columns["none"]["from_none"]
     assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
-    assert "[5/5] cnn-small: apgd-ce on coup, first_order: started" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[5/8] cnn-small: apgd-ce on coup, first_order: started" in said
+    assert "[8/8] cnn-small: coup on images of 5 sources: started" in said
 
     path = next(results_folder.rglob("score-coup-on-cnn-small-linf-apgd-ce-coup-first_order-*.json"))
     record = json.loads(path.read_text())
