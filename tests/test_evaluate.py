@@ -1,6 +1,8 @@
 """Sources × targets on a few digits, and how draws become accuracies."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import scipy.stats
 import torch
 
 from coup_lib import config as settings
-from coup_lib import evaluate
+from coup_lib import evaluate, records
 from coup_lib.attacks import ATTACKS, AttackResult
 from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, PURIFIERS
@@ -255,6 +257,24 @@ def test_an_images_noise_does_not_depend_on_the_number_of_images():
     assert image_seeds(0, 2, range(3, 5), 4).tolist() == image_seeds(0, 2, range(8), 4)[3:5].tolist()
     assert image_seeds(0, 2, range(2), 4).tolist() != image_seeds(1, 2, range(2), 4).tolist()
     assert image_seeds(0, 2, range(2), 4).tolist() != image_seeds(0, 3, range(2), 4).tolist()
+
+
+def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
+    """Another process is at the first of three scores; this one makes the others and only then waits."""
+    evaluation = Evaluation(Config(**TINY, num_shards=2), verbose=False)
+    sources = [CLEAN, Source("noise", "none"), Source("pgd", "none")]
+    evaluation.run({"none": sources})
+    first, *others = (evaluation._score_record("reverse", source).path for source in sources)
+    thread = threading.Thread(target=evaluation.run, args=({"reverse": sources},))
+    with records._lock(records._chunk_path(first, 0, "lock")):
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not all(list(path.parent.glob(f"{path.stem}.*journal")) for path in others):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not first.exists() and thread.is_alive()
+    thread.join(60)
+    assert all(path.exists() for path in (first, *others))
 
 
 def test_an_unknown_classifier_is_refused():
