@@ -84,7 +84,7 @@ CANDIDATES = tuple(name for name in PURIFIERS if name not in (*PAPER, *MAXIMISER
 
 
 def build(
-    name: str,
+    recipe: Recipe,
     classifier: nn.Module,
     score: nn.Module,
     guide: nn.Module,
@@ -94,11 +94,10 @@ def build(
     n_steps: int,
     gradient: str,
 ) -> Purified:
-    """The purifier `name` around the classifier; `guide` is whose confidence guides, if any does.
+    """The recipe's purifier around the classifier; `guide` is whose confidence guides, if any does.
 
     Likelihood maximisation has iterations of its own, and knows neither t_star nor n_steps.
     """
-    recipe = PURIFIERS[name]
     if recipe.maximised:
         weight = guidance_weight if recipe.guidance else 0.0
         return likelihood(classifier, ScoreDenoiser(score), weight, gradient=gradient)

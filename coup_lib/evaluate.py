@@ -1,6 +1,6 @@
 """Attack sources × targets: images are made once per source, and scored on every target on fresh noise."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from coup_lib.attacks import ATTACKS, Attack
 from coup_lib.compiled import compiled_score
 from coup_lib.config import GRADIENTS, Config, choice, count
 from coup_lib.data import Images, fingerprint, is_here, load_split
-from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided
 from coup_lib.gradients import THROUGH_STEPS
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
@@ -143,6 +143,8 @@ class Evaluation:
         trained: False takes random weights where trained ones would have to be fetched.
     """
 
+    recipes: Mapping[str, Recipe] = PURIFIERS
+
     def __init__(
         self, config: Config, classifier: str | None = None, *, verbose: bool = True, trained: bool = True
     ) -> None:
@@ -214,13 +216,12 @@ class Evaluation:
         choice("defence", name, DEFENCES)
         if name == "none":
             return self.classifier
-        robust = PURIFIERS[name].robust_guide
-        score = self.attacked_score(name, gradient) if attacked else self.score_network
+        recipe = self.recipes[name]
         return build(
-            name,
+            recipe,
             self.classifier,
-            score,
-            self._classifier(self._guide) if robust else self.classifier,
+            self.attacked_score(name, gradient) if attacked else self.score_network,
+            self._classifier(self._guide) if recipe.robust_guide else self.classifier,
             guidance_weight=self.config.guidance_weight if guidance_weight is None else guidance_weight,
             t_star=self.config.t_star,
             n_steps=n_steps or self.config.n_steps,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from coup_lib.attacks import project
 from coup_lib.config import Config
+from coup_lib.defences import PURIFIERS
 from coup_lib.evaluate import Evaluation, Source, image_seeds
 from coup_lib.guidance import Guided, first_order, gradient_of, to_image
 from coup_lib.outcomes import Accuracy, Difference, worst_of
@@ -62,25 +63,7 @@ class SmoothMax(Guided):
 class SmoothEvaluation(Evaluation):
     """An evaluation whose COUP is guided by the smoothed maximum."""
 
-    def defence(
-        self,
-        name: str,
-        gradient: str = "exact",
-        n_steps: int | None = None,
-        guidance_weight: float | None = None,
-        *,
-        attacked: bool = False,
-    ) -> nn.Module:
-        """As `Evaluation.defence`."""
-        if name != "coup":
-            return super().defence(name, gradient, n_steps, guidance_weight, attacked=attacked)
-        config = self.config
-        score = self.attacked_score(name, gradient) if attacked else self.score_network
-        weight = config.guidance_weight if guidance_weight is None else guidance_weight
-        guided = SmoothMax(score, self.classifier, weight)
-        n_steps = n_steps or config.n_steps
-        purifier = Purifier(guided, t_star=config.t_star, n_steps=n_steps, gradient=gradient)
-        return Purified(self.classifier, purifier)
+    recipes = PURIFIERS | {"coup": replace(PURIFIERS["coup"], guidance=SmoothMax)}
 
     def defence_settings(self, name: str, *, by_name: bool = False) -> dict[str, Any]:
         """As `Evaluation.defence_settings`."""

@@ -51,7 +51,7 @@ def made(name, gradient="exact", n_steps=4, t_star=0.1):
     score, classifier, x = small_problem()
     guide = Guide() if PURIFIERS[name].robust_guide else classifier
     defence = build(
-        name,
+        PURIFIERS[name],
         classifier,
         score,
         guide,
