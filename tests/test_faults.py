@@ -30,7 +30,7 @@ from coup_lib import checkpoints, config, evaluate, paths, records, zoo
 from coup_lib.checkpoints import load_network
 from coup_lib.config import GRADIENTS, Config
 from coup_lib.data import load_split
-from coup_lib.defences import DEFENCES, MAXIMISERS, build
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.purify import coup, reverse_only
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
@@ -328,7 +328,7 @@ def test_a_fault_that_does_not_come_again_is_reported_too(digits):
 def test_nan_in_likelihood_maximisation_is_not_the_classifiers(digits, name):
     score, classifier = networks()
     score.network.register_forward_hook(lambda network, inputs, answer: answer * torch.nan)
-    defence = build(name, classifier, score, classifier, **SETTINGS)
+    defence = build(PURIFIERS[name], classifier, score, classifier, **SETTINGS)
     with pytest.raises(FloatingPointError, match="from the purifier"):
         defence(digits)
 
@@ -336,7 +336,7 @@ def test_nan_in_likelihood_maximisation_is_not_the_classifiers(digits, name):
 @pytest.mark.parametrize("name", [name for name in DEFENCES if name != "none"])
 def test_a_batch_of_one_is_answered_as_in_any_other_and_has_a_gradient(digits, name):
     score, classifier = networks()
-    defence = build(name, classifier, score, classifier, **SETTINGS)
+    defence = build(PURIFIERS[name], classifier, score, classifier, **SETTINGS)
     alone, seeds = digits[1:2].clone().requires_grad_(), torch.arange(3)
     logits = defence(alone, seeds=seeds[1:2])
     torch.testing.assert_close(logits, defence(digits, seeds=seeds)[1:2], rtol=1e-3, atol=1e-3)
@@ -370,7 +370,7 @@ def test_grey_images_are_refused_by_a_colour_model(build):
 @pytest.mark.parametrize("name", ["diffpure", "reverse", "coup", "likelihood"])
 def test_what_is_no_image_is_refused(digits, name, spoil, message):
     score, classifier = networks()
-    defence = build(name, classifier, score, classifier, **SETTINGS)
+    defence = build(PURIFIERS[name], classifier, score, classifier, **SETTINGS)
     with pytest.raises(ValueError, match=f"^x: expected .*{message}"):
         defence(spoil(digits))
 
