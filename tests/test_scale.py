@@ -231,7 +231,7 @@ def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
         start_new_session=True,
     )
     try:
-        killed = kill_one(results, "-p shard 1 ")
+        killed = kill_one(run.pid, results, "-p shard 1 ")
         said = run.communicate(timeout=600)[0]
     finally:
         if run.poll() is None:
@@ -251,11 +251,11 @@ def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
     assert numbers(alone) == numbers(results)
 
 
-def kill_one(results, line):
-    """SIGKILL the process with this in its command line, and its kernel, once a first record is there."""
+def kill_one(group, results, line):
+    """SIGKILL the group's process with this in its command line, and its kernel, at the first record."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if list(results.rglob("*.json")) and (found := processes(line)):
+        if list(results.rglob("*.json")) and (found := processes(group, line)):
             for pid in found:
                 os.kill(pid, signal.SIGKILL)
             return True
@@ -263,9 +263,17 @@ def kill_one(results, line):
     return False
 
 
-def processes(line):
-    """The ids of the processes with this in their command line, and of their children."""
-    said = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [row.split(None, 2) for row in said.splitlines()[1:]]
-    named = [int(pid) for pid, _, args in rows if "papermill" in args and line in args + " "]
-    return named + [int(pid) for pid, parent, _ in rows if int(parent) in named and int(pid) not in named]
+def processes(group, line):
+    """The ids of the group's processes with this in their command line, and of their children.
+
+    Not of others: whoever runs the tests may have shards of their own at work.
+    """
+    columns = ["ps", "-ewwo", "pid,ppid,pgid,args"]
+    said = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
+    rows = [row.split(None, 3) for row in said.splitlines()[1:]]
+    named = [
+        int(pid)
+        for pid, _, pgid, args in rows
+        if int(pgid) == group and "papermill" in args and line in args + " "
+    ]
+    return named + [int(pid) for pid, parent, *_ in rows if int(parent) in named and int(pid) not in named]
