@@ -143,7 +143,7 @@ class Evaluation:
         trained: False takes random weights where trained ones would have to be fetched.
     """
 
-    recipes: Mapping[str, Recipe] = PURIFIERS
+    recipes: Mapping[str, Recipe] = PURIFIERS  # of `defence`, by name
 
     def __init__(
         self, config: Config, classifier: str | None = None, *, verbose: bool = True, trained: bool = True
