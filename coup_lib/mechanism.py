@@ -4,9 +4,10 @@ Everything here looks at the mean cross-entropy over noise draws, L(x), and at t
 one, E[∇ℓ] with the guidance differentiated, and the first-order one, with the guidance held constant.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -24,8 +25,9 @@ from coup_lib.evaluate import Evaluation, Source, image_seeds
 from coup_lib.guidance import Guided, first_order, gradient_of, to_image
 from coup_lib.outcomes import Accuracy, Difference, worst_of
 from coup_lib.plots import PALETTE
+from coup_lib.progress import Plan
 from coup_lib.purify import Purified, Purifier
-from coup_lib.records import record
+from coup_lib.records import ChunkedRecord, Worker, is_complete
 from coup_lib.solver import euler_step, step_times
 from coup_lib.stats import Z_95, paired_interval
 
@@ -125,11 +127,11 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
     """
     evaluation = Evaluation(config, verbose=False)
 
-    def compute() -> dict[str, Any]:
-        x, y = _attacked(evaluation, Source("apgd-ce", "reverse")), evaluation.images.y
-        means, found = {}, {}
+    def compute(places: range) -> dict[str, np.ndarray]:
+        x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
+        seeds, means, found = _seeds(config, FIT, places, draws), {}, {}
         for kind in KINDS:
-            gradients = draw_gradients(evaluation.defence("coup", kind), x, y, _seeds(config, FIT, x, draws))
+            gradients = draw_gradients(evaluation.defence("coup", kind), x, y, seeds)
             means[kind] = gradients.mean(1).flatten(1)
             found[f"snr_{kind}"] = signal_to_noise(gradients).cpu().numpy()
         lengths = {kind: mean.norm(dim=1) for kind, mean in means.items()}
@@ -137,12 +139,12 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
         found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).cpu().numpy()
         found["ratio"] = (lengths["exact"] / lengths["first_order"]).cpu().numpy()
         model = cast(Purified, evaluation.defence("coup"))
-        paths = [_second_order(model, x, y, seeds) for seeds in _seeds(config, FRESH, x, 4).T]
+        paths = [_second_order(model, x, y, once) for once in _seeds(config, FRESH, places, 4).T]
         found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).cpu().numpy()
         found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).cpu().numpy()
         return found
 
-    return _record(evaluation, "gradients", {"draws": draws}, compute)
+    return _record(evaluation, "gradients", compute, draws=draws)
 
 
 def landscape(
@@ -159,10 +161,10 @@ def landscape(
     """
     evaluation = Evaluation(config, verbose=False)
 
-    def compute() -> dict[str, Any]:
-        x, y = evaluation.images.x, evaluation.images.y
-        begin = x if start == "clean" else _attacked(evaluation, Source("apgd-ce", start))
-        seeds, model = _seeds(config, FIT, x, draws), evaluation.defence(target)
+    def compute(places: range) -> dict[str, np.ndarray]:
+        x, y = _part(evaluation.images.x, places), _part(evaluation.images.y, places)
+        begin = x if start == "clean" else _part(_attacked(evaluation), places)
+        seeds, model = _seeds(config, FIT, places, draws), evaluation.defence(target)
         found = {}
         for kind in kinds:
             gradient = draw_gradients(evaluation.defence(target, kind), begin, y, seeds).mean(1)
@@ -171,8 +173,8 @@ def landscape(
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
         return {kind: losses.cpu().numpy() for kind, losses in found.items()}
 
-    settings = {"start": start, "draws": draws, "distances": list(LANDSCAPE), "kinds": list(kinds)}
-    return _record(evaluation, "landscape", settings, compute, target)
+    settings = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
+    return _record(evaluation, "landscape", compute, settings, draws=draws, target=target)
 
 
 def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.ndarray]:
@@ -190,10 +192,9 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
     evaluation = maker(replace(config, guidance_weight=weight), verbose=False)
     target = "reverse" if case == "reverse" else "coup"
 
-    def compute() -> dict[str, Any]:
-        x = _attacked(evaluation, Source("apgd-ce", "reverse"))[: max(2, config.n_images // 2)]
-        y, seeds = evaluation.images.y[: len(x)], _seeds(config, FIT, x, draws)
-        model, found = evaluation.defence(target), {}
+    def compute(places: range) -> dict[str, np.ndarray]:
+        x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
+        seeds, model, found = _seeds(config, FIT, places, draws), evaluation.defence(target), {}
         for kind in KINDS:
             gradient = draw_gradients(evaluation.defence(target, kind), x, y, seeds).mean(1)
             direction = step_direction(gradient, config)
@@ -206,7 +207,9 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
             )
         return found
 
-    return _record(evaluation, "slopes", {"draws": draws, "differences": list(DIFFERENCES)}, compute, target)
+    n_images = max(2, config.n_images // 2)
+    settings = {"differences": list(DIFFERENCES)}
+    return _record(evaluation, "slopes", compute, settings, draws=draws, target=target, n_images=n_images)
 
 
 def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.ndarray]]:
@@ -222,15 +225,15 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
     }
     evaluation.run({"coup": list(sources.values())})
 
-    def compute(source: Source) -> dict[str, Any]:
-        x, y = _attacked(evaluation, source), evaluation.images.y
-        seeds = _seeds(config, FRESH, x, DRAWS)
+    def compute(source: Source, places: range) -> dict[str, np.ndarray]:
+        x, y = _part(evaluation.x_adv(source), places), _part(evaluation.images.y, places)
+        seeds = _seeds(config, FRESH, places, DRAWS)
         return {"loss": draw_losses(evaluation.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for (kind, eot), source in sources.items():
-        settings = {"draws": DRAWS, "attack": evaluation.attack_settings(source)[1]}
-        losses = _record(evaluation, "reached", settings, partial(compute, source))
+        settings = {"attack": evaluation.attack_settings(source)[1]}
+        losses = _record(evaluation, "reached", partial(compute, source), settings, draws=DRAWS)
         found[kind][eot] = losses["loss"]
     return found
 
@@ -317,27 +320,57 @@ def _batches(x: Tensor, y: Tensor, seeds: Tensor) -> Any:
     """Images, labels and seeds, one entry per image and draw, in batches."""
     draws = seeds.shape[1]
     repeated = (x.repeat_interleave(draws, 0), y.repeat_interleave(draws), seeds.flatten())
-    size = max(1, BATCH_PIXELS // x[0, 0].numel())
-    return zip(*(values.split(size) for values in repeated), strict=True)
+    return zip(*(values.split(_together(x)) for values in repeated), strict=True)
 
 
-def _seeds(config: Config, purpose: int, x: Tensor, draws: int) -> Tensor:
-    return image_seeds(config.seed, purpose, range(len(x)), draws)
+def _together(x: Tensor) -> int:
+    """How many images like those of x (n, C, H, W) go through the networks at once."""
+    return max(1, BATCH_PIXELS // x[0, 0].numel())
 
 
-def _attacked(evaluation: Evaluation, source: Source) -> Tensor:
-    return evaluation.x_adv(source)
+def _part(values: Tensor, places: range) -> Tensor:
+    return values[places.start : places.stop]
+
+
+def _seeds(config: Config, purpose: int, places: range, draws: int) -> Tensor:
+    return image_seeds(config.seed, purpose, places, draws)
+
+
+def _attacked(evaluation: Evaluation) -> Tensor:
+    return evaluation.x_adv(Source("apgd-ce", "reverse"))
 
 
 def _record(
-    evaluation: Evaluation, name: str, settings: dict[str, Any], compute: Any, target: str = "coup"
+    evaluation: Evaluation,
+    name: str,
+    compute: Callable[[range], dict[str, np.ndarray]],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    draws: int,
+    target: str = "coup",
+    n_images: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of a record whose settings are these, the images' and the defences'."""
-    config = evaluation.config
+    """Arrays (…, n) of the first n_images (all), made of what `compute` gives for some of them at a time.
+
+    As many at a time as fill a batch with their draws: that much is lost by a kill, and processes share the
+    rest. The settings are these, the images' and the defences'.
+    """
+    config, n = evaluation.config, n_images or evaluation.config.n_images
     attack_name, attack = evaluation.attack_settings(Source("apgd-ce", "reverse"))
-    settings = settings | {"images": attack, "target": evaluation.defence_settings(target)}
-    name = f"mechanism-{name}-{target}-{attack_name}"
-    return record(config.profile, name, settings | {"seed": config.seed}, compute)["arrays"]
+    named = {"draws": draws, "images": attack, "target": evaluation.defence_settings(target)}
+    size = max(1, _together(evaluation.images.x) // draws)
+    work = ChunkedRecord(
+        config.profile,
+        f"mechanism-{name}-{target}-{attack_name}",
+        {**settings, **named, "seed": config.seed},
+        [range(start, min(start + size, n)) for start in range(0, n, size)],
+        compute,
+        lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},
+        Worker(config.shard, config.num_shards),
+    )
+    plan = Plan([float(not is_complete(work.path))], verbose=not is_complete(work.path))
+    plan.start(f"{name}, {target}")
+    return work.finish(plan.advance)["arrays"]
 
 
 # --- What the numbers say ---------------------------------------------------------------------------------

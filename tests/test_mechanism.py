@@ -121,3 +121,27 @@ def test_the_smoothed_evaluation_changes_coup_alone():
 def test_series_of_draws_and_iterations():
     assert mechanism.eot_counts(Config(purpose="probe", eot=20)) == (1, 5, 20, 64)
     assert mechanism.halved(Config(n_iter=1)).n_iter == 1
+
+
+def test_a_killed_measurement_goes_on_where_it_was(results_folder, monkeypatch):
+    """Image by image, and to the same numbers as in one go."""
+    config, done = Config(purpose="probe", n_images=3, n_iter=1, eot=1, n_steps=3), []
+    whole = mechanism.landscape(config, "coup", "clean", draws=2)
+    for path in results_folder.rglob("mechanism-*"):
+        path.unlink()
+
+    def counted(*given, losses=mechanism.draw_losses):
+        done.append(len(given[1]))
+        if len(done) == 2 * len(mechanism.KINDS) * len(mechanism.LANDSCAPE):
+            raise KeyboardInterrupt
+        return losses(*given)
+
+    monkeypatch.setattr(mechanism, "BATCH_PIXELS", 2 * 64)  # the two draws of one digit
+    monkeypatch.setattr(mechanism, "draw_losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        mechanism.landscape(config, "coup", "clean", draws=2)
+    again = mechanism.landscape(config, "coup", "clean", draws=2)
+    assert set(done) == {1}
+    assert len(done) == 4 * len(mechanism.KINDS) * len(mechanism.LANDSCAPE)  # the second image twice
+    for kind, losses in whole.items():
+        np.testing.assert_allclose(again[kind], losses, rtol=1e-4)
