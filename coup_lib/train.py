@@ -9,6 +9,7 @@ taken in another order and the weights differ slightly.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ RECIPES = {"digits": train_digits, "cifar10": train_cifar}
 TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the profile that its networks are for
 CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 STATES = ROOT / "build" / "training"
+COMMANDS = "commands.json"  # beside the weights: network → the commands that trained it, one after the other
 
 
 # --- what is measured ---
@@ -121,7 +123,7 @@ def _attack(dataset: str, name: str, seed: int) -> Attack | None:
     return None
 
 
-def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
+def model_card(dataset: str, *, folder: Path = WEIGHTS) -> str:
     """The README.md of a folder of weights, every number measured on the files that lie there."""
     recipes = RECIPES[dataset]
     names = [name for name in NETWORKS[dataset] if weights_path(dataset, name, folder).exists()]
@@ -132,7 +134,7 @@ def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
     return recipes.CARD.format(
         **{split: len(data) for split, data in splits.items()},
         split_seed=SPLIT_SEED,
-        command=command,
+        commands=_command_lines(read_commands(dataset, folder)),
         t_max=T_MAX,
         **recipes.CARD_FACTS,
         pgd_step=PGD_STEP,
@@ -145,6 +147,30 @@ def model_card(dataset: str, *, command: str, folder: Path = WEIGHTS) -> str:
             for name, net in scores.items()
             for split in recipes.CARD_SPLITS
         ),
+    )
+
+
+def read_commands(dataset: str, folder: Path = WEIGHTS) -> dict[str, list[str]]:
+    """Network → the commands that trained it; each but the first began with what the one before had left."""
+    path = folder / dataset / COMMANDS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_command(dataset: str, name: str, command: str, folder: Path, *, further: bool) -> None:
+    commands = read_commands(dataset, folder)
+    commands[name] = [*(commands.get(name, []) if further else []), command]
+    text = json.dumps(commands, indent=1, sort_keys=True) + "\n"
+    write_atomically(folder / dataset / COMMANDS, lambda temporary: temporary.write_text(text))
+
+
+def _command_lines(commands: dict[str, list[str]]) -> str:
+    """A line for each way of training, with the networks that were trained so."""
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for name, lines in commands.items():
+        ways.setdefault(tuple(lines), []).append(name)
+    return "\n".join(
+        f"- {', '.join(names)}: {', then '.join(f'`{line}`' for line in lines)}"
+        for lines, names in ways.items()
     )
 
 
@@ -203,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.begin_with.is_file():
             raise FileNotFoundError(f"--begin-with: no weights at {options.begin_with}")
     torch.set_num_threads(options.threads)
+    command = _command(options)
     for name in () if options.card_only else names:
         started = time.monotonic()
         state = STATES / f"{dataset}-{name}.pt"
@@ -220,18 +247,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         half = isinstance(network, PatchedDDPMpp)  # what it rounds is far below what training leaves open
         path = save_network(network, dataset, name, folder=options.folder, half=half)
+        _write_command(dataset, name, command, options.folder, further=options.begin_with is not None)
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.0f} s", flush=True)
+    card = model_card(dataset, folder=options.folder)
+    write_atomically(options.folder / dataset / "README.md", lambda temporary: temporary.write_text(card))
+    print(card)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line again, as the card names it."""
     command = f"python -m coup_lib.train --seed {options.seed} --threads {options.threads}"
-    command += f" --dataset {dataset}" if dataset != "digits" else ""
+    command += f" --dataset {options.dataset}" if options.dataset != "digits" else ""
     command += f" --only {options.only}" if options.only else ""
     command += f" --steps {options.steps}" if options.steps else ""
     command += f" --batch {options.batch}" if options.batch else ""
     command += f" --begin-with {options.begin_with}" if options.begin_with else ""
     command += " --compiled" if options.compiled else ""
-    command += f" --precision {options.precision}" if options.precision != "float32" else ""
-    card = model_card(dataset, command=command, folder=options.folder)
-    write_atomically(options.folder / dataset / "README.md", lambda temporary: temporary.write_text(card))
-    print(card)
+    return command + (f" --precision {options.precision}" if options.precision != "float32" else "")
 
 
 if __name__ == "__main__":

@@ -127,11 +127,11 @@ CARD_SPLITS, CARD_IMAGES = ("validation", "train"), 128
 CARD_FACTS = {"l2": ROBUST["resnet20-l2"], "linf": ROBUST["resnet20-linf"]}
 CARD = """# Networks of the profile cifar10-small
 
-The last of them was trained by
+Trained by these commands, each with the recipe of its day:
 
-    {command}
+{commands}
 
-which wrote this card, too. Another processor, thread count or PyTorch rounds differently.
+The latest of them wrote this card, too. Another processor, thread count or PyTorch rounds differently.
 
 Data: CIFAR-10's training images at hand, every tenth held out for validation (seed {split_seed}): {train} for
 training, {validation} for validation; {test} test images, which served for nothing but the column below.

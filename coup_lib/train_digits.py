@@ -129,8 +129,12 @@ CARD_SPLITS, CARD_IMAGES = ("validation",), 285  # of each split, at most, for t
 CARD_FACTS = {"pgd_steps": PGD_STEPS}
 CARD = """# Networks of the digits profile
 
-Written by `{command}`, this card included. The same command on the same
-processor and PyTorch gives the same files; another thread count or processor rounds differently.
+Trained by
+
+{commands}
+
+which wrote this card, too. The same command on the same processor and PyTorch gives the same files; another
+thread count or processor rounds differently.
 
 Data: `sklearn.datasets.load_digits`, 1797 images of 8×8 pixels in [0, 1], split (stratified,
 seed {split_seed}) into {train} for training, {validation} for validation and {test} for the test. Sizes,

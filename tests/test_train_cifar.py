@@ -110,7 +110,7 @@ def test_adversarial_training_makes_robust(norm, robust):
 
 @pytest.mark.skipif(not is_here("cifar10"), reason="no CIFAR-10 in COUP_DATA")
 def test_the_model_card_matches_the_weights():
-    measured = train.model_card("cifar10", command="").splitlines()
+    measured = train.model_card("cifar10").splitlines()
     published = (WEIGHTS / "cifar10" / "README.md").read_text().splitlines()
     for line, claim in zip(measured, published, strict=True):
         if line.startswith("|"):
@@ -169,19 +169,38 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
     assert [type(network) for network in compiled] == [PatchedDDPMpp]
     card = (tmp_path / "weights" / "cifar10" / "README.md").read_text()
     assert "| score-small |" in card and "| score-small, on train images |" in card
-    assert (
-        "--dataset cifar10 --only score-small --steps 2 --batch 2 --compiled --precision bfloat16\n" in card
-    )
+    first = "python -m coup_lib.train --seed 0 --threads 1 --dataset cifar10 --only score-small --steps 2"
+    assert f"- score-small: `{first} --batch 2 --compiled --precision bfloat16`\n" in card
     assert (
         load_file(tmp_path / "weights" / "cifar10" / f"{SMALL.score}.safetensors")[KEY].dtype == torch.float16
     )
     assert f"cifar10/{SMALL.score}.safetensors" in (tmp_path / "weights" / SUMS).read_text()
+
     with pytest.raises(ValueError, match="--only: expected one of resnet20-l2, resnet20-linf, score-small"):
         train.main(["--dataset", "cifar10", "--only", "score"])
     with pytest.raises(ValueError, match=r"'batch': 3.* got one with .*'batch': 2"):
         train.main([*arguments, "--batch", "3"])
     with pytest.raises(ValueError, match="--batch: expected a number greater than 0"):
         train.main([*arguments, "--batch", "0"])
+
+
+def test_the_card_names_every_command_behind_the_weights(random_cifar, tmp_path, monkeypatch):
+    """Further training is told after what it began with; training anew is told alone."""
+    monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
+    folder, begin = tmp_path / "weights", tmp_path / "begin.safetensors"
+
+    def told(name, *arguments):
+        monkeypatch.setattr(train, "STATES", tmp_path / name)
+        train.main(["--dataset", "cifar10", "--only", SMALL.score, "--folder", str(folder), *arguments])
+        return train.read_commands("cifar10", folder)[SMALL.score]
+
+    (first,) = told("first", "--steps", "1")
+    begin.write_bytes((folder / "cifar10" / f"{SMALL.score}.safetensors").read_bytes())
+    _, second = told("second", "--steps", "2", "--begin-with", str(begin))
+    assert first.endswith("--steps 1") and second.endswith(f"--steps 2 --begin-with {begin}")
+    card = (folder / "cifar10" / "README.md").read_text()
+    assert f"- {SMALL.score}: `{first}`, then `{second}`\n" in card
+    assert told("third", "--steps", "1") == [first]
 
 
 def test_a_score_network_is_trained_further_from_weights_that_are_named(random_cifar, tmp_path, monkeypatch):
