@@ -397,7 +397,7 @@ def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: st
         f"{config.profile}, {config.split} split, {classifier}, {config.n_images} images; "
         f"{config.norm_label}, eps = {eps}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; APGD-ce on the reverse-time SDE, {config.gradient} gradient, "
-        f"{config.n_iter} iterations, {config.eot} EOT draws; seed {config.seed}. Bad cases: all images "
+        f"{config.n_iter} iterations, {config.eot} EOT draws; {config.seed_label}. Bad cases: all images "
         "whose purification without guidance and without Brownian motion is misclassified on x_adv; good "
         "cases: the others; rescued, broken: what COUP without Brownian motion makes of them. Where Brownian "
         f"motion is put back, {config.n_draws} draws are averaged. Shares in % with 95 % Wilson interval. "

@@ -196,3 +196,9 @@ class Config:
     def norm_label(self) -> str:
         """The norm as AutoAttack spells it: Linf or L2."""
         return NORM_LABELS[self.norm]
+
+    @property
+    def seed_label(self) -> str:
+        """For captions: the seed, and how attacks computed the score network if not plainly in float32."""
+        ways = [f"in {self.precision}"] * (self.precision != "float32") + ["compiled"] * self.compiled
+        return f"seed {self.seed}" + (f"; attacked through a score network {', '.join(ways)}" if ways else "")

@@ -131,7 +131,7 @@ def caption(configs: Mapping[str, Config]) -> str:
     return (
         f"{config.profile}, {config.split} split; attacked in {threats}; N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; {config.n_images} images, {config.n_iter} iterations, "
-        f"{config.eot} EOT draws; seed {config.seed}. Accuracies in % with 95 % Wilson interval, "
+        f"{config.eot} EOT draws; {config.seed_label}. Accuracies in % with 95 % Wilson interval, "
         f"averaged over {config.n_draws} fresh noise draws per image."
     )
 

@@ -381,7 +381,7 @@ def caption(config: Config, classifiers: Sequence[str]) -> str:
     full = config.sizes.budgets["report"]["full"]
     spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
     return (
-        f"{config.profile} ({', '.join(classifiers)}), budget {config.budget}, seed {config.seed}; of "
+        f"{config.profile} ({', '.join(classifiers)}), budget {config.budget}, {config.seed_label}; of "
         f"the paper's protocol Tables 1 and 2 and Fig. 2b spend {spent}; accuracies in % with 95 % Wilson "
         "intervals, differences in points with paired 95 % intervals. Fig. 4 is judged on the validation "
         "split, all else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one training and "

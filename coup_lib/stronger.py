@@ -223,9 +223,9 @@ def caption(config: Config) -> str:
         f"{config.profile}, {config.split} split; {config.norm_label}, eps = {radius(config.eps)}; "
         f"t* = {config.t_star:g}, N = {config.n_steps}, λ = {config.guidance_weight:g}; spent of the full "
         f"size: {', '.join(sizes)}; the adjoint, BPDA, half of the steps, the margins, the warm starts and "
-        f"the numbered EOT take {halved(config).n_iter} iterations; seed {config.seed}. Accuracies in % with "
-        f"95 % Wilson interval, averaged over {config.n_draws} fresh noise draws per image. The worst of all "
-        "is chosen per image on other draws than it is reported on."
+        f"the numbered EOT take {halved(config).n_iter} iterations; {config.seed_label}. Accuracies in % "
+        f"with 95 % Wilson interval, averaged over {config.n_draws} fresh noise draws per image. The worst "
+        "of all is chosen per image on other draws than it is reported on."
     )
 
 

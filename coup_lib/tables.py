@@ -133,7 +133,7 @@ def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequen
         f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {config.norm_label}, "
         f"eps = {radius(config.eps)}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; spent of the paper's protocol: {', '.join(sizes)}; "
-        f"seed {config.seed}. Accuracies in % with "
+        f"{config.seed_label}. Accuracies in % with "
         f"95 % Wilson interval. {counting} average {config.n_draws} fresh noise draws per image."
     )
 

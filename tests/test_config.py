@@ -17,6 +17,7 @@ from coup_lib.config import (
     number,
     radius,
 )
+from coup_lib.tables import settings_caption
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,13 @@ def test_number_and_count():
     assert count("x", "12", 20) == 12
     with pytest.raises(ValueError, match="whole number; got True"):
         count("x", True)
+
+
+def test_captions_say_where_attacks_did_not_compute_as_usual():
+    assert Config(seed=3).seed_label == "seed 3"
+    unusual = Config(precision="bfloat16", compiled=True)
+    assert unusual.seed_label == "seed 0; attacked through a score network in bfloat16, compiled"
+    assert unusual.seed_label in settings_caption(unusual, ["cnn-small"], ["apgd-ce"])
 
 
 @pytest.mark.parametrize(
