@@ -25,6 +25,21 @@ class Accuracy:
         low, high = wilson(float(right.sum()), len(right))
         return cls(100 * float(right.mean()), 100 * low, 100 * high, len(right))
 
+    @classmethod
+    def kept(cls, right: np.ndarray, own: np.ndarray) -> "Accuracy":
+        """right over own, both (n,) on the same images: what a defence leaves of a classifier's own accuracy.
+
+        The interval is paired, by the delta method: of mean(right − kept · own) / mean(own), about kept.
+
+        Raises:
+            ValueError: if the classifier is right on no image.
+        """
+        if not own.any():
+            raise ValueError("expected a classifier that is right on some image; got one that is on none")
+        share = right.mean() / own.mean()
+        low, high = paired_interval(share + (right - share * own) / own.mean())
+        return cls(100 * float(share), 100 * low, 100 * high, len(right))
+
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.1f}, {self.high:.1f}]"
 

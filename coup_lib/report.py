@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from coup_lib import bpda, case_study, cross, likelihood_study, paper, paths, sweeps, tables, toy, toy_figures
 from coup_lib.config import NORMS, Config, choice
 from coup_lib.defences import LABELS, PAPER
-from coup_lib.evaluate import Evaluation
+from coup_lib.evaluate import CLEAN, Evaluation
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.plots import COLOURS
@@ -60,6 +60,12 @@ def level(where: str, what: str, reported: float, share: np.ndarray, worst: np.n
     return Line(where, what, f"{reported:.2f}", str(here), here.n, LEVEL, strongest)
 
 
+def kept(where: str, what: str, reported: str, right: np.ndarray, own: np.ndarray) -> Line:
+    """What a defence leaves of the classifier's own accuracy on clean images, beside the paper's."""
+    here = str(Accuracy.kept(right, own)) if own.any() else NOTHING
+    return Line(where, f"{what}: accuracy, in % of the classifier's own", reported, here, len(own))
+
+
 def quoted(where: str, rows: Sequence[paper.Reported]) -> list[Line]:
     """Rows that the paper takes from the literature: accuracy and robustness, a line each."""
     return [
@@ -87,6 +93,10 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
         lines.append(
             level(where, f"{LABELS[name]}: robustness", row.robustness, found["autoattack"], found["worst"])
         )
+    alone = paper.PURIFIERS[config.norm]["none"].accuracy
+    for name in ("diffpure", "coup"):
+        reported = f"{100 * paper.PURIFIERS[config.norm][name].accuracy / alone:.2f}"
+        lines.append(kept(where, LABELS[name], reported, results[name]["clean"], results["none"]["clean"]))
     ours, rival = paper.PURIFIERS[config.norm]["coup"], paper.PURIFIERS[config.norm]["diffpure"]
 
     def gap(than: str, column: str, reported: float | None, what: str) -> Gap:
@@ -110,16 +120,20 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
 
 def ablation(config: Config, classifiers: Sequence[str]) -> tuple[list[Line], list[Gap]]:
     """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
-    gaps = []
+    gaps, lines = [], []
     for place, classifier in zip(("first", "second"), classifiers, strict=False):
-        results = tables.shares(Evaluation(config, classifier).columns(("diffpure", "reverse", "coup")))
+        evaluation = Evaluation(config, classifier)
+        results = tables.shares(evaluation.columns(("diffpure", "reverse", "coup")))
+        (own,) = evaluation.scores({"none": {"clean": CLEAN}})["none"].values()
+        what = f"{place} classifier, COUP"
+        lines.append(kept("Fig. 2b", what, NOTHING, results["coup"]["clean"], own.right))
         for than in ("reverse", "diffpure"):
             pair = [
                 Difference.of(results["coup"][column], results[than][column])
                 for column in ("adaptive", "worst")
             ]
             gaps.append(Gap(f"{place} classifier: COUP − {LABELS[than]}, APGD-ce", None, *pair))
-    return [claim("Fig. 2b", gap) for gap in gaps], gaps
+    return lines + [claim("Fig. 2b", gap) for gap in gaps], gaps
 
 
 def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
@@ -151,9 +165,11 @@ def combination(configs: dict[str, Config]) -> tuple[list[Line], list[Gap]]:
         what = f"{attack}: trained for {cross.NORM_NAMES[norm]} − trained for {cross.NORM_NAMES[other]}"
         lines.append(claim("Fig. 2c", Gap(what, None, *pair)))
         for training in found:
-            row = panel[training]
+            row, trained = panel[training], f"trained for {cross.NORM_NAMES[training]}"
+            what = f"{trained}, COUP against {cross.NORM_NAMES[norm]}"
+            lines.append(kept("Fig. 2c", what, NOTHING, row["coup"]["clean"], row["none"]["clean"]))
             both = [Difference.of(row["coup"][column], row["none"][column]) for column in cross.JUDGED]
-            what = f"trained for {cross.NORM_NAMES[training]}, {attack}: COUP − alone"
+            what = f"{trained}, {attack}: COUP − alone"
             gaps.append(Gap(what, behind - alone, *both))
     return lines + [claim("Sec. 5.4.1", gap) for gap in gaps], gaps
 

@@ -8,7 +8,7 @@ import pytest
 
 from coup_lib import bpda, paths, report, sweeps, tables
 from coup_lib.config import Config
-from coup_lib.outcomes import Difference
+from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.report import Gap, Line
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -35,6 +35,23 @@ def test_levels_are_not_compared():
     line = report.level("Table 1", "COUP: accuracy", 90.04, np.ones(50))
     assert line.reported == "90.04" and line.here.startswith("100.00 [") and line.n == 50
     assert line.verdict == report.LEVEL
+
+
+def test_what_is_kept_of_a_classifiers_own_accuracy():
+    """Two thirds of 60 right images; the spread of a binomial share of those 60 is the closed form."""
+    own, right = np.repeat([1.0, 0.0], [60, 40]), np.repeat([1.0, 0.0], [40, 60])
+    found = Accuracy.kept(right, own)
+    spread = 1.96 * np.sqrt((40 * (1 / 3) ** 2 + 20 * (2 / 3) ** 2) / 99 / 100) / 0.6
+    assert found.value == pytest.approx(100 * 2 / 3)
+    assert (found.low, found.high) == pytest.approx(
+        (100 * (2 / 3 - spread), 100 * (2 / 3 + spread)), abs=0.01
+    )
+    assert str(Accuracy.kept(own, own)) == "100.00 [100.0, 100.0]"
+    with pytest.raises(ValueError, match="right on some image; got one that is on none"):
+        Accuracy.kept(right, np.zeros(100))
+    line = report.kept("Table 1", "COUP", "93.70", right, own)
+    assert (line.reported, line.n, line.verdict) == ("93.70", 100, report.NOTHING)
+    assert report.kept("Table 1", "COUP", "93.70", right, np.zeros(100)).here == report.NOTHING
 
 
 def test_counts_and_table():
