@@ -26,6 +26,7 @@ from coup_lib import (
     beyond,
     bpda,
     case_study,
+    clean,
     cross,
     likelihood_study,
     mechanism,
@@ -61,9 +62,10 @@ def _case_study(config: Config, eps_factors: Sequence[float] = case_study.EPS_FA
         Evaluation(one).run({"reverse": [Source("apgd-ce", "reverse", config.gradient)]})
 
 
-def _ablation(config: Config, classifiers: Sequence[str] | None = None) -> None:
+def _ablation(config: Config, many: Config, classifiers: Sequence[str] | None = None) -> None:
     for classifier in classifiers or config.sizes.classifiers:
         Evaluation(config, classifier).columns(("diffpure", "reverse", "coup"))
+        clean.measure(many, classifier)
 
 
 def _sweeps(
@@ -108,7 +110,7 @@ def _beyond(search: Config, confirm: Config, weights: Sequence[float] | None = N
 VALIDATION = {"split": "validation"}
 NOTEBOOKS = {
     "01_case_study": Notebook(({"purpose": "compare"},), _case_study),
-    "02_ablation": Notebook(({},), _ablation),
+    "02_ablation": Notebook(({}, {"purpose": "clean"}), _ablation),
     "03_sweeps": Notebook(({"purpose": "sweep"} | VALIDATION, {"purpose": "sweep"}), _sweeps),
     "04_autoattack": Notebook(({}, {"purpose": "compare"}), _autoattack),
     "05_bpda": Notebook(({"purpose": "sweep"},), _bpda),

@@ -35,8 +35,8 @@ class Profile:
 
 
 # What a run is for: a table of the paper; a few defences beside each other; many settings of one; a search
-# among many; many attacks.
-PURPOSES = ("report", "compare", "sweep", "search", "probe")
+# among many; many attacks; none, but clean images.
+PURPOSES = ("report", "compare", "sweep", "search", "probe", "clean")
 BUDGETS = ("smoke", "quick", "full")
 SMOKE_STEPS = 3
 SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
@@ -46,6 +46,7 @@ FULL = {
     "sweep": Budget(n_images=512, n_iter=16, eot=3, n_targets=9, square_queries=2000),
     "search": Budget(n_images=96, n_iter=16, eot=4, n_targets=9, square_queries=2000),
     "probe": Budget(n_images=64, n_iter=50, eot=20, n_targets=9, square_queries=2000),
+    "clean": Budget(n_images=512, n_iter=1, eot=1, n_targets=1, square_queries=1),
 }
 QUICK_DIGITS = {
     "report": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
@@ -53,6 +54,7 @@ QUICK_DIGITS = {
     "sweep": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
     "search": Budget(n_images=48, n_iter=8, eot=3, n_targets=3, square_queries=200),
     "probe": Budget(n_images=32, n_iter=20, eot=5, n_targets=3, square_queries=200),
+    "clean": Budget(n_images=512, n_iter=1, eot=1, n_targets=1, square_queries=1, n_draws=2),
 }
 # Of the paper's networks, an hour on one large GPU rather than weeks: to see that all is in place.
 QUICK_CIFAR = {purpose: Budget(16, n_iter=5, eot=2, n_targets=1, square_queries=20) for purpose in PURPOSES}
@@ -64,6 +66,7 @@ QUICK_CIFAR_SMALL = {
     "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=2),
     "search": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "probe": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "clean": Budget(512, n_iter=1, eot=1, n_targets=1, square_queries=1, n_draws=2),
 }
 
 

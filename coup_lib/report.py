@@ -10,10 +10,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coup_lib import bpda, case_study, cross, likelihood_study, paper, paths, sweeps, tables, toy, toy_figures
+from coup_lib import (
+    bpda,
+    case_study,
+    clean,
+    cross,
+    likelihood_study,
+    paper,
+    paths,
+    sweeps,
+    tables,
+    toy,
+    toy_figures,
+)
 from coup_lib.config import NORMS, Config, choice
 from coup_lib.defences import LABELS, PAPER
-from coup_lib.evaluate import CLEAN, Evaluation
+from coup_lib.evaluate import Evaluation
 from coup_lib.files import write_atomically
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.plots import COLOURS
@@ -24,6 +36,7 @@ QUOTED = "not comparable: quoted by the paper, not measured here"
 LEVEL = "not comparable: other data and networks"
 NOTHING = "–"
 PROTOCOL, WORST = "Here, the paper's protocol", "Here, worst of all attacks"
+PLACES = ("first", "second")  # of a profile's classifiers
 TOY = ("Fig. 3b", "Prop. 1", "Prop. 2")
 
 
@@ -93,10 +106,6 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
         lines.append(
             level(where, f"{LABELS[name]}: robustness", row.robustness, found["autoattack"], found["worst"])
         )
-    alone = paper.PURIFIERS[config.norm]["none"].accuracy
-    for name in ("diffpure", "coup"):
-        reported = f"{100 * paper.PURIFIERS[config.norm][name].accuracy / alone:.2f}"
-        lines.append(kept(where, LABELS[name], reported, results[name]["clean"], results["none"]["clean"]))
     ours, rival = paper.PURIFIERS[config.norm]["coup"], paper.PURIFIERS[config.norm]["diffpure"]
 
     def gap(than: str, column: str, reported: float | None, what: str) -> Gap:
@@ -120,20 +129,27 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
 
 def ablation(config: Config, classifiers: Sequence[str]) -> tuple[list[Line], list[Gap]]:
     """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
-    gaps, lines = [], []
-    for place, classifier in zip(("first", "second"), classifiers, strict=False):
-        evaluation = Evaluation(config, classifier)
-        results = tables.shares(evaluation.columns(("diffpure", "reverse", "coup")))
-        (own,) = evaluation.scores({"none": {"clean": CLEAN}})["none"].values()
-        what = f"{place} classifier, COUP"
-        lines.append(kept("Fig. 2b", what, NOTHING, results["coup"]["clean"], own.right))
+    gaps = []
+    for place, classifier in zip(PLACES, classifiers, strict=False):
+        results = tables.shares(Evaluation(config, classifier).columns(("diffpure", "reverse", "coup")))
         for than in ("reverse", "diffpure"):
             pair = [
                 Difference.of(results["coup"][column], results[than][column])
                 for column in ("adaptive", "worst")
             ]
             gaps.append(Gap(f"{place} classifier: COUP − {LABELS[than]}, APGD-ce", None, *pair))
-    return lines + [claim("Fig. 2b", gap) for gap in gaps], gaps
+    return [claim("Fig. 2b", gap) for gap in gaps], gaps
+
+
+def purification_costs(config: Config, classifiers: Sequence[str]) -> list[Line]:
+    """What purification leaves of clean accuracy, by notebook 02's second configuration, beside Table 1."""
+    lines = []
+    for place, classifier in zip(PLACES, classifiers, strict=False):
+        shares = clean.measure(config, classifier)
+        for name in ("diffpure", "coup"):
+            what, papers = f"{place} classifier, {LABELS[name]}", f"{clean.reported(config, name):.2f}"
+            lines.append(kept("Table 1", what, papers, shares[name], shares[clean.ALONE]))
+    return lines
 
 
 def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
@@ -274,7 +290,7 @@ def likelihood(config: Config) -> tuple[list[Line], list[Gap]]:
 
 
 PARTS = (
-    "Table 1", "Table 2", "Table 3", "Fig. 2b", "Fig. 2c", "Sec. 5.2.1", "Fig. 2a", "toy", "Fig. 4",
+    "Table 1", "Table 2", "Table 3", "clean", "Fig. 2b", "Fig. 2c", "Sec. 5.2.1", "Fig. 2a", "toy", "Fig. 4",
 )  # fmt: skip
 
 
@@ -308,6 +324,7 @@ def everything(
         "Table 1": lambda: autoattack(of("report")),
         "Table 2": lambda: autoattack(of("report", norm="l2")),
         "Table 3": lambda: bpda_table(of("sweep")),
+        "clean": lambda: (purification_costs(of("clean"), classifiers), []),
         "Fig. 2b": lambda: ablation(of("report"), classifiers),
         "Fig. 2c": lambda: combination({norm: of("sweep", norm=norm) for norm in NORMS}),
         "Sec. 5.2.1": lambda: likelihood(of("compare")),
