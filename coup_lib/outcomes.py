@@ -12,7 +12,7 @@ from coup_lib.stats import paired_interval, wilson
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of images with its 95 % Wilson interval, all in percent."""
+    """A share of images with its 95 % interval (Wilson's, but for `kept`), all in percent."""
 
     value: float
     low: float
