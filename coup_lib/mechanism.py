@@ -368,7 +368,8 @@ def _record(
         lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},
         Worker(config.shard, config.num_shards),
     )
-    plan = Plan([float(not is_complete(work.path))], verbose=not is_complete(work.path))
+    to_do = not is_complete(work.path)
+    plan = Plan([float(to_do)], verbose=to_do)
     plan.start(f"{name}, {target}")
     return work.finish(plan.advance)["arrays"]
 
