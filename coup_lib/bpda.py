@@ -15,19 +15,20 @@ from coup_lib.outcomes import Accuracy, Difference, Score
 from coup_lib.tables import Shares
 
 N_ITER = 20  # PGD-20
-EOT_COUNTS = (1, 5, 20)  # the paper does not state its number
 # Purifications behind a mean of logits or a majority: 150 is DiffPure's rule against BPDA. The quick run
 # affords fewer, which blurs the mean of logits a little and changes no attack.
 PURIFICATIONS = {"smoke": 4, "quick": 20, "full": 150}
 RULES = {"single": "a single draw", "averaged": "mean logits of {}", "majority": "majority of {}"}
 
 
-def checked_counts(eot_counts: Sequence[int]) -> list[int]:
-    """The EOT counts in order, each once.
+def checked_counts(eot_counts: Sequence[int] | None, config: Config) -> list[int]:
+    """The EOT counts in order, each once; None means those of the configuration's budget.
 
     Raises:
         ValueError: unless they are a list of whole numbers.
     """
+    if eot_counts is None:
+        eot_counts = config.sizes.budgets[config.purpose][config.budget].bpda_eot
     if not isinstance(eot_counts, Sequence) or isinstance(eot_counts, str) or not eot_counts:
         raise ValueError(f"eot_counts: expected a list of whole numbers; got {eot_counts!r}")
     return sorted({count("eot_counts", value) for value in eot_counts})

@@ -165,6 +165,7 @@ class Config:
         defaults: dict[str, Any] = {"classifier": profile.classifiers[0]}
         defaults |= {name: getattr(profile, name)[self.norm] for name in ("eps", "t_star", "n_steps")}
         defaults |= dataclasses.asdict(budget) | {"guidance_weight": profile.guidance_weight}
+        del defaults["bpda_eot"]  # several at once, notebook 05's own
         if self.budget == "smoke":
             defaults["n_steps"] = SMOKE_STEPS
         for name, value in defaults.items():

@@ -87,11 +87,10 @@ def _autoattack(config: Config, compare: Config) -> None:
     likelihood_study.measure(compare)
 
 
-def _bpda(
-    config: Config, eot_counts: Sequence[int] = bpda.EOT_COUNTS, purifications: int | None = None
-) -> None:
+def _bpda(config: Config, eot_counts: Sequence[int] | None = None, purifications: int | None = None) -> None:
+    counts = bpda.checked_counts(eot_counts, config)
     counted = replace(config, n_draws=purifications or bpda.PURIFICATIONS[config.budget])
-    Evaluation(counted).scores({name: bpda.sources(name, eot_counts, config.eot) for name in PAPER})
+    Evaluation(counted).scores({name: bpda.sources(name, counts, config.eot) for name in PAPER})
 
 
 def _stronger(config: Config) -> None:

@@ -13,6 +13,7 @@ class Budget:
     n_targets: int  # target classes of APGD-t and FAB-t
     square_queries: int
     n_draws: int = 10  # noise draws per image when an attack is scored
+    bpda_eot: tuple[int, ...] = (1, 5, 20)  # noise draws per gradient of Table 3; the paper does not say
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ QUICK_CIFAR = {purpose: Budget(16, n_iter=5, eot=2, n_targets=1, square_queries=
 QUICK_CIFAR_SMALL = {
     "report": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "compare": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
-    "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=2),
+    "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=2, bpda_eot=(1, 5)),
     "search": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "probe": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "clean": Budget(512, n_iter=1, eot=1, n_targets=1, square_queries=1, n_draws=2),

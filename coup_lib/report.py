@@ -154,16 +154,17 @@ def purification_costs(config: Config, classifiers: Sequence[str]) -> list[Line]
 
 def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
     """Table 3, by the configuration of notebook 05: BPDA with the most EOT draws, a single purification."""
-    where, eot = "Table 3", max(bpda.EOT_COUNTS)
+    where, counts = "Table 3", bpda.checked_counts(None, config)
+    most = bpda.column(max(counts))
     counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
-    rows = {defence: bpda.sources(defence, bpda.EOT_COUNTS, config.eot) for defence in PAPER}
+    rows = {defence: bpda.sources(defence, counts, config.eot) for defence in PAPER}
     results = bpda.by_rule(Evaluation(counted).scores(rows))["single"]
     lines = quoted(where, paper.BPDA_LITERATURE)
     for name, row in paper.BPDA.items():
         found = results[name]
         lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
-        lines.append(level(where, f"{LABELS[name]}: robustness", row.robustness, found[bpda.column(eot)]))
-    pair = results["coup"][bpda.column(eot)], results["diffpure"][bpda.column(eot)]
+        lines.append(level(where, f"{LABELS[name]}: robustness", row.robustness, found[most]))
+    pair = results["coup"][most], results["diffpure"][most]
     reported = paper.BPDA["coup"].robustness - paper.BPDA["diffpure"].robustness
     gap = Gap("Linf: COUP − DiffPure, BPDA + EOT", reported, Difference.of(*pair), None)
     return [*lines, claim(where, gap)], [gap]

@@ -44,10 +44,16 @@ def test_the_attack_is_table_3s():
 
 
 def test_counts_are_whole_numbers_each_once():
-    assert bpda.checked_counts([20, 1, 20]) == [1, 20]
+    assert bpda.checked_counts([20, 1, 20], Config()) == [1, 20]
     for wrong in ("20", [], [1.5], [0]):
         with pytest.raises(ValueError, match="eot_counts: expected"):
-            bpda.checked_counts(wrong)
+            bpda.checked_counts(wrong, Config())
+
+
+@pytest.mark.parametrize(("profile", "counts"), [("digits", [1, 5, 20]), ("cifar10-small", [1, 5])])
+def test_counts_are_the_budgets_own_where_none_are_given(monkeypatch, profile, counts):
+    monkeypatch.delenv(paths.SMOKE_VARIABLE)
+    assert bpda.checked_counts(None, Config(profile, purpose="sweep")) == counts
 
 
 def test_three_ways_to_decide_can_disagree():

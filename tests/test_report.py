@@ -6,7 +6,7 @@ import numpy as np
 import papermill
 import pytest
 
-from coup_lib import bpda, paths, report, sweeps, tables
+from coup_lib import paths, report, sweeps, tables
 from coup_lib.config import Config
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.report import Gap, Line
@@ -113,7 +113,6 @@ def test_the_figure_shows_the_papers_number_only_where_there_is_one():
     [
         ("03_sweeps", "t_stars", sweeps.T_STARS),
         ("03_sweeps", "guidance_weights", sweeps.WEIGHTS),
-        ("05_bpda", "eot_counts", bpda.EOT_COUNTS),
         ("09_report", "t_stars", sweeps.T_STARS),
         ("09_report", "guidance_weights", sweeps.WEIGHTS),
     ],
