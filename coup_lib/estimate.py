@@ -28,6 +28,7 @@ from coup_lib import (
     case_study,
     clean,
     cross,
+    fidelity,
     likelihood_study,
     mechanism,
     stronger,
@@ -84,6 +85,7 @@ def _sweeps(
 
 def _autoattack(config: Config, compare: Config) -> None:
     Evaluation(config).columns(PAPER, autoattack=True)
+    fidelity.gradient_cosines(config)
     likelihood_study.measure(compare)
 
 
@@ -96,8 +98,13 @@ def _bpda(config: Config, eot_counts: Sequence[int] | None = None, purifications
 def _stronger(config: Config) -> None:
     stronger.columns(config)
     stronger.eps_series(config)
+    stronger.clean_landscapes(config)
     mechanism.sign_control(config)
     mechanism.smooth_control(config)
+    mechanism.reached(config)
+    mechanism.gradient_statistics(config)
+    mechanism.all_slopes(config)
+    mechanism.landscapes(config)
 
 
 def _beyond(search: Config, confirm: Config, weights: Sequence[float] | None = None) -> None:
@@ -189,7 +196,7 @@ def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
         )
         row["PFLOP"] += config.n_images * cost.flop / 1e15
         pixels = prod(SHAPES[config.sizes.dataset])
-        row["GiB on disk"] += 0 if job.shared else config.n_images * pixels * 4 / 2**30
+        row["GiB on disk"] += config.n_images * pixels * 4 / 2**30 if job.makes_images else 0
         row["hours"] += 0 if job.done else config.n_images * cost.seconds / 3600
         if steps:
             memory.append(bytes_per_image(job) * config.sizes.max_batch)

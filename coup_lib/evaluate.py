@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -102,6 +102,7 @@ class Job:
     """A source that a run needs, and the targets it is scored on.
 
     record: jobs with the same one read the same record. done: it is there. shared: another job makes it.
+    measured: of what is no attack, the gradients and forward passes of the source's defence, per image.
     """
 
     config: Config
@@ -111,11 +112,17 @@ class Job:
     record: str
     done: bool
     shared: bool = False
+    measured: tuple[int, int] | None = None
 
     @property
     def calls(self) -> tuple[int, int]:
         """As `calls`, of the attack if it is this job's."""
-        return (0, 0) if self.shared else calls(self.source, self.config)
+        return (0, 0) if self.shared else self.measured or calls(self.source, self.config)
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether it leaves attacked images on disk."""
+        return not self.shared and self.measured is None
 
 
 _planned: ContextVar[list[Job] | None] = ContextVar("planned", default=None)
@@ -253,6 +260,28 @@ class Evaluation:
         return {
             target: {source: self.score(target, source) for source in row} for target, row in rows.items()
         }
+
+    def plans(
+        self,
+        describe: Callable[[bool], tuple[str, dict[str, Any]]],
+        target: str,
+        calls: tuple[int, int],
+        n_images: int | None = None,
+    ) -> bool:
+        """In `planning`, list a measurement that is no attack, and say that there is nothing to compute.
+
+        Args:
+            describe: with by_name or without, the name and the settings of its record.
+            target: whose gradients and forward passes are in calls, per image.
+            n_images: how many images it takes, if not all.
+        """
+        if (jobs := _planned.get()) is None:
+            return False
+        config, profile = replace(self.config, n_images=n_images or self.config.n_images), self.config.profile
+        done = self._at_hand and is_complete(record_path(profile, *describe(False)))
+        record, source = record_path(profile, *describe(True)).stem, Source("apgd-ce", target)
+        jobs.append(Job(config, self.classifier_name, source, (), record, done, measured=calls))
+        return True
 
     def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[str, Score]]:
         """The columns that every robustness table here has: defence → column → score.
@@ -525,12 +554,15 @@ class Evaluation:
 
     def _job(self, source: Source, targets: dict[str, Sequence[Source]]) -> Job:
         facing = tuple(target for target, row in targets.items() if source in row)
-        # Without data and networks at hand no record can be named; to plan, none is fetched.
-        dataset, guide = self.config.sizes.dataset, self._guide
-        missing_networks = missing(dataset, [self.classifier_name, guide], self.config.sizes.score)
-        done = is_here(dataset) and not missing_networks and self._is_done(source)
+        done = self._at_hand and self._is_done(source)
         record = record_path(self.config.profile, *self.attack_settings(source, by_name=True)).stem
         return Job(self.config, self.classifier_name, source, facing, record, done)
+
+    @property
+    def _at_hand(self) -> bool:
+        """Whether data and networks are: else no record can be named, and to plan none is fetched."""
+        dataset, score = self.config.sizes.dataset, self.config.sizes.score
+        return is_here(dataset) and not missing(dataset, [self.classifier_name, self._guide], score)
 
     def _all_right(self) -> Score:
         labels = np.zeros(self.config.n_images, dtype=int)

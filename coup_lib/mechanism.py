@@ -4,6 +4,7 @@ Everything here looks at the mean cross-entropy over noise draws, L(x), and at t
 one, E[∇ℓ] with the guidance differentiated, and the first-order one, with the guidance held constant.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ KIND_MARKERS = {"exact": "o", "first_order": "s", "worst": "D"}
 WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # λ of the control with the sign flipped
 EOT_FACTORS = (0.05, 0.25, 1.0, 3.2)  # of the configured draws: 1, 5, 20, 64 at the full size
 DRAWS = 64  # behind a mean gradient
+SECOND_ORDER_PATHS = 4
 SLOPE_DRAWS = 32
 LANDSCAPE_DRAWS = 16
 LANDSCAPE = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # distances, in units of eps
@@ -139,12 +141,15 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
         found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).cpu().numpy()
         found["ratio"] = (lengths["exact"] / lengths["first_order"]).cpu().numpy()
         model = cast(Purified, evaluation.defence("coup"))
-        paths = [_second_order(model, x, y, once) for once in _seeds(config, FRESH, places, 4).T]
+        fresh = _seeds(config, FRESH, places, SECOND_ORDER_PATHS)
+        paths = [_second_order(model, x, y, once) for once in fresh.T]
         found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).cpu().numpy()
         found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).cpu().numpy()
         return found
 
-    return _record(evaluation, "gradients", compute, draws=draws)
+    # The paths of the second-order term take a gradient of each kind, step by step.
+    calls = len(KINDS) * (draws + SECOND_ORDER_PATHS), SECOND_ORDER_PATHS
+    return _record(evaluation, "gradients", compute, calls, draws=draws)
 
 
 def landscape(
@@ -174,7 +179,18 @@ def landscape(
         return {kind: losses.cpu().numpy() for kind, losses in found.items()}
 
     settings = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
-    return _record(evaluation, "landscape", compute, settings, draws=draws, target=target)
+    calls = len(kinds) * draws, len(kinds) * len(LANDSCAPE) * draws
+    return _record(evaluation, "landscape", compute, calls, settings, draws=draws, target=target)
+
+
+def landscapes(config: Config) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """(case, start) → `landscape`, of COUP as it is ("coup") and with the sign of its guidance "flipped"."""
+    weights = {"coup": config.guidance_weight, "flipped": -config.guidance_weight}
+    return {
+        (case, start): landscape(replace(config, guidance_weight=weight), "coup", start)
+        for case, weight in weights.items()
+        for start in ("clean", "reverse")
+    }
 
 
 def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.ndarray]:
@@ -207,9 +223,14 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
             )
         return found
 
-    n_images = max(2, config.n_images // 2)
-    settings = {"differences": list(DIFFERENCES)}
-    return _record(evaluation, "slopes", compute, settings, draws=draws, target=target, n_images=n_images)
+    settings, half = {"differences": list(DIFFERENCES)}, max(2, config.n_images // 2)
+    calls = len(KINDS) * draws, len(KINDS) * 2 * len(DIFFERENCES) * draws
+    return _record(evaluation, "slopes", compute, calls, settings, draws=draws, target=target, n_images=half)
+
+
+def all_slopes(config: Config) -> dict[str, dict[str, np.ndarray]]:
+    """Case → `slopes`."""
+    return {case: slopes(config, case) for case in CASES}
 
 
 def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.ndarray]]:
@@ -232,8 +253,8 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for (kind, eot), source in sources.items():
-        settings = {"attack": evaluation.attack_settings(source)[1]}
-        losses = _record(evaluation, "reached", partial(compute, source), settings, draws=DRAWS)
+        made = partial(compute, source)
+        losses = _record(evaluation, "reached", made, (0, DRAWS), draws=DRAWS, attack=source)
         found[kind][eot] = losses["loss"]
     return found
 
@@ -344,25 +365,36 @@ def _record(
     evaluation: Evaluation,
     name: str,
     compute: Callable[[range], dict[str, np.ndarray]],
+    calls: tuple[int, int],
     settings: Mapping[str, Any] = MappingProxyType({}),
     *,
     draws: int,
     target: str = "coup",
+    attack: Source | None = None,
     n_images: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Arrays (…, n) of the first n_images (all), made of what `compute` gives for some of them at a time.
 
     As many at a time as fill a batch with their draws: that much is lost by a kill, and processes share the
-    rest. The settings are these, the images' and the defences'.
+    rest. The settings are these, the images' and the defences', and those of an attack of its own. calls: the
+    gradients and forward passes of the target, per image. In `planning`, all zeros.
     """
     config, n = evaluation.config, n_images or evaluation.config.n_images
-    attack_name, attack = evaluation.attack_settings(Source("apgd-ce", "reverse"))
-    named = {"draws": draws, "images": attack, "target": evaluation.defence_settings(target)}
+
+    def describe(by_name: bool) -> tuple[str, dict[str, Any]]:
+        attack_name, images = evaluation.attack_settings(Source("apgd-ce", "reverse"), by_name=by_name)
+        named = {"images": images, "target": evaluation.defence_settings(target, by_name=by_name)}
+        if attack:
+            named["attack"] = evaluation.attack_settings(attack, by_name=by_name)[1]
+        whole = {**settings, **named, "draws": draws, "seed": config.seed}
+        return f"mechanism-{name}-{target}-{attack_name}", whole
+
+    if evaluation.plans(describe, target, calls, n):
+        return defaultdict(partial(np.zeros, n))
     size = max(1, _together(evaluation.images.x) // draws)
     work = ChunkedRecord(
         config.profile,
-        f"mechanism-{name}-{target}-{attack_name}",
-        {**settings, **named, "seed": config.seed},
+        *describe(False),
         [range(start, min(start + size, n)) for start in range(0, n, size)],
         compute,
         lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},

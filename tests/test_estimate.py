@@ -68,7 +68,7 @@ def test_every_notebook_has_a_row(results, name):
     assert not list(results.iterdir())
 
 
-@pytest.mark.parametrize("name", ["03_sweeps", "05_bpda", "07_stronger_attacks"])
+@pytest.mark.parametrize("name", ["03_sweeps", "04_autoattack", "05_bpda", "07_stronger_attacks"])
 def test_a_plan_is_in_step_with_the_run(results, capsys, name):
     """What a notebook's run leaves is what was planned; then nothing is left to do."""
     configs = estimate._configs(name, {})

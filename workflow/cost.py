@@ -65,7 +65,7 @@ def table(n_images: int) -> pd.DataFrame:
     for name in NOTEBOOKS:
         found = list(planned(name, n_images))
         petaflop = sum(job.config.n_images * cost(job) for job in found) / 1000
-        attacks = [job for job in found if not job.shared]
+        attacks = [job for job in found if job.makes_images]
         stored = sum(job.config.n_images for job in attacks) * 3 * 32 * 32 * 4 / 2**30
         rows[name] = {
             "attacks": len(attacks),
