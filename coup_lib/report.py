@@ -418,10 +418,10 @@ def caption(config: Config, classifiers: Sequence[str]) -> str:
     return (
         f"{config.profile} ({', '.join(classifiers)}), budget {config.budget}, {config.seed_label}; of "
         f"the paper's protocol Tables 1 and 2 and Fig. 2b spend {spent}, Table 3's BPDA {most} of them; "
-        "accuracies in % with 95 % Wilson intervals, differences in points and what is kept of a classifier's "
-        "own accuracy with paired 95 % intervals. Fig. 4 is judged on the validation split, all else on the test split. The pair "
-        "70.90 → 77.15 of Sec. 5.4.1 belongs to one training and one attack that the paper "
-        "does not name, so it stands beside all four."
+        "accuracies in % with 95 % Wilson intervals, differences in points and what is kept of a "
+        "classifier's own accuracy with paired 95 % intervals. Fig. 4 is judged on the validation split, all "
+        "else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one training and one attack "
+        "that the paper does not name, so it stands beside all four."
     )
 
 
