@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coup_lib import paper, plots, tables
-from coup_lib.config import Config, count, radius
+from coup_lib.config import NORM_NAMES, Config, count, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import CLEAN, Source
 from coup_lib.outcomes import Accuracy, Difference, Score
@@ -139,7 +139,7 @@ def numbers(results: Mapping[str, Shares], headings: Mapping[str, str], config: 
 def caption(eot: int, config: Config) -> str:
     """What stands behind the numbers."""
     return (
-        f"{config.profile}, {config.split} split, {config.classifier}; {config.norm_label}, "
+        f"{config.profile}, {config.split} split, {config.classifier}; {NORM_NAMES[config.norm]}, "
         f"eps = {radius(config.eps)}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; PGD-{N_ITER} with the paper's ratio of step to eps, "
         f"BPDA with {eot} EOT draws where nothing else is said; n = {config.n_images}, {config.seed_label}. "

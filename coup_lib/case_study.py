@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from scipy.stats import t as student
 from torch import Tensor
 
-from coup_lib.config import Config, number, radius
+from coup_lib.config import NORM_NAMES, Config, number, radius
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.guidance import to_image
 from coup_lib.outcomes import Accuracy, Difference
@@ -395,7 +395,7 @@ def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: st
     words = "; ".join(f"({name}) {statement}" for name, statement in STATEMENTS.items())
     return (
         f"{config.profile}, {config.split} split, {classifier}, {config.n_images} images; "
-        f"{config.norm_label}, eps = {eps}; t* = {config.t_star:g}, N = {config.n_steps}, "
+        f"{NORM_NAMES[config.norm]}, eps = {eps}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; APGD-ce on the reverse-time SDE, {config.gradient} gradient, "
         f"{config.n_iter} iterations, {config.eot} EOT draws; {config.seed_label}. Bad cases: all images "
         "whose purification without guidance and without Brownian motion is misclassified on x_adv; good "

@@ -18,6 +18,7 @@ from coup_lib.solver import time_grid
 T = TypeVar("T")
 
 NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
+NORM_NAMES = {"linf": "L∞", "l2": "L2"}  # as people do
 NORMS = tuple(NORM_LABELS)
 GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
 

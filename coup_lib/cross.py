@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from coup_lib import paper, plots, tables
-from coup_lib.config import Config, radius
+from coup_lib.config import NORM_NAMES, Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import Evaluation
 from coup_lib.outcomes import Accuracy, Difference
@@ -17,7 +17,6 @@ from coup_lib.progress import Plan
 from coup_lib.tables import Shares
 
 DEFENCES = ("none", "reverse", "coup")
-NORM_NAMES = {"linf": "L∞", "l2": "L2"}
 JUDGED = ("adaptive", "worst")
 ALONE = "Classifier alone"
 

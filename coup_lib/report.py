@@ -23,7 +23,7 @@ from coup_lib import (
     toy,
     toy_figures,
 )
-from coup_lib.config import NORMS, Config, choice
+from coup_lib.config import NORM_NAMES, NORMS, Config, choice
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation
 from coup_lib.files import write_atomically
@@ -99,7 +99,7 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     """Table 1 or 2, by the norm of the configuration of notebook 04."""
     where = paper.TITLES[config.norm].split(":")[0]
     results = tables.shares(Evaluation(config).columns(PAPER, autoattack=True))
-    lines, norm = quoted(where, paper.LITERATURE[config.norm]), config.norm_label
+    lines, norm = quoted(where, paper.LITERATURE[config.norm]), NORM_NAMES[config.norm]
     for name, row in paper.PURIFIERS[config.norm].items():
         found = results[name]
         lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
@@ -166,7 +166,7 @@ def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
         lines.append(level(where, f"{LABELS[name]}: robustness", row.robustness, found[most]))
     pair = results["coup"][most], results["diffpure"][most]
     reported = paper.BPDA["coup"].robustness - paper.BPDA["diffpure"].robustness
-    gap = Gap("Linf: COUP − DiffPure, BPDA + EOT", reported, Difference.of(*pair), None)
+    gap = Gap("L∞: COUP − DiffPure, BPDA + EOT", reported, Difference.of(*pair), None)
     return [*lines, claim(where, gap)], [gap]
 
 
@@ -176,14 +176,14 @@ def combination(configs: dict[str, Config]) -> tuple[list[Line], list[Gap]]:
     alone, behind = paper.TRAINED_THEN_COUP
     for norm, panel in found.items():
         (other,) = set(found) - {norm}
-        attack = f"attacked in {cross.NORM_NAMES[norm]}"
+        attack = f"attacked in {NORM_NAMES[norm]}"
         own, crossed = panel[norm]["none"], panel[other]["none"]
         pair = [Difference.of(own[column], crossed[column]) for column in cross.JUDGED]
-        what = f"{attack}: trained for {cross.NORM_NAMES[norm]} − trained for {cross.NORM_NAMES[other]}"
+        what = f"{attack}: trained for {NORM_NAMES[norm]} − trained for {NORM_NAMES[other]}"
         lines.append(claim("Fig. 2c", Gap(what, None, *pair)))
         for training in found:
-            row, trained = panel[training], f"trained for {cross.NORM_NAMES[training]}"
-            what = f"{trained}, COUP against {cross.NORM_NAMES[norm]}"
+            row, trained = panel[training], f"trained for {NORM_NAMES[training]}"
+            what = f"{trained}, COUP against {NORM_NAMES[norm]}"
             lines.append(kept("Fig. 2c", what, NOTHING, row["coup"]["clean"], row["none"]["clean"]))
             both = [Difference.of(row["coup"][column], row["none"][column]) for column in cross.JUDGED]
             what = f"{trained}, {attack}: COUP − alone"

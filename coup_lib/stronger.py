@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coup_lib.config import Config, radius
+from coup_lib.config import NORM_NAMES, Config, radius
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import OF, Evaluation, Source, lend
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
@@ -220,7 +220,7 @@ def caption(config: Config) -> str:
     spent = {"n_images": "images", "n_iter": "iterations", "eot": "EOT draws", "square_queries": "queries"}
     sizes = [f"{getattr(config, name)}/{getattr(full, name)} {what}" for name, what in spent.items()]
     return (
-        f"{config.profile}, {config.split} split; {config.norm_label}, eps = {radius(config.eps)}; "
+        f"{config.profile}, {config.split} split; {NORM_NAMES[config.norm]}, eps = {radius(config.eps)}; "
         f"t* = {config.t_star:g}, N = {config.n_steps}, λ = {config.guidance_weight:g}; spent of the full "
         f"size: {', '.join(sizes)}; the adjoint, BPDA, half of the steps, the margins, the warm starts and "
         f"the numbered EOT take {halved(config).n_iter} iterations; {config.seed_label}. Accuracies in % "

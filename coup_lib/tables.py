@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from coup_lib import paper, paths
-from coup_lib.config import Config, radius
+from coup_lib.config import NORM_NAMES, Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import OF
 from coup_lib.files import write_atomically
@@ -130,7 +130,7 @@ def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequen
         "AutoAttack's columns count by its own single draws; the others" if "rand" in attacks else "They"
     )
     return (
-        f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {config.norm_label}, "
+        f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {NORM_NAMES[config.norm]}, "
         f"eps = {radius(config.eps)}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; spent of the paper's protocol: {', '.join(sizes)}; "
         f"{config.seed_label}. Accuracies in % with "
