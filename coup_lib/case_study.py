@@ -11,7 +11,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import t as student
 from torch import Tensor
 
 from coup_lib.config import NORM_NAMES, Config, number, radius
@@ -21,7 +20,7 @@ from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.plots import COLOURS, PALETTE
 from coup_lib.purify import Purified, coup
 from coup_lib.records import record
-from coup_lib.stats import paired_interval
+from coup_lib.stats import student
 
 PATHS = {"reverse": "without guidance", "coup": "with guidance"}
 GROUPS = {
@@ -237,15 +236,11 @@ def verdicts(study: CaseStudy, group: str) -> dict[str, str]:
 
 
 def change(before: np.ndarray, after: np.ndarray) -> Difference | None:
-    """The mean of after - before with its paired interval, in points; None for fewer than two cases.
-
-    By Student's t: cases can be few, and the normal interval would then be too narrow.
-    """
-    n = len(after)
-    if n < 2:
+    """The mean of after - before, confidences, with Student's interval; None for fewer than two cases."""
+    if len(after) < 2:
         return None
-    low, high = paired_interval(after - before, z=float(student.ppf(0.975, n - 1)))
-    return Difference(100 * float((after - before).mean()), 100 * low, 100 * high, n)
+    low, high = student(after - before)
+    return Difference(100 * float((after - before).mean()), 100 * float(low), 100 * float(high), len(after))
 
 
 def _together(*differences: Difference | None) -> str:

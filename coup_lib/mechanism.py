@@ -30,7 +30,7 @@ from coup_lib.progress import Plan
 from coup_lib.purify import Purified, Purifier
 from coup_lib.records import ChunkedRecord, Worker, is_complete
 from coup_lib.solver import euler_step, step_times
-from coup_lib.stats import Z_95, paired_interval
+from coup_lib.stats import student
 
 KINDS = ("exact", "first_order")
 KIND_LABELS = {"exact": "exact", "first_order": "first-order", "worst": "worst of all"}
@@ -461,7 +461,7 @@ def _direction_line(statistics: Mapping[str, np.ndarray]) -> str:
 def _noise_line(statistics: Mapping[str, np.ndarray], losses: Mapping[str, Mapping[int, np.ndarray]]) -> str:
     exact, first = (float(np.median(statistics[f"snr_{kind}"])) for kind in KINDS)
     most = max(losses["exact"])
-    low, high = paired_interval(losses["first_order"][most] - losses["exact"][most])
+    low, high = student(losses["first_order"][most] - losses["exact"][most])
     gap = float((losses["first_order"][most] - losses["exact"][most]).mean())
     if low > 0:
         verdict = "so the exact gradient does not catch up as noise is averaged out: noise is not the reason"
@@ -480,7 +480,7 @@ def _landscape_line(landscapes: Mapping[tuple[str, str], Mapping[str, np.ndarray
     lines = []
     for (case, start), losses in landscapes.items():
         gain = (losses["first_order"] - losses["exact"])[1:].mean(0)
-        low, high = paired_interval(gain)
+        low, high = student(gain)
         word = "more" if low > 0 else "less" if high < 0 else "neither more nor less"
         numbers = f"{gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append(f"{CASES[case]}, from the {_START[start]} image, {word} ({numbers})")
@@ -642,12 +642,11 @@ def noise_panel(axes: Axes, statistics: Mapping[str, np.ndarray]) -> None:
 def reached_panel(axes: Axes, losses: Mapping[str, Mapping[int, np.ndarray]]) -> None:
     """Paired gain of first-order over exact APGD in the loss reached, per draws of a gradient, with 95 %."""
     counts = list(losses["exact"])
-    gains = [losses["first_order"][count] - losses["exact"][count] for count in counts]
-    means = np.array([gain.mean() for gain in gains])
-    bounds = np.array([paired_interval(gain) for gain in gains]).T
-    axes.errorbar(
-        counts, means, np.abs(bounds - means), fmt="D-", color=PALETTE[2], markersize=4, capsize=1.8
-    )
+    gains = np.stack([losses["first_order"][count] - losses["exact"][count] for count in counts])
+    means = gains.mean(1)
+    low, high = student(gains)
+    style = {"color": PALETTE[2], "markersize": 4, "capsize": 1.8}
+    axes.errorbar(counts, means, [means - low, high - means], fmt="D-", **style)
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts])
@@ -660,11 +659,8 @@ def landscape_panel(axes: Axes, landscapes: Mapping[str, Mapping[str, np.ndarray
     styles = {"coup": ("D-", PALETTE[2]), "flipped": ("v-", PALETTE[1])}
     for case, losses in landscapes.items():
         gain = losses["first_order"] - losses["exact"]
-        spread = Z_95 * gain.std(1, ddof=1) / np.sqrt(gain.shape[1])
         style, colour = styles[case]
-        axes.fill_between(
-            LANDSCAPE, gain.mean(1) - spread, gain.mean(1) + spread, color=colour, alpha=0.15, linewidth=0
-        )
+        axes.fill_between(LANDSCAPE, *student(gain), color=colour, alpha=0.15, linewidth=0)
         axes.plot(LANDSCAPE, gain.mean(1), style, color=colour, markersize=4, label=CASES[case])
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes.set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coup_lib.stats import paired_interval, wilson
+from coup_lib.stats import Z_95, bonett_price, wilson
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Accuracy:
         if not own.any():
             raise ValueError("expected a classifier that is right on some image; got one that is on none")
         share = right.mean() / own.mean()
-        low, high = paired_interval(share + (right - share * own) / own.mean())
+        scale = max(1.0, share)  # so that the differences lie in [-1, 1]
+        bounds = bonett_price((right - share * own) / scale)
+        low, high = (share + bound * scale / own.mean() for bound in bounds)
         return cls(100 * float(share), 100 * low, 100 * high, len(right))
 
     def __str__(self) -> str:
@@ -54,9 +56,9 @@ class Difference:
     n: int
 
     @classmethod
-    def of(cls, right: np.ndarray, reference: np.ndarray) -> "Difference":
-        """right - reference, the shares of right draws of each image, both (n,)."""
-        low, high = paired_interval(right - reference)
+    def of(cls, right: np.ndarray, reference: np.ndarray, z: float = Z_95) -> "Difference":
+        """right - reference, the shares of right draws of each image, both (n,); z: as in `bonett_price`."""
+        low, high = bonett_price(right - reference, z)
         return cls(100 * float((right - reference).mean()), 100 * low, 100 * high, len(right))
 
     @property

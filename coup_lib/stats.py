@@ -1,8 +1,9 @@
-"""Intervals for accuracies."""
+"""Intervals for accuracies, their differences, and means of anything else."""
 
 import math
 
 import numpy as np
+from scipy.stats import t
 
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
@@ -25,11 +26,30 @@ def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
-def paired_interval(differences: np.ndarray, z: float = Z_95) -> tuple[float, float]:
-    """The normal interval (low, high) of the mean of per-image differences (n,), n ≥ 2.
+def bonett_price(differences: np.ndarray, z: float = Z_95) -> tuple[float, float]:
+    """The interval (low, high) of the mean of per-image differences of accuracies (n,), all in [-1, 1].
+
+    That of Bonett and Price (J. Educ. Behav. Stat. 37, 2012) for matched proportions: the normal interval
+    after two made-up images, a gain and a loss. Differences may be fractional, as in `wilson`. Where few
+    images differ the plain normal interval is too narrow, and has no width at all where none does.
 
     Pairing takes out what the two sides share, the difficulty of each image: the interval is narrower than
     the two accuracies' own intervals suggest.
+
+    Raises:
+        ValueError: for no differences, or one beyond [-1, 1].
     """
-    spread = z * float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return float(differences.mean()) - spread, float(differences.mean()) + spread
+    if not len(differences) or np.abs(differences).max() > 1:
+        raise ValueError(f"expected at least one difference, all in [-1, 1]; got {differences}")
+    n = len(differences) + 2
+    centre = float(differences.sum()) / n
+    variance = (float(np.square(differences).sum()) + 2) / n - centre**2
+    spread = z * math.sqrt(variance / n)
+    return max(-1.0, centre - spread), min(1.0, centre + spread)
+
+
+def student(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Student's 95 % interval (low, high) of the mean along the last axis of (..., n), n ≥ 2."""
+    n = values.shape[-1]
+    mean, spread = values.mean(-1), t.ppf(0.975, n - 1) * values.std(-1, ddof=1) / math.sqrt(n)
+    return mean - spread, mean + spread

@@ -18,7 +18,7 @@ from coup_lib.evaluate import OF, Evaluation, Source, lend
 from coup_lib.mechanism import LANDSCAPE, eot_counts, halved, landscape
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_columns, worst_of
 from coup_lib.plots import COLOURS, MARKERS, bars
-from coup_lib.stats import Z_95
+from coup_lib.stats import student
 
 Columns = dict[str, dict[str, Score]]
 
@@ -465,12 +465,8 @@ def points_panel(
 def losses_panel(axes: Axes, losses: Mapping[str, np.ndarray]) -> None:
     """Mean loss against the distance along the exact gradient, one line per defence, with 95 % intervals."""
     for defence, values in losses.items():
-        mean = values.mean(1)
-        spread = Z_95 * values.std(1, ddof=1) / np.sqrt(values.shape[1])
-        axes.fill_between(
-            LANDSCAPE, mean - spread, mean + spread, color=COLOURS[defence], alpha=0.15, linewidth=0
-        )
-        axes.plot(LANDSCAPE, mean, MARKERS[defence] + "-", color=COLOURS[defence], markersize=4)
+        axes.fill_between(LANDSCAPE, *student(values), color=COLOURS[defence], alpha=0.15, linewidth=0)
+        axes.plot(LANDSCAPE, values.mean(1), MARKERS[defence] + "-", color=COLOURS[defence], markersize=4)
 
 
 def verdicts_panel(axes: Axes, found: Sequence[Check]) -> None:

@@ -18,7 +18,6 @@ from coup_lib.defences import LABELS
 from coup_lib.evaluate import OF, Evaluation, Source
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.progress import Plan
-from coup_lib.stats import paired_interval
 from coup_lib.toy_figures import spread
 
 Row = dict[str, np.ndarray]  # column → share of right draws of each image, (n,)
@@ -98,9 +97,7 @@ def simultaneous(right: np.ndarray, reference: np.ndarray, comparisons: int) -> 
 
     Whoever looks at many differences and reports the most striking one needs wider intervals.
     """
-    difference = right - reference
-    low, high = paired_interval(difference, NormalDist().inv_cdf(1 - 0.025 / comparisons))
-    return Difference(100 * float(difference.mean()), 100 * low, 100 * high, len(difference))
+    return Difference.of(right, reference, NormalDist().inv_cdf(1 - 0.025 / comparisons))
 
 
 def falls(found: Sweep, column: str = "clean") -> tuple[str, str]:

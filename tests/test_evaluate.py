@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from coup_lib import config as settings
@@ -19,7 +18,6 @@ from coup_lib.evaluate import CLEAN, Evaluation, Source, image_seeds
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
 from coup_lib.purify import FixedNoise, Purifier
 from coup_lib.records import config_hash
-from coup_lib.stats import paired_interval, wilson
 
 TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
 
@@ -41,26 +39,6 @@ def score(report, suspicion, labels=(0, 0, 0), robust=None, average=(0, 0, 0)):
 
 def attack_hash(source, **changes):
     return config_hash(Evaluation(Config(**TINY | changes)).attack_settings(source)[1])
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (337, 512)])
-def test_wilson_is_scipys(right, n):
-    expected = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
-    assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_wilson_refuses_nonsense():
-    with pytest.raises(ValueError, match="got successes=5, n=4"):
-        wilson(5, 4)
-
-
-def test_paired_interval_covers_the_mean_19_times_in_20():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for _ in range(2000):
-        low, high = paired_interval(generator.choice([-1, 0, 1], p=[0.1, 0.7, 0.2], size=200))
-        hits += low <= 0.1 <= high
-    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 def test_ways_of_counting():
