@@ -37,9 +37,7 @@ class Accuracy:
         if not own.any():
             raise ValueError("expected a classifier that is right on some image; got one that is on none")
         share = right.mean() / own.mean()
-        scale = max(1.0, share)  # so that the differences lie in [-1, 1]
-        bounds = bonett_price((right - share * own) / scale)
-        low, high = (share + bound * scale / own.mean() for bound in bounds)
+        low, high = (share + bound for bound in bonett_price((right - share * own) / own.mean()))
         return cls(100 * float(share), 100 * low, 100 * high, len(right))
 
     def __str__(self) -> str:
@@ -58,8 +56,8 @@ class Difference:
     @classmethod
     def of(cls, right: np.ndarray, reference: np.ndarray, z: float = Z_95) -> "Difference":
         """right - reference, the shares of right draws of each image, both (n,); z: as in `bonett_price`."""
-        low, high = bonett_price(right - reference, z)
-        return cls(100 * float((right - reference).mean()), 100 * low, 100 * high, len(right))
+        low, high = np.clip(bonett_price(right - reference, z), -1, 1)
+        return cls(100 * float((right - reference).mean()), 100 * float(low), 100 * float(high), len(right))
 
     @property
     def verdict(self) -> str:

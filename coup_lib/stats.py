@@ -27,25 +27,21 @@ def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def bonett_price(differences: np.ndarray, z: float = Z_95) -> tuple[float, float]:
-    """The interval (low, high) of the mean of per-image differences of accuracies (n,), all in [-1, 1].
+    """The interval (low, high) of the mean of per-image differences (n,), n ≥ 1.
 
     That of Bonett and Price (J. Educ. Behav. Stat. 37, 2012) for matched proportions: the normal interval
-    after two made-up images, a gain and a loss. Differences may be fractional, as in `wilson`. Where few
-    images differ the plain normal interval is too narrow, and has no width at all where none does.
+    after two made-up images, a gain and a loss. Where few images differ the plain normal interval is too
+    narrow, and has no width at all where none does. Differences may be fractional, as in `wilson`: the gain
+    and the loss are as large as the largest difference seen, or 1 where there is none.
 
     Pairing takes out what the two sides share, the difficulty of each image: the interval is narrower than
     the two accuracies' own intervals suggest.
-
-    Raises:
-        ValueError: for no differences, or one beyond [-1, 1].
     """
-    if not len(differences) or np.abs(differences).max() > 1:
-        raise ValueError(f"expected at least one difference, all in [-1, 1]; got {differences}")
-    n = len(differences) + 2
+    n, largest = len(differences) + 2, float(np.abs(differences).max()) or 1.0
     centre = float(differences.sum()) / n
-    variance = (float(np.square(differences).sum()) + 2) / n - centre**2
+    variance = (float(np.square(differences).sum()) + 2 * largest**2) / n - centre**2
     spread = z * math.sqrt(variance / n)
-    return max(-1.0, centre - spread), min(1.0, centre + spread)
+    return centre - spread, centre + spread
 
 
 def student(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,10 +38,10 @@ def test_levels_are_not_compared():
 
 
 def test_what_is_kept_of_a_classifiers_own_accuracy():
-    """Two thirds of 60 right images; the interval counts one image more each way."""
+    """Two thirds of 60 right images; the interval counts two more of the larger residuals."""
     own, right = np.repeat([1.0, 0.0], [60, 40]), np.repeat([1.0, 0.0], [40, 60])
     found = Accuracy.kept(right, own)
-    spread = 1.96 * np.sqrt(40 * (1 / 3) ** 2 + 20 * (2 / 3) ** 2 + 2) / 102 / 0.6
+    spread = 1.96 * np.sqrt(40 * (1 / 3) ** 2 + (20 + 2) * (2 / 3) ** 2) / 102 / 0.6
     assert found.value == pytest.approx(100 * 2 / 3)
     assert (found.low, found.high) == pytest.approx(
         (100 * (2 / 3 - spread), 100 * (2 / 3 + spread)), abs=0.01
