@@ -586,14 +586,16 @@ def sign_panel(
     axes: Axes, control: Mapping[float, Mapping[str, np.ndarray]], smooth: Mapping[str, np.ndarray], at: float
 ) -> None:
     """Paired change of accuracy against λ = 0, per attack, with 95 % intervals; hollow: smoothed maximum."""
+    weights = np.array(list(control))
     for place, kind in enumerate((*KINDS, "worst")):
         base, offset = control[0.0][kind], 0.07 * (place - 1)
         changes = [Difference.of(row[kind], base) for row in control.values()]
+        bounds = np.array([[c.value - c.low, c.high - c.value] for c in changes]).T
         style = {"color": KIND_COLOURS[kind], "markersize": 4, "capsize": 1.8, "linewidth": 1.1}
         axes.errorbar(
-            np.array(list(control)) + offset,
+            weights + offset,
             [change.value for change in changes],
-            [[c.value - c.low for c in changes], [c.high - c.value for c in changes]],
+            bounds * (weights != 0),  # λ = 0 is no estimate: the others are compared with it
             fmt=KIND_MARKERS[kind] + "-",
             label=KIND_LABELS[kind],
             **style,
