@@ -16,12 +16,11 @@ from coup_lib.compiled import compiled_score
 from coup_lib.config import GRADIENTS, Config, choice, count
 from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided
-from coup_lib.gradients import THROUGH_STEPS
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
 from coup_lib.precision import products
 from coup_lib.progress import Plan
-from coup_lib.purify import FixedNoise, Purified, Purifier
+from coup_lib.purify import FixedNoise, Purified, together
 from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
 from coup_lib.zoo import check_classifier, digest, load_classifier, load_score, missing
 
@@ -347,7 +346,7 @@ class Evaluation:
                 eot=source.eot or config.eot,
                 n_targets=config.n_targets,
                 square_queries=config.square_queries,
-                max_batch=self._attack_batch(model, chunk.x),
+                max_batch=together(model, chunk.x, self.max_batch),
             )
             if isinstance(model, Purified):
                 model.purifier.reseed(_seed(seed, DEFENCE, start))
@@ -369,13 +368,6 @@ class Evaluation:
 
         name, settings = self.attack_settings(source)
         return self._record(name, settings, compute, combine)
-
-    def _attack_batch(self, model: nn.Module, x: Tensor) -> int:
-        """On a CPU, where small batches cost nothing, no more images than need no path to be walked again."""
-        purifier = model.purifier if isinstance(model, Purified) else None
-        if x.is_cuda or not isinstance(purifier, Purifier) or purifier.gradient not in THROUGH_STEPS:
-            return self.max_batch
-        return min(self.max_batch, purifier.images_kept(x) // getattr(model, "draws", 1)) or self.max_batch
 
     def _record(
         self,

@@ -27,7 +27,7 @@ from coup_lib.guidance import Guided, first_order, gradient_of, to_image
 from coup_lib.outcomes import Accuracy, Difference, worst_of
 from coup_lib.plots import PALETTE
 from coup_lib.progress import Plan
-from coup_lib.purify import Purified, Purifier
+from coup_lib.purify import Purified, Purifier, together
 from coup_lib.records import ChunkedRecord, Worker, is_complete
 from coup_lib.solver import euler_step, step_times
 from coup_lib.stats import student
@@ -266,7 +266,7 @@ def draw_gradients(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Ten
     """∇ₓ of the cross-entropy for each noise draw: (n, draws, C, H, W) for seeds (n, draws)."""
     n, draws = seeds.shape
     parts = []
-    for images, labels, chosen in _batches(x, y, seeds):
+    for images, labels, chosen in _batches(x, y, seeds, together(model, x, _at_once(x))):
         images = images.clone().requires_grad_()
         loss = F.cross_entropy(_logits(model, images, chosen), labels, reduction="sum")
         parts.append(torch.autograd.grad(loss, images)[0])
@@ -278,7 +278,7 @@ def draw_losses(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor
     """The cross-entropy for each noise draw: (n, draws) for seeds (n, draws)."""
     parts = [
         F.cross_entropy(_logits(model, images, chosen), labels, reduction="none")
-        for images, labels, chosen in _batches(x, y, seeds)
+        for images, labels, chosen in _batches(x, y, seeds, _at_once(x))
     ]
     return torch.cat(parts).reshape(seeds.shape)
 
@@ -337,14 +337,14 @@ def _logits(model: nn.Module, x: Tensor, seeds: Tensor) -> Tensor:
     return model(x, seeds=seeds) if isinstance(model, Purified) else model(x)
 
 
-def _batches(x: Tensor, y: Tensor, seeds: Tensor) -> Any:
-    """Images, labels and seeds, one entry per image and draw, in batches."""
+def _batches(x: Tensor, y: Tensor, seeds: Tensor, size: int) -> Any:
+    """Images, labels and seeds, one entry per image and draw, in batches of this size."""
     draws = seeds.shape[1]
     repeated = (x.repeat_interleave(draws, 0), y.repeat_interleave(draws), seeds.flatten())
-    return zip(*(values.split(_together(x)) for values in repeated), strict=True)
+    return zip(*(values.split(size) for values in repeated), strict=True)
 
 
-def _together(x: Tensor) -> int:
+def _at_once(x: Tensor) -> int:
     """How many images like those of x (n, C, H, W) go through the networks at once."""
     return max(1, BATCH_PIXELS // x[0, 0].numel())
 
@@ -391,7 +391,7 @@ def _record(
 
     if evaluation.plans(describe, target, calls, n):
         return defaultdict(partial(np.zeros, n))
-    size = max(1, _together(evaluation.images.x) // draws)
+    size = max(1, _at_once(evaluation.images.x) // draws)
     work = ChunkedRecord(
         config.profile,
         *describe(False),

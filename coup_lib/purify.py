@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.config import GRADIENTS, choice
-from coup_lib.gradients import images_kept, solve_with_gradient
+from coup_lib.gradients import THROUGH_STEPS, images_kept, solve_with_gradient
 from coup_lib.guidance import Guided, to_image, to_state
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, solve, time_grid
@@ -188,6 +188,17 @@ class FixedNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the purified x."""
         return self.purified(x, torch.full((len(x),), self.seed))
+
+
+def together(model: nn.Module, x: Tensor, most: int) -> int:
+    """How many images like x are best differentiated at once, `most` or fewer.
+
+    On a CPU, where small batches cost nothing, no more than need no path to be walked again.
+    """
+    purifier = model.purifier if isinstance(model, Purified) else None
+    if x.is_cuda or not isinstance(purifier, Purifier) or purifier.gradient not in THROUGH_STEPS:
+        return most
+    return min(most, purifier.images_kept(x) // getattr(model, "draws", 1)) or most
 
 
 def diffpure(classifier: nn.Module, score: nn.Module, **settings: Any) -> Purified:

@@ -16,7 +16,7 @@ from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source, image_seeds
 from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
-from coup_lib.purify import FixedNoise, Purifier
+from coup_lib.purify import FixedNoise, Purifier, together
 from coup_lib.records import config_hash
 
 TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
@@ -200,16 +200,16 @@ def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch)
     torch.testing.assert_close(other["start"], evaluation.images.x + 0.01)
 
 
-def test_on_a_cpu_an_attack_takes_no_more_images_than_need_no_replay(monkeypatch):
+def test_on_a_cpu_no_more_images_are_taken_than_need_no_replay(monkeypatch):
     evaluation = Evaluation(Config(), verbose=False)
     x, most = torch.rand(2, 1, 8, 8), evaluation.max_batch
     batches = {}
     for kept in (100_000, 40, 0):  # not even one: as many as ever
         monkeypatch.setattr(Purifier, "images_kept", lambda self, x, kept=kept: kept)
         names = ("coup", "coup-averaged", "likelihood", "none")
-        batches[kept] = [evaluation._attack_batch(evaluation.defence(name), x) for name in names]
+        batches[kept] = [together(evaluation.defence(name), x, most) for name in names]
     assert batches == {100_000: [most] * 4, 40: [40, 10, most, most], 0: [most] * 4}
-    assert evaluation._attack_batch(evaluation.defence("coup", "adjoint"), x) == most
+    assert together(evaluation.defence("coup", "adjoint"), x, most) == most
 
 
 def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypatch):

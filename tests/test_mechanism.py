@@ -9,6 +9,7 @@ from coup_lib import mechanism
 from coup_lib.config import Config
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.guidance import Guided
+from coup_lib.purify import Purifier
 
 
 class Linear(torch.nn.Module):
@@ -66,6 +67,17 @@ def test_a_smooth_loss_has_the_slope_that_its_gradient_foretells():
     direction = mechanism.step_direction(gradient, Config(norm="l2"))
     measured = mechanism.central_difference(Scaled(), x, y, seeds, 1e-3 * direction) / 1e-3
     np.testing.assert_allclose(measured, (gradient * direction).flatten(1).sum(1), rtol=1e-5)
+
+
+def test_on_a_cpu_gradients_are_taken_of_as_many_paths_as_are_kept(monkeypatch):
+    evaluation, sizes = Evaluation(Config(n_images=2, n_steps=2), verbose=False), []
+    x, y, seeds = evaluation.images.x, evaluation.images.y, torch.arange(8).reshape(2, 4)
+    model = evaluation.defence("coup")
+    whole = mechanism.draw_gradients(model, x, y, seeds)
+    monkeypatch.setattr(Purifier, "images_kept", lambda self, x: 3)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    torch.testing.assert_close(mechanism.draw_gradients(model, x, y, seeds), whole, rtol=1e-4, atol=1e-5)
+    assert sizes == [3, 3, 2]
 
 
 def test_signal_to_noise_of_known_draws():
