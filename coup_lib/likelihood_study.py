@@ -1,6 +1,5 @@
 """Sec. 5.2.1: does classifier guidance help likelihood maximisation, too?"""
 
-import numpy as np
 import pandas as pd
 
 from coup_lib import paper, tables
@@ -80,11 +79,10 @@ def claim_lines(results: Shares, config: Config) -> str:
 
 def _masking(results: Shares) -> str:
     """Which gradient is the stronger one: Adam's first step is lr · sign(g), flat wherever it is smooth."""
-    weaker = [
-        LABELS[name] for name, row in results.items() if np.mean(row["adaptive"]) > np.mean(row["bpda"])
-    ]
+    left = {name: Difference.of(row["adaptive"], row["bpda"]) for name, row in results.items()}
+    weaker = [LABELS[name] for name, difference in left.items() if difference.verdict == "holds"]
     if not weaker:
-        return "Neither is harder to attack by the exact gradient than by the identity."
+        return "On neither is the exact gradient shown to be a weaker attack than the identity."
     return (
         f"The exact gradient is the weaker attack on {' and on '.join(weaker)}: Adam's steps are signs of "
         "gradients, which have no useful derivative. That gradient is masked, and the other columns count."
