@@ -686,6 +686,8 @@ def slope_panel(axes: Axes, found: Mapping[str, Mapping[str, np.ndarray]]) -> No
     axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(found)), [CASES[case].replace(", ", ",\n") for case in found])
     axes.set(xlabel="slope foretold / measured", ylim=(len(found) - 0.5, -0.5))
+    if 0 < axes.dataLim.x0 < axes.dataLim.x1 / 5:
+        axes.set_xscale("log")
     axes.grid(visible=False, axis="y")
 
 
@@ -721,7 +723,7 @@ def mechanism_figure(
     )
     for letter, axes, title in zip("abcdefgh", panels, titles, strict=True):
         axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
-    panels[0].legend(loc="lower left", fontsize="small", title="hollow: smooth", title_fontsize="small")
+    panels[0].legend(loc="best", fontsize="small", title="hollow: smooth", title_fontsize="small")
     panels[6].legend(loc="best", fontsize="small")
     panels[7].legend(loc="best", fontsize="small")
     return figure

@@ -43,7 +43,7 @@ def test_the_full_size_is_the_fields():
 
 
 def purifier_row(**right):
-    names = ("clean", "noise", "fgsm", "exact", "short", "quarter", "restart", "square")
+    names = ("clean", "noise", "fgsm", "exact", "short", "quarter", "restart", "pgd", "square")
     row = dict.fromkeys((*names, *stronger.CHEAPER), WRONG)
     row |= {"clean": RIGHT, "noise": RIGHT} | right
     return {name: score(values) for name, values in row.items()}
@@ -68,6 +68,7 @@ def test_a_sound_attack_passes_every_check():
     [
         ({"exact": HALF, "restart": HALF}, {"one_step", "black_box", "cheaper"}),
         ({"short": HALF, "exact": WRONG}, {"iterations"}),
+        ({"short": HALF, "exact": HALF, "pgd": WRONG}, {"iterations"}),
         ({"noise": HALF}, {"noise"}),
         ({"first_order": WRONG, "exact": HALF, "short": HALF, "restart": WRONG}, {"restarts"}),
     ],
