@@ -153,8 +153,8 @@ class Config:
         fill("budget", "smoke" if is_smoke() else self.budget)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         choice("gradient", self.gradient, GRADIENTS)
-        on_gpu = device(self.device).type == "cuda"
-        choice("precision", self.precision, PRECISIONS if on_gpu else [p for p in PRECISIONS if p != "tf32"])
+        device(self.device)  # refuses an unknown one
+        choice("precision", self.precision, PRECISIONS)
         fill("compiled", bool(choice("compiled", self.compiled, (False, True))))
         choice("split", self.split, SPLITS)
         if self.subset is None:

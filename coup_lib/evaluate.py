@@ -18,7 +18,7 @@ from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
-from coup_lib.precision import products
+from coup_lib.precision import check_precision, products
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified, together
 from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
@@ -333,6 +333,7 @@ class Evaluation:
         seed = config.seed if source.seed is None else source.seed
 
         def compute(start: int) -> dict[str, Any]:
+            check_precision(self._precision(source), config.torch_device)
             chunk = Images(self.images.x[start : start + size], self.images.y[start : start + size])
             begin = self._x_adv(source.start, start) if source.start else None
             path = (source.n_steps, source.guidance_weight)
@@ -351,7 +352,7 @@ class Evaluation:
             if isinstance(model, Purified):
                 model.purifier.reseed(_seed(seed, DEFENCE, start))
                 model = FixedNoise(model, _seed(seed, DEFENCE, start)) if source.fixed_noise else model
-            with products(config.precision):
+            with products(self._precision(source)):
                 result = attack(model, chunk.x, chunk.y, begin)
             return {
                 "robust": result.robust.int().tolist(),
@@ -505,7 +506,7 @@ class Evaluation:
         }
         if source.fixed_noise:
             settings["fixed_noise"] = True
-        if config.precision != "float32" and source.defence != "none":
+        if self._precision(source) != "float32":
             settings["precision"] = config.precision
         if self._compiles(source.defence, source.gradient):
             settings["compiled"] = True
@@ -513,6 +514,10 @@ class Evaluation:
             settings["start"] = self.attack_settings(source.start, by_name=by_name)[1]
         name = f"{self.classifier_name}-{config.norm}-{source.attack}-{source.defence}-{source.gradient}"
         return name, settings
+
+    def _precision(self, source: Source) -> str:
+        """Of the attack; an undefended classifier has no score network."""
+        return "float32" if source.defence == "none" else self.config.precision
 
     def defence_settings(self, name: str, *, by_name: bool = False) -> dict[str, Any]:
         """What a defence's behaviour depends on: its networks by hash (or name), and its own settings."""

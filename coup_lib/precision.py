@@ -25,6 +25,12 @@ class Bfloat16(nn.Module):
             return self.network(x, labels).to(x.dtype)
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """ValueError for a precision that the device has not. Records made elsewhere can be read all the same."""
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 is a GPU's, expected float32 or bfloat16 on {device}; got 'tf32'")
+
+
 @contextmanager
 def products(precision: str) -> Iterator[None]:
     """In here a GPU's float32 products are float32's, or TF32's if precision says so; see `PRECISIONS`.

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 
-from coup_lib import paths
+from coup_lib import evaluate, paths
+from coup_lib.attacks import Attack, AttackResult
 from coup_lib.config import Config
 from coup_lib.data import load_split
 from coup_lib.evaluate import Evaluation, Source
@@ -73,10 +74,26 @@ def test_a_lowered_attack_is_a_record_of_its_own_and_an_undefended_one_is_not():
     assert not torch.equal(*found)  # as the gradients differ in their last digits, some signs do
 
 
-def test_tf32_is_a_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="precision: expected one of float32, bfloat16; got 'tf32'"):
-        Config(precision="tf32")
+def test_tf32_is_a_gpus_to_compute_and_everyones_to_read():
+    config = Config(precision="tf32", device="cpu", n_images=2, n_iter=1, eot=1, n_steps=2)
+    evaluation = Evaluation(config, verbose=False)
+    with pytest.raises(ValueError, match="precision: tf32 is a GPU's, expected float32 or bfloat16 on cpu"):
+        evaluation.x_adv(Source("apgd-ce", "reverse"))
+    assert len(evaluation.x_adv(Source("apgd-ce", "none"))) == 2  # has no score network
+
+
+@pytest.mark.parametrize(("defence", "allowed"), [("none", False), ("reverse", True)])
+def test_tf32_is_the_score_networks_alone(defence, allowed, monkeypatch):
+    seen = []
+
+    def attack(self, model, x, y, start=None):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return AttackResult(x, torch.ones(len(x), dtype=torch.bool))
+
+    monkeypatch.setattr(Attack, "__call__", attack)
+    monkeypatch.setattr(evaluate, "check_precision", lambda precision, device: None)
+    Evaluation(Config(precision="tf32", n_images=2), verbose=False).x_adv(Source("apgd-ce", defence))
+    assert seen == [allowed]
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("bfloat16", False), ("tf32", True)])
