@@ -1,8 +1,9 @@
 """One page: every number and claim of the paper beside what is measured here, from the records."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -38,6 +39,9 @@ NOTHING = "–"
 PROTOCOL, WORST = "Here, the paper's protocol", "Here, worst of all attacks"
 PLACES = ("first", "second")  # of a profile's classifiers
 TOY = ("Fig. 3b", "Prop. 1", "Prop. 2")
+
+Spending = Mapping[str, Mapping[str, Any]]  # classifier → what it has other than the rest, by `SPENDABLE`
+SPENDABLE = ("n_images", "n_iter", "eot", "n_draws", "precision", "compiled")
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,14 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     return [*lines, *(claim(where, one) for one in gaps)], gaps
 
 
-def ablation(config: Config, classifiers: Sequence[str]) -> tuple[list[Line], list[Gap]]:
+def ablation(
+    config: Config, classifiers: Sequence[str], fig2b: Spending = MappingProxyType({})
+) -> tuple[list[Line], list[Gap]]:
     """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
     gaps = []
     for place, classifier in zip(PLACES, classifiers, strict=False):
-        results = tables.shares(Evaluation(config, classifier).columns(("diffpure", "reverse", "coup")))
+        own = replace(config, **fig2b.get(classifier, {}))
+        results = tables.shares(Evaluation(own, classifier).columns(("diffpure", "reverse", "coup")))
         for than in ("reverse", "diffpure"):
             pair = [
                 Difference.of(results["coup"][column], results[than][column])
@@ -301,6 +308,7 @@ def everything(
     parts: Sequence[str] | None = None,
     t_stars: Sequence[float] = sweeps.T_STARS,
     weights: Sequence[float] = sweeps.WEIGHTS,
+    fig2b: Spending = MappingProxyType({}),
 ) -> tuple[list[Line], list[Gap]]:
     """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook.
 
@@ -308,10 +316,15 @@ def everything(
         classifiers: of Fig. 2b.
         parts: out of `PARTS`; None is all of them.
         t_stars, weights: of Fig. 4.
+        fig2b: what single classifiers of Fig. 2b have other than the budget's.
 
     Raises:
-        ValueError: for an unknown part.
+        ValueError: for an unknown part, classifier or setting.
     """
+    for classifier, spent in fig2b.items():
+        choice("fig2b", classifier, classifiers)
+        for name in spent:
+            choice(f"fig2b, {classifier}", name, SPENDABLE)
     if isinstance(parts, str):
         raise ValueError(f"parts: expected a list out of {', '.join(PARTS)}; got {parts!r}")
     chosen = [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
@@ -326,7 +339,7 @@ def everything(
         "Table 2": lambda: autoattack(of("report", norm="l2")),
         "Table 3": lambda: bpda_table(of("sweep")),
         "clean": lambda: (purification_costs(of("clean"), classifiers), []),
-        "Fig. 2b": lambda: ablation(of("report"), classifiers),
+        "Fig. 2b": lambda: ablation(of("report"), classifiers, fig2b),
         "Fig. 2c": lambda: combination({norm: of("sweep", norm=norm) for norm in NORMS}),
         "Sec. 5.2.1": lambda: likelihood(of("compare")),
         "Fig. 2a": lambda: (bad_cases(of("compare")), []),
@@ -410,15 +423,19 @@ def counts(lines: Sequence[Line]) -> str:
     )
 
 
-def caption(config: Config, classifiers: Sequence[str]) -> str:
+def caption(config: Config, classifiers: Sequence[str], fig2b: Spending = MappingProxyType({})) -> str:
     """What stands behind the page."""
     full = config.sizes.budgets["report"]["full"]
     spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
     most = max(bpda.checked_counts(None, replace(config, purpose="sweep")))
+    other = "".join(
+        f"; {classifier} has in Fig. 2b {', '.join(f'{name} = {value}' for name, value in spent.items())}"
+        for classifier, spent in fig2b.items()
+    )
     return (
         f"{config.profile} ({', '.join(classifiers)}), budget {config.budget}, {config.seed_label}; of "
-        f"the paper's protocol Tables 1 and 2 and Fig. 2b spend {spent}, Table 3's BPDA {most} of them; "
-        "accuracies in % with 95 % Wilson intervals, differences in points and what is kept of a "
+        f"the paper's protocol Tables 1 and 2 and Fig. 2b spend {spent}, Table 3's BPDA {most} of them{other}"
+        "; accuracies in % with 95 % Wilson intervals, differences in points and what is kept of a "
         "classifier's own accuracy with paired 95 % intervals. Fig. 4 is judged on the validation split, all "
         "else on the test split. The pair 70.90 → 77.15 of Sec. 5.4.1 belongs to one training and one attack "
         "that the paper does not name, so it stands beside all four."

@@ -8,6 +8,7 @@ import pytest
 
 from coup_lib import paths, report, sweeps, tables
 from coup_lib.config import Config
+from coup_lib.evaluate import planning
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.report import Gap, Line
 
@@ -98,6 +99,23 @@ def test_parts_of_the_paper_can_be_chosen():
     for wrong in (["Table 9"], "toy"):
         with pytest.raises(ValueError, match="parts: expected"):
             report.everything(Config(), [], wrong)
+
+
+def test_a_classifier_of_fig_2b_can_have_sizes_of_its_own():
+    own = {"cnn-small": {"n_images": 7, "precision": "tf32"}}
+    with planning() as jobs:
+        report.ablation(Config(n_images=5), ["cnn-small", "cnn-large"], own)
+    assert {(job.classifier, job.config.n_images, job.config.precision) for job in jobs} == {
+        ("cnn-small", 7, "tf32"),
+        ("cnn-large", 5, "float32"),
+    }
+    assert "cnn-small has in Fig. 2b n_images = 7, precision = tf32" in report.caption(Config(), [], own)
+    for wrong, message in (
+        ({"resnet20": {}}, "fig2b: expected one of cnn-small; got 'resnet20'"),
+        ({"cnn-small": {"eps": 1}}, "fig2b, cnn-small: expected one of n_images, .*; got 'eps'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.everything(Config(), ["cnn-small"], ["toy"], fig2b=wrong)
 
 
 def test_the_figure_shows_the_papers_number_only_where_there_is_one():
