@@ -3,17 +3,29 @@
 Without an attack many images can be had, so the interval is narrow.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from coup_lib import paper
-from coup_lib.config import Config
+from coup_lib.config import Config, count
+from coup_lib.data import split_size
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import CLEAN, Evaluation
 from coup_lib.outcomes import Accuracy
 
 PURIFIERS = ("diffpure", "reverse", "coup")
 ALONE = "none"
+
+
+def sized(config: Config, n_clean: Any) -> Config:
+    """The same for n_clean images, unless that is None. ValueError for a number that the split has not."""
+    if n_clean is None:
+        return config
+    most = split_size(config.sizes.dataset, config.split, config.subset)
+    return replace(config, n_images=count("n_clean", n_clean, most))
 
 
 def measure(config: Config, classifier: str) -> dict[str, np.ndarray]:

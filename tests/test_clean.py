@@ -26,6 +26,16 @@ def test_the_papers_shares_are_those_of_its_tables():
     assert clean.reported(Config(), "reverse") is None
 
 
+def test_clean_images_can_be_more_than_attacked_ones():
+    config = Config(purpose="clean", n_images=8)
+    assert clean.sized(config, None) == config
+    assert clean.sized(config, 64).n_images == 64
+    with pytest.raises(
+        ValueError, match="n_clean: expected a number greater than 0 and at most 512; got 513"
+    ):
+        clean.sized(config, 513)
+
+
 def test_digits_lose_little(results_folder):
     config = Config(purpose="clean", n_images=64)
     shares = clean.measure(config, config.classifier)
