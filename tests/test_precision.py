@@ -83,7 +83,7 @@ def test_tf32_is_a_gpus_to_compute_and_everyones_to_read():
 
 
 @pytest.mark.parametrize(("defence", "allowed"), [("none", False), ("reverse", True)])
-def test_tf32_is_the_score_networks_alone(defence, allowed, monkeypatch):
+def test_products_are_tf32s_where_a_purifier_is_attacked_and_nowhere_else(defence, allowed, monkeypatch):
     seen = []
 
     def attack(self, model, x, y, start=None):
