@@ -109,6 +109,11 @@ def build(
     return Purified(classifier, purifier)
 
 
+def purifications(name: str) -> int:
+    """How many purifications a decision of this defence takes; 1 of what is no SDE."""
+    return PURIFIERS[name].draws if name in PURIFIERS else 1
+
+
 def is_guided(name: str) -> bool:
     """Whether there is guidance, and with it a second-order term."""
     return name in PURIFIERS and PURIFIERS[name].guidance is not None

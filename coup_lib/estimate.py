@@ -37,7 +37,7 @@ from coup_lib import (
 )
 from coup_lib.config import NORMS, Config
 from coup_lib.data import SHAPES
-from coup_lib.defences import MAXIMISERS, PAPER
+from coup_lib.defences import MAXIMISERS, PAPER, purifications
 from coup_lib.evaluate import Evaluation, Job, Source, planning
 from coup_lib.gradients import ACTIVATION_BUDGET, THROUGH_STEPS, activation_bytes
 from coup_lib.profiles import BUDGETS, PROFILES
@@ -188,11 +188,12 @@ def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
         for target, draws in scored.items():
             cost = cost.plus(unit(job, target, None).times(draws))
         steps = 0 if source.defence == "none" else source.n_steps or config.n_steps
+        paths = purifications(source.defence), sum(n * purifications(at) for at, n in scored.items())
         row["images"] = max(row["images"], config.n_images)
-        row["purifications"] += config.n_images * ((steps > 0) * forwards + sum(scored.values()))
+        row["purifications"] += config.n_images * ((steps > 0) * forwards * paths[0] + paths[1])
         row["gradients"] += config.n_images * gradients
         row["network calls"] += config.n_images * (
-            steps * (forwards + 3 * gradients) + config.n_steps * sum(scored.values())
+            steps * (forwards + 3 * gradients) * paths[0] + config.n_steps * paths[1]
         )
         row["PFLOP"] += config.n_images * cost.flop / 1e15
         pixels = prod(SHAPES[config.sizes.dataset])

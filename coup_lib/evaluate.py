@@ -15,7 +15,7 @@ from coup_lib.attacks import ATTACKS, Attack
 from coup_lib.compiled import compiled_score
 from coup_lib.config import GRADIENTS, Config, choice, count
 from coup_lib.data import Images, fingerprint, is_here, load_split
-from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided, purifications
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score
 from coup_lib.precision import check_precision, products
@@ -579,8 +579,7 @@ class Evaluation:
 
     def _path_cost(self, defence: str, n_steps: int | None = None) -> float:
         steps = 0.1 if defence == "none" else n_steps or self.config.n_steps
-        draws = PURIFIERS[defence].draws if defence in PURIFIERS else 1
-        return float(steps * draws * (2 if is_guided(defence) else 1))
+        return float(steps * purifications(defence) * (2 if is_guided(defence) else 1))
 
 
 def lend(rows: dict[str, dict[str, Source]], names: Sequence[str] = ()) -> dict[str, dict[str, Source]]:

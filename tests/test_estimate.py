@@ -6,6 +6,7 @@ from torch import nn
 
 from coup_lib import estimate, evaluate, paths
 from coup_lib.config import Config
+from coup_lib.defences import PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source, calls, planning
 from coup_lib.guidance import gradient_of, log_confidence
 
@@ -58,6 +59,19 @@ def test_planning_lists_what_a_run_would_do_and_computes_nothing(results, monkey
     assert jobs[0].targets == ("none", "coup") and not any(job.done for job in jobs)
     assert columns["coup"]["adaptive"].mean.value == 100
     assert not list(results.iterdir())
+
+
+def test_a_decision_of_several_purifications_is_counted_as_such(results, monkeypatch):
+    def row(defence):
+        source = Source("apgd-ce", defence)
+        run = estimate.Notebook(({},), lambda config: Evaluation(config).run({defence: [source]}))
+        monkeypatch.setitem(estimate.NOTEBOOKS, defence, run)
+        return estimate.estimate(defence, Config(n_images=2, n_iter=1, eot=1, n_steps=2))
+
+    one, four = row("reverse"), row("averaged")
+    for head in ("purifications", "network calls"):
+        assert four[head] == PURIFIERS["averaged"].draws * one[head] > 0
+    assert four["gradients"] == one["gradients"]
 
 
 @pytest.mark.parametrize("name", estimate.NOTEBOOKS)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from coup_lib.config import Config
-from coup_lib.defences import MAXIMISERS, PURIFIERS, is_guided
+from coup_lib.defences import MAXIMISERS, is_guided, purifications
 from coup_lib.estimate import NOTEBOOKS, jobs
 from coup_lib.evaluate import Job
 from coup_lib.tables import markdown
@@ -30,13 +30,12 @@ def teraflop(job: Job, defence: str, gradient: str | None) -> float:
     if defence == "none":
         return decision / 1000
     steps = MAXIMISER_STEPS if defence in MAXIMISERS else job.config.n_steps
-    draws = PURIFIERS[defence].draws if defence in PURIFIERS else 1
     step = SCORE["call"] + (confidence if is_guided(defence) else 0)
     if gradient not in (None, "bpda"):  # a replay: forward again, and back
         step += SCORE["derivative"]
         if is_guided(defence):
             step += confidence if gradient == "first_order" else curvature
-    return draws * (steps * step + decision) / 1000
+    return purifications(defence) * (steps * step + decision) / 1000
 
 
 def cost(job: Job) -> float:
