@@ -321,6 +321,9 @@ def everything(
     Raises:
         ValueError: for an unknown part, classifier or setting.
     """
+    given = list(fig2b.values()) if isinstance(fig2b, Mapping) else [fig2b]
+    if not all(isinstance(spent, Mapping) for spent in given):
+        raise ValueError(f'fig2b: expected {{"resnet20": {{"n_images": 256}}}} or the like; got {fig2b!r}')
     for classifier, spent in fig2b.items():
         choice("fig2b", classifier, classifiers)
         for name in spent:

@@ -111,6 +111,8 @@ def test_a_classifier_of_fig_2b_can_have_sizes_of_its_own():
     }
     assert "cnn-small has in Fig. 2b n_images = 7, precision = tf32" in report.caption(Config(), [], own)
     for wrong, message in (
+        (["cnn-small"], "fig2b: expected .* or the like; got \\['cnn-small'\\]"),
+        ({"cnn-small": 256}, "fig2b: expected .* or the like; got {'cnn-small': 256}"),
         ({"resnet20": {}}, "fig2b: expected one of cnn-small; got 'resnet20'"),
         ({"cnn-small": {"eps": 1}}, "fig2b, cnn-small: expected one of n_images, .*; got 'eps'"),
     ):
