@@ -41,6 +41,7 @@ PLACES = ("first", "second")  # of a profile's classifiers
 TOY = ("Fig. 3b", "Prop. 1", "Prop. 2")
 
 Spending = Mapping[str, Mapping[str, Any]]  # classifier → what it has other than the rest, by `SPENDABLE`
+SAME: Spending = MappingProxyType({})  # no classifier has anything other
 SPENDABLE = ("n_images", "n_iter", "eot", "n_draws", "precision", "compiled")
 
 
@@ -131,9 +132,7 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     return [*lines, *(claim(where, one) for one in gaps)], gaps
 
 
-def ablation(
-    config: Config, classifiers: Sequence[str], fig2b: Spending = MappingProxyType({})
-) -> tuple[list[Line], list[Gap]]:
+def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tuple[list[Line], list[Gap]]:
     """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
     gaps = []
     for place, classifier in zip(PLACES, classifiers, strict=False):
@@ -308,7 +307,7 @@ def everything(
     parts: Sequence[str] | None = None,
     t_stars: Sequence[float] = sweeps.T_STARS,
     weights: Sequence[float] = sweeps.WEIGHTS,
-    fig2b: Spending = MappingProxyType({}),
+    fig2b: Spending = SAME,
 ) -> tuple[list[Line], list[Gap]]:
     """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook.
 
@@ -426,7 +425,7 @@ def counts(lines: Sequence[Line]) -> str:
     )
 
 
-def caption(config: Config, classifiers: Sequence[str], fig2b: Spending = MappingProxyType({})) -> str:
+def caption(config: Config, classifiers: Sequence[str], fig2b: Spending = SAME) -> str:
     """What stands behind the page."""
     full = config.sizes.budgets["report"]["full"]
     spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
