@@ -461,7 +461,7 @@ class Evaluation:
                 return logits[:, None].expand(-1, draws, -1)
         seeds = image_seeds(self.config.seed, purpose, range(start, start + len(x)), draws)
         repeated = x.repeat_interleave(draws, dim=0)
-        size = self.max_batch
+        size = together(model, x, self.max_batch)
         with torch.no_grad():
             parts = [
                 model(images, seeds=chosen)

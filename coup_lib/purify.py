@@ -191,9 +191,9 @@ class FixedNoise(nn.Module):
 
 
 def together(model: nn.Module, x: Tensor, most: int) -> int:
-    """How many images like x are best differentiated at once, `most` or fewer.
+    """How many images like x are best purified at once, `most` or fewer.
 
-    On a CPU, where small batches cost nothing, no more than need no path to be walked again.
+    On a CPU, where small batches suit the caches, no more than need no path to be walked again.
     """
     purifier = model.purifier if isinstance(model, Purified) else None
     if x.is_cuda or not isinstance(purifier, Purifier) or purifier.gradient not in THROUGH_STEPS:
