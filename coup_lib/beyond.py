@@ -72,14 +72,16 @@ def settings(weights: Sequence[float]) -> list[Setting]:
 def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False) -> dict[Setting, Found]:
     """Every setting against its own set of sources, and against what is made against `PLAIN` ones.
 
-    both_ways: what is made against a guided setting is tried on the plain ones, too.
+    both_ways: what is made against any setting without guidance is tried on all, and what is made against a
+    guided one on those without.
     """
     found: dict[Setting, Found] = {setting: {} for setting in chosen}
     plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
+    lenders = (*PLAIN, *(setting.defence for setting in plain))
     for setting in chosen:
         defence, weight = setting.defence, setting.weight
         evaluation = Evaluation(config if weight is None else replace(config, guidance_weight=weight))
-        row = lend({name: sources(name) for name in dict.fromkeys((*PLAIN, defence))})[defence]
+        row = lend({name: sources(name) for name in dict.fromkeys((*lenders, defence))})[defence]
         found[setting] |= evaluation.scores({defence: row})[defence]
         if is_guided(defence):
             made = made_against(defence, row, str(setting))
@@ -108,13 +110,22 @@ def best_guided(found: Mapping[Setting, Mapping[str, Score]]) -> Setting:
 
 
 def to_confirm(winner: Setting, weight: float) -> list[Setting]:
-    """What is measured on the test split: the winner, the paper's COUP, and what each must be compared with.
+    """What is measured on the test split: the winner, the paper's COUP, and the controls of the winner."""
+    return list(dict.fromkeys([*controls(winner), Setting("coup", weight), winner]))
 
-    A winner that averages over purifications is compared with averaging alone, too: what averaging does is
-    not guidance's merit.
+
+def controls(winner: Setting) -> list[Setting]:
+    """Without guidance: the baseline, and the winner's own purifier where that is another one.
+
+    What averaging or forward noise does is not guidance's merit.
     """
-    fair = [Setting("averaged")] if PURIFIERS[winner.defence].draws > 1 else []
-    return list(dict.fromkeys([Setting(BASELINE), *fair, Setting("coup", weight), winner]))
+    recipe = PURIFIERS[winner.defence]
+    twin = next(
+        name
+        for name, other in PURIFIERS.items()
+        if not other.guidance and (other.forward_noise, other.draws) == (recipe.forward_noise, recipe.draws)
+    )
+    return [Setting(name) for name in dict.fromkeys((BASELINE, twin))]
 
 
 # --- what is shown ---
@@ -211,9 +222,7 @@ def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting)
             f"**{difference.verdict}** ({difference}); under each one's own exact attack it "
             f"**{exact.verdict}** ({exact})."
         )
-    gain = Difference.of(left[winner], left[Setting(BASELINE)])
-    fair = [rival for rival in found if rival.defence == "averaged"]
-    beaten = gain.low > 0 and all(Difference.of(left[winner], left[rival]).low > 0 for rival in fair)
+    beaten = all(Difference.of(left[winner], left[rival]).low > 0 for rival in controls(winner))
     closing = (
         f"**On these images {winner} keeps its gain under the worst of all attacks tried.**"
         if beaten
@@ -225,4 +234,4 @@ def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting)
             "defence that assumes nothing of the attack. What that classifier keeps when it decides "
             "itself is in notebook 06."
         )
-    return "\n".join([f"n = {gain.n}, paired 95 % intervals:", "", *lines, "", closing])
+    return "\n".join([f"n = {len(left[winner])}, paired 95 % intervals:", "", *lines, "", closing])

@@ -35,15 +35,20 @@ def test_the_winner_is_guided_and_best_under_its_worst_source(found):
     assert beyond.worst(found)[Setting("coup", 1.0)].mean() == pytest.approx(0.5)
 
 
-def test_an_averaging_winner_must_face_averaging():
-    fair = beyond.to_confirm(Setting("coup-averaged", 2.0), 1.0)
-    assert fair == [
-        Setting("reverse"),
-        Setting("averaged"),
-        Setting("coup", 1.0),
-        Setting("coup-averaged", 2.0),
-    ]
+@pytest.mark.parametrize(
+    ("winner", "twin"), [("coup-averaged", "averaged"), ("noised", "diffpure"), ("smoothed", "reverse")]
+)
+def test_a_winner_must_face_its_own_purifier_without_guidance(winner, twin):
+    chosen = beyond.to_confirm(Setting(winner, 2.0), 1.0)
+    plain = [Setting(name) for name in dict.fromkeys(("reverse", twin))]
+    assert chosen == [*plain, Setting("coup", 1.0), Setting(winner, 2.0)]
     assert beyond.to_confirm(Setting("coup", 1.0), 1.0) == [Setting("reverse"), Setting("coup", 1.0)]
+    # Its gain is guidance's only if it is above both.
+    n_right = {Setting(name): 0 for name in ("reverse", twin)} | {Setting("coup", 1.0): 0}
+    for control in plain:
+        found = {setting: row(exact=n) for setting, n in (n_right | {control: 10}).items()}
+        found[Setting(winner, 2.0)] = row(exact=9)
+        assert "**No guided purifier" in beyond.verdict_lines(found, Setting(winner, 2.0))
 
 
 def test_every_candidate_is_tried_at_every_weight():
@@ -92,14 +97,15 @@ def test_a_search_on_a_few_images(results_folder):
     assert lent < set(found[tried[0]]) and lent | {"margin of reverse"} < set(found[tried[1]])
 
 
-def test_plain_purifiers_face_what_is_made_against_guided_ones(results_folder):
+def test_both_ways_what_is_made_against_one_is_tried_on_the_other(results_folder):
     config = Config(n_images=3, n_draws=2, purpose="compare", n_iter=1, eot=1)
-    tried = [Setting("reverse"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
+    tried = [Setting("reverse"), Setting("diffpure"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
     found = beyond.scores(config, tried, both_ways=True)
-    made = ("exact", "first_order", "margin", "warm")
-    ours = {f"{name} of {setting}" for setting in tried[1:] for name in made}
-    assert ours < set(found[tried[0]])
-    assert not ours & (set(found[tried[1]]) | set(found[tried[2]]))
+    guided = {f"{name} of {x}" for x in tried[2:] for name in ("exact", "first_order", "margin", "warm")}
+    assert all(guided < set(found[setting]) for setting in tried[:2])
+    assert not guided & (set(found[tried[2]]) | set(found[tried[3]]))
+    plain = {"margin of diffpure", "warm of diffpure"}  # its exact one is in `SOURCES`
+    assert all(plain < set(found[setting]) for setting in tried if setting.defence != "diffpure")
     # At each one's own λ.
     names = [path.name for path in results_folder.rglob("score-reverse-on-*-apgd-margin-smoothed-*.json")]
     assert len(names) == 1
