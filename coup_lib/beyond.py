@@ -1,4 +1,4 @@
-"""The search of notebook 08: a guided purifier that keeps its gain under the worst of all attacks."""
+"""The search of notebook 08: a guided purifier that keeps its gain under the worst of its attacks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluate import CLEAN, OF, Evaluation, Source, lend, made_against
-from coup_lib.outcomes import Accuracy, Difference, Score, worst_columns
+from coup_lib.outcomes import Accuracy, Difference, Score, WorstCase, worst_of
 from coup_lib.plots import COLOURS, MARKERS, PALETTE, bars
 
 BASELINE = "reverse"
@@ -29,9 +29,22 @@ SOURCES = {
     "from_reverse": "Transfer from reverse-only",
     "from_diffpure": "Transfer from DiffPure",
 }
-COLUMNS = SOURCES | {"lent": "Worst of all other transfers", "worst": "Worst of all, per image"}
+COLUMNS = SOURCES | {
+    "lent": "Worst of all other transfers",
+    "worst": "Worst of these attacks, per image",
+    "recorded": "Worst case on record, per image",
+}
 
-Found = dict[str, Score]
+
+@dataclass(frozen=True)
+class Found:
+    """What a setting's attacks found: name → score, and the worst case over those and all others on record.
+
+    Settings are compared by the attacks that they all faced: on record the paper's own faced more.
+    """
+
+    scores: dict[str, Score]
+    recorded: WorstCase
 
 
 @dataclass(frozen=True)
@@ -75,34 +88,42 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
     both_ways: what is made against any setting without guidance is tried on all, and what is made against a
     guided one on those without.
     """
-    found: dict[Setting, Found] = {setting: {} for setting in chosen}
+    found: dict[Setting, dict[str, Score]] = {setting: {} for setting in chosen}
     plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
     lenders = (*PLAIN, *(setting.defence for setting in plain))
     for setting in chosen:
-        defence, weight = setting.defence, setting.weight
-        evaluation = Evaluation(config if weight is None else replace(config, guidance_weight=weight))
+        defence, evaluation = setting.defence, _evaluation(config, setting)
         row = lend({name: sources(name) for name in dict.fromkeys((*lenders, defence))})[defence]
         found[setting] |= evaluation.scores({defence: row})[defence]
         if is_guided(defence):
             made = made_against(defence, row, str(setting))
             for other in plain:
                 found[other] |= evaluation.scores({other.defence: made})[other.defence]
-    return found
+    return {setting: Found(row, _recorded(config, setting, row)) for setting, row in found.items()}
 
 
-def worst(found: Mapping[Setting, Mapping[str, Score]]) -> dict[Setting, np.ndarray]:
-    """The share of right draws per image (n,) against each image's worst source."""
-    return {setting: shares(row)["worst"] for setting, row in found.items()}
+def _evaluation(config: Config, setting: Setting) -> Evaluation:
+    return Evaluation(config if setting.weight is None else replace(config, guidance_weight=setting.weight))
 
 
-def shares(row: Mapping[str, Score]) -> dict[str, np.ndarray]:
+def _recorded(config: Config, setting: Setting, row: dict[str, Score]) -> WorstCase:
+    return _evaluation(config, setting).recorded({setting.defence: row})[setting.defence]
+
+
+def worst(found: Mapping[Setting, Found]) -> dict[Setting, np.ndarray]:
+    """The share of right draws per image (n,) against the worst of the attacks here."""
+    return {setting: worst_of(list(each.scores.values())) for setting, each in found.items()}
+
+
+def shares(found: Found) -> dict[str, np.ndarray]:
     """The columns of `COLUMNS` of one setting: name → share of right draws per image (n,)."""
-    lent = [score for name, score in row.items() if OF in name]
+    row = found.scores
     own = {name: score.right for name, score in row.items() if OF not in name}
-    return own | worst_columns(list(row.values()), lent)
+    lent = worst_of([score for name, score in row.items() if OF in name])
+    return own | {"lent": lent, "worst": worst_of(list(row.values())), "recorded": found.recorded.right}
 
 
-def best_guided(found: Mapping[Setting, Mapping[str, Score]]) -> Setting:
+def best_guided(found: Mapping[Setting, Found]) -> Setting:
     """The guided setting, COUP's own among them, with the highest accuracy under the worst of its sources."""
     left = worst(found)
     guided = [setting for setting in found if is_guided(setting.defence)]
@@ -131,7 +152,7 @@ def controls(winner: Setting) -> list[Setting]:
 # --- what is shown ---
 
 
-def table(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
+def table(found: Mapping[Setting, Found]) -> pd.DataFrame:
     """One row per setting, best worst case first, "accuracy [95 % interval]" in percent per column."""
     rows = {str(setting): shares(row) for setting, row in found.items()}
     cells = {
@@ -141,7 +162,7 @@ def table(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(cells, orient="index").rename_axis("Purifier (%)")
 
 
-def numbers(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
+def numbers(found: Mapping[Setting, Found]) -> pd.DataFrame:
     """The same in long form for a CSV."""
     rows = [
         {"defence": setting.defence, "guidance_weight": setting.weight, "source": name}
@@ -152,7 +173,7 @@ def numbers(found: Mapping[Setting, Mapping[str, Score]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def search_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
+def search_figure(found: Mapping[Setting, Found]) -> Figure:
     """Every setting's accuracy under exact, first-order and worst-of-sources attacks, best at the top."""
     left = worst(found)
     order = sorted(found, key=lambda setting: float(left[setting].mean()))
@@ -162,11 +183,17 @@ def search_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
         ("exact", "exact attack", "<", PALETTE[0]),
     )
     for name, label, marker, colour in marks:
-        accuracies = [found[setting][name].mean.value for setting in order]
+        accuracies = [found[setting].scores[name].mean.value for setting in order]
         axes.plot(accuracies, range(len(order)), marker, color=colour, markersize=5, label=label, alpha=0.8)
     values, errors = bars([left[setting] for setting in order])
     axes.errorbar(
-        values, range(len(order)), xerr=errors, fmt="o", color="black", capsize=2.5, label="worst of all"
+        values,
+        range(len(order)),
+        xerr=errors,
+        fmt="o",
+        color="black",
+        capsize=2.5,
+        label="worst of these",
     )
     baseline = Accuracy.of(left[Setting(BASELINE)]).value
     axes.axvline(baseline, color=COLOURS[BASELINE], linewidth=1.2, zorder=0)
@@ -178,7 +205,7 @@ def search_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
     return figure
 
 
-def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
+def confirm_figure(found: Mapping[Setting, Found]) -> Figure:
     """The confirmed settings: a group per source, a marker per setting, with 95 % intervals."""
     figure, axes = plt.subplots(figsize=(9.5, 4.0))
     looks = {name: (COLOURS[name], MARKERS[name]) for name in RIVALS} | {"averaged": (PALETTE[5], "p")}
@@ -208,25 +235,25 @@ def confirm_figure(found: Mapping[Setting, Mapping[str, Score]]) -> Figure:
     return figure
 
 
-def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting) -> str:
-    """Markdown: paired differences of the winner to its rivals, under the worst of all and under exact."""
+def verdict_lines(found: Mapping[Setting, Found], winner: Setting) -> str:
+    """Markdown: paired differences of the winner to its rivals, by these attacks and by exact ones."""
     left = worst(found)
     lines = []
     for rival in found:
         if rival == winner:
             continue
         difference = Difference.of(left[winner], left[rival])
-        exact = Difference.of(found[winner]["exact"].right, found[rival]["exact"].right)
+        exact = Difference.of(found[winner].scores["exact"].right, found[rival].scores["exact"].right)
         lines.append(
-            f"- *{winner}* is more robust than *{rival}*: under the worst of all attacks this "
+            f"- *{winner}* is more robust than *{rival}*: under the worst of these attacks this "
             f"**{difference.verdict}** ({difference}); under each one's own exact attack it "
             f"**{exact.verdict}** ({exact})."
         )
     beaten = all(Difference.of(left[winner], left[rival]).low > 0 for rival in controls(winner))
     closing = (
-        f"**On these images {winner} keeps its gain under the worst of all attacks tried.**"
+        f"**On these images {winner} keeps its gain under the worst of these attacks.**"
         if beaten
-        else "**No guided purifier of this search is shown to keep a gain under the worst of all attacks.**"
+        else "**No guided purifier of this search is shown to keep a gain under the worst of these attacks.**"
     )
     if PURIFIERS[winner.defence].robust_guide:
         closing += (
@@ -234,4 +261,6 @@ def verdict_lines(found: Mapping[Setting, Mapping[str, Score]], winner: Setting)
             "defence that assumes nothing of the attack. What that classifier keeps when it decides "
             "itself is in notebook 06."
         )
+    faced = ", ".join(f"{setting}: {each.recorded.n_sources}" for setting, each in found.items())
+    lines += ["", f"Attacks on record, which are not the same for all: {faced}."]
     return "\n".join([f"n = {len(left[winner])}, paired 95 % intervals:", "", *lines, "", closing])

@@ -143,7 +143,7 @@ def caption(eot: int, config: Config) -> str:
         f"eps = {radius(config.eps)}; t* = {config.t_star:g}, N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; PGD-{N_ITER} with the paper's ratio of step to eps, "
         f"BPDA with {eot} EOT draws where nothing else is said; n = {config.n_images}, {config.seed_label}. "
-        f"Accuracies in % with 95 % Wilson interval, on fresh noise: a single draw is the average over "
+        f"Accuracies in % with 95 % interval, on fresh noise: a single draw is the average over "
         f"{config.n_draws} draws per image, which also stand behind the mean of logits and the majority."
     )
 

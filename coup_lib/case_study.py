@@ -395,7 +395,7 @@ def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: st
         f"{config.n_iter} iterations, {config.eot} EOT draws; {config.seed_label}. Bad cases: all images "
         "whose purification without guidance and without Brownian motion is misclassified on x_adv; good "
         "cases: the others; rescued, broken: what COUP without Brownian motion makes of them. Where Brownian "
-        f"motion is put back, {config.n_draws} draws are averaged. Shares in % with 95 % Wilson interval. "
+        f"motion is put back, {config.n_draws} draws are averaged. Shares in % with 95 % interval. "
         f"Statements: {words}. Each is judged by 95 % intervals; a tenth of the path is {studies[0].tenth} "
         f"of {len(studies[0].times) - 1} steps."
     )

@@ -65,6 +65,6 @@ def caption(config: Config) -> str:
     return (
         f"{config.profile}, {config.split} split, {config.n_images} images; t* = {config.t_star:g}, "
         f"N = {config.n_steps}, λ = {config.guidance_weight:g}; seed {config.seed}. Accuracies in % with "
-        f"95 % Wilson interval, averaged over {config.n_draws} noise draws per image; of the classifier's "
+        f"95 % interval, averaged over {config.n_draws} noise draws per image; of the classifier's "
         "own with a paired 95 % interval."
     )

@@ -3,8 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from coup_lib.outcomes import Accuracy
 from coup_lib.paths import ROOT
 
 
@@ -14,22 +16,24 @@ def compare(reproduced: Path, committed: Path) -> list[tuple[str, str]]:
     for path in sorted(reproduced.rglob("score-*.json")):
         other = committed / path.relative_to(reproduced)
         verdict = (
-            _verdict(_mean(path), _mean(other)) if other.exists() else "no committed record to compare with"
+            _verdict(_right(path), _right(other)) if other.exists() else "no committed record to compare with"
         )
         lines.append((path.stem, verdict))
     return lines
 
 
-def _verdict(yours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    if yours == theirs:
-        return f"identical: {yours['value']:.2f} %"
-    inside = theirs["low"] <= yours["value"] <= theirs["high"]
-    interval = f"{theirs['value']:.2f} [{theirs['low']:.1f}, {theirs['high']:.1f}] %"
-    return f"{'agrees' if inside else 'DIFFERS'}: {yours['value']:.2f} against {interval}"
+def _verdict(yours: np.ndarray, theirs: np.ndarray) -> str:
+    """Both (n,), the share of right draws of each image."""
+    here, there = Accuracy.of(yours), Accuracy.of(theirs)
+    if np.array_equal(yours, theirs):
+        return f"identical: {here.value:.2f} %"
+    inside = there.low <= here.value <= there.high
+    return f"{'agrees' if inside else 'DIFFERS'}: {here.value:.2f} against {there} %"
 
 
-def _mean(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())["result"]["accuracy"]["mean"]
+def _right(path: Path) -> np.ndarray:
+    result = json.loads(path.read_text())["result"]
+    return (np.array(result["report"]) == np.array(result["labels"])[:, None]).mean(1)
 
 
 def main() -> None:

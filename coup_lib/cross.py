@@ -17,7 +17,7 @@ from coup_lib.progress import Plan
 from coup_lib.tables import Shares
 
 DEFENCES = ("none", "reverse", "coup")
-JUDGED = ("adaptive", "worst")
+JUDGED = ("adaptive", "recorded")
 ALONE = "Classifier alone"
 
 Panels = dict[str, dict[str, Shares]]  # norm of the attack → classifier → defence → column → (n,)
@@ -41,7 +41,9 @@ def measure(configs: Mapping[str, Config]) -> Panels:
         found[norm] = {}
         for training, name in classifiers(config).items():
             plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
-            found[norm][training] = tables.shares(Evaluation(config, name, verbose=False).columns(DEFENCES))
+            evaluation = Evaluation(config, name, verbose=False)
+            columns = evaluation.columns(DEFENCES)
+            found[norm][training] = tables.shares(columns, evaluation.recorded(columns))
     return found
 
 
@@ -49,7 +51,7 @@ def measure(configs: Mapping[str, Config]) -> Panels:
 
 
 def figure(found: Panels, configs: Mapping[str, Config]) -> Figure:
-    """Fig. 2c: one panel per norm of the attack; filled is the adaptive attack, open the worst of all."""
+    """Fig. 2c: one panel per norm of the attack; filled is the adaptive attack, open the worst case."""
     whole, panels = plt.subplots(1, len(found), figsize=(9.5, 4.3), sharey=True)
     for letter, axes, (norm, rows) in zip("ab", panels, found.items(), strict=True):
         config = configs[norm]
@@ -63,7 +65,7 @@ def figure(found: Panels, configs: Mapping[str, Config]) -> Figure:
                         errors,
                         fmt=plots.MARKERS[defence],
                         color=plots.COLOURS[defence],
-                        markerfacecolor="white" if column == "worst" else plots.COLOURS[defence],
+                        markerfacecolor="white" if column == "recorded" else plots.COLOURS[defence],
                         markersize=5.5,
                         capsize=2,
                         linewidth=1.1,
@@ -85,7 +87,7 @@ def figure(found: Panels, configs: Mapping[str, Config]) -> Figure:
         )
         for name in DEFENCES
     ]
-    for label, face in ((f"APGD-ce, {gradient}", "0.3"), ("worst of all, per image", "white")):
+    for label, face in ((f"APGD-ce, {gradient}", "0.3"), ("worst case on record, per image", "white")):
         handles.append(
             Line2D([], [], marker="o", color="0.3", markerfacecolor=face, linestyle="", label=label)
         )
@@ -130,7 +132,7 @@ def caption(configs: Mapping[str, Config]) -> str:
     return (
         f"{config.profile}, {config.split} split; attacked in {threats}; N = {config.n_steps}, "
         f"λ = {config.guidance_weight:g}; {config.n_images} images, {config.n_iter} iterations, "
-        f"{config.eot} EOT draws; {config.seed_label}. Accuracies in % with 95 % Wilson interval, "
+        f"{config.eot} EOT draws; {config.seed_label}. Accuracies in % with 95 % interval, "
         f"averaged over {config.n_draws} fresh noise draws per image."
     )
 
@@ -199,11 +201,13 @@ def claim_lines(found: Panels, configs: Mapping[str, Config]) -> str:
             ]
             lines.append(f"- {label}: *{claim}* {_count(gains)}.")
             lowered[column, better] = sum(gain.high < 0 for gain in gains), len(gains)
-    below, settings = (sum(pair) for pair in zip(*(lowered["worst", name] for name in claims), strict=True))
+    below, settings = (
+        sum(pair) for pair in zip(*(lowered["recorded", name] for name in claims), strict=True)
+    )
     lines += [
         "",
         "DiffHammer (2024) reports that purification usually *lowers* the robustness of such "
-        f"classifiers. Here the worst of all shows that in {below} of {settings} comparisons.",
+        f"classifiers. Here the worst case shows that in {below} of {settings} comparisons.",
     ]
     return "\n".join(lines)
 

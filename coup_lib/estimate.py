@@ -96,7 +96,7 @@ def _bpda(config: Config, eot_counts: Sequence[int] | None = None, purifications
 
 
 def _stronger(config: Config) -> None:
-    stronger.columns(config)
+    stronger.columns(Evaluation(config))
     stronger.eps_series(config)
     stronger.clean_landscapes(config)
     mechanism.sign_control(config)

@@ -17,10 +17,11 @@ from coup_lib.config import GRADIENTS, Config, choice, count
 from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided, purifications
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
-from coup_lib.outcomes import Score
+from coup_lib.outcomes import Score, WorstCase, worst_case
 from coup_lib.precision import check_precision, products
 from coup_lib.progress import Plan
 from coup_lib.purify import FixedNoise, Purified, together
+from coup_lib.recorded import recorded_scores
 from coup_lib.records import ChunkedRecord, Progress, Worker, is_complete, record_path
 from coup_lib.zoo import check_classifier, digest, load_classifier, load_score, missing
 
@@ -288,8 +289,8 @@ class Evaluation:
         clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order
         guidance term); from_none and from_reverse (APGD-ce's images against the undefended classifier and
         against reverse-only). With autoattack also standard and dlr (APGD-dlr, the other half of AutoAttack's
-        "rand"). All of it is lent, see `lend`. `outcomes.worst_of` all of them is the column that a claim of
-        robustness has to stand on.
+        "rand"). All of it is lent, see `lend`. A claim of robustness has to stand on the worst case, see
+        `recorded`.
         """
         gradient = self.config.gradient
         rows = {
@@ -315,6 +316,17 @@ class Evaluation:
             target: {name: found[target][source] for name, source in row.items()}
             for target, row in rows.items()
         }
+
+    def recorded(self, rows: Mapping[str, Mapping[str, Score]]) -> dict[str, WorstCase]:
+        """Target → its worst case over all of its scores in the store, these among them."""
+        return {
+            target: worst_case(self._on_record(target) or [*row.values()]) for target, row in rows.items()
+        }
+
+    def _on_record(self, target: str) -> list[Score]:
+        if _planned.get() is not None:
+            return []
+        return recorded_scores(self.config, self.classifier_name, target, self.defence_settings(target))
 
     def warnings(self, defence: str) -> list[str]:
         """What AutoAttack said of a defence in its two versions, each sentence once."""
@@ -431,8 +443,7 @@ class Evaluation:
             }
 
         def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
-            result = {key: [value for part in parts for value in part[key]] for key in parts[0]}
-            return result | {"accuracy": self._as_score(target, source, result).summary()}
+            return {key: [value for part in parts for value in part[key]] for key in parts[0]}
 
         attack_name, attack_settings = self.attack_settings(source)
         settings = {
@@ -506,6 +517,8 @@ class Evaluation:
         }
         if source.fixed_noise:
             settings["fixed_noise"] = True
+        if source.attack in ("square", "standard"):  # older records counted one draw of the clean image more
+            settings["counted_by"] = "AutoAttack"
         if self._precision(source) != "float32":
             settings["precision"] = config.precision
         if self._compiles(source.defence, source.gradient):

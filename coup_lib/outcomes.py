@@ -1,18 +1,17 @@
 """What the draws of an evaluation amount to: accuracies with intervals, and the worst source per image."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from coup_lib.stats import Z_95, bonett_price, wilson
+from coup_lib.stats import LEVEL, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of images with its 95 % interval (Wilson's, but for `kept`), all in percent."""
+    """A share of images with its 95 % interval, all in percent."""
 
     value: float
     low: float
@@ -22,23 +21,18 @@ class Accuracy:
     @classmethod
     def of(cls, right: np.ndarray) -> "Accuracy":
         """From the share of right draws of each image: (n,) in [0, 1]."""
-        low, high = wilson(float(right.sum()), len(right))
+        low, high = mean_interval(right)
         return cls(100 * float(right.mean()), 100 * low, 100 * high, len(right))
 
     @classmethod
     def kept(cls, right: np.ndarray, own: np.ndarray) -> "Accuracy":
         """right over own, both (n,) on the same images: what a defence leaves of a classifier's own accuracy.
 
-        The interval is paired, by the delta method: of mean(right − kept · own) / mean(own), about kept.
-
         Raises:
             ValueError: if the classifier is right on no image.
         """
-        if not own.any():
-            raise ValueError("expected a classifier that is right on some image; got one that is on none")
-        share = right.mean() / own.mean()
-        low, high = (share + bound for bound in bonett_price((right - share * own) / own.mean()))
-        return cls(100 * float(share), 100 * low, 100 * high, len(right))
+        low, high = ratio_interval(right, own)
+        return cls(100 * float(right.mean() / own.mean()), 100 * low, 100 * high, len(right))
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.1f}, {self.high:.1f}]"
@@ -54,10 +48,10 @@ class Difference:
     n: int
 
     @classmethod
-    def of(cls, right: np.ndarray, reference: np.ndarray, z: float = Z_95) -> "Difference":
-        """right - reference, the shares of right draws of each image, both (n,); z: as in `bonett_price`."""
-        low, high = np.clip(bonett_price(right - reference, z), -1, 1)
-        return cls(100 * float((right - reference).mean()), 100 * float(low), 100 * float(high), len(right))
+    def of(cls, right: np.ndarray, reference: np.ndarray, level: float = LEVEL) -> "Difference":
+        """right - reference, the shares of right draws of each image, both (n,); level: of the interval."""
+        low, high = mean_interval(right - reference, -1, 1, level=level)
+        return cls(100 * float((right - reference).mean()), 100 * low, 100 * high, len(right))
 
     @property
     def verdict(self) -> str:
@@ -124,17 +118,6 @@ class Score:
         """An image counts if the mean of the logits over the draws is right."""
         return Accuracy.of(self.average_right)
 
-    def summary(self) -> dict[str, Any]:
-        """Every way of counting, as plain numbers for a record."""
-        counts = {
-            "mean": self.mean,
-            "worst_draw": self.worst_draw,
-            "majority": self.majority,
-            "averaged": self.averaged,
-        }
-        counts |= {} if self.attack_robust is None else {"autoattack": self.autoattack}
-        return {name: asdict(accuracy) for name, accuracy in counts.items()}
-
     @property
     def counted(self) -> np.ndarray:
         """AutoAttack's own count, from the single draws that it looked at: (n,), 0 or 1."""
@@ -148,22 +131,34 @@ class Score:
         return Accuracy.of(self.counted)
 
 
-def worst_of(scores: Sequence[Score]) -> np.ndarray:
-    """The share of right draws of each image (n,) against its worst source.
+@dataclass(frozen=True)
+class WorstCase:
+    """Each image against its worst source.
 
-    The source is chosen by one set of draws and re-scored on another: choosing and reporting on the same
-    ones would count luck as skill. The attacker may also stay with one source for all images, so the mean is
-    never above the lowest of the sources.
+    right (n,): the share of right draws among those that are reported. suspicion (n,): that among those by
+    which the source was chosen, as in `Score`. n_sources: among how many.
     """
+
+    right: np.ndarray
+    suspicion: np.ndarray
+    n_sources: int
+
+
+def worst_case(scores: Sequence[Score]) -> WorstCase:
+    """The worst source of each image, chosen by one set of draws and reported by another.
+
+    To choose and report by the same draws would count luck as the attacker's skill. By luck a single source
+    can therefore be reported a little below the worst case.
+    """
+    suspicion = np.stack([score.suspicion for score in scores])
     right = np.stack([score.right for score in scores])
-    chosen = np.stack([score.suspicion for score in scores]).argmin(0)
-    return lowest([right[chosen, np.arange(len(chosen))], *right])
+    chosen = suspicion.argmin(0), np.arange(suspicion.shape[1])
+    return WorstCase(right[chosen], suspicion[chosen], len(scores))
 
 
-def worst_columns(scores: Sequence[Score], lent: Sequence[Score]) -> dict[str, np.ndarray]:
-    """ "lent", the worst of the sources made against others; "worst", of all: never above it. (n,) each."""
-    borrowed = worst_of(lent)
-    return {"lent": borrowed, "worst": lowest([worst_of(scores), borrowed])}
+def worst_of(scores: Sequence[Score]) -> np.ndarray:
+    """The share of right draws of each image (n,) in the `worst_case`."""
+    return worst_case(scores).right
 
 
 def lowest(shares: Sequence[np.ndarray]) -> np.ndarray:

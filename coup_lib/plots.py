@@ -71,7 +71,7 @@ def bars(shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def robustness_panel(
     axes: Axes, results: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, str], width: int = 12
 ) -> None:
-    """One group per column, one marker per defence with its 95 % Wilson interval, in percent.
+    """One group per column, one marker per defence with its 95 % interval, in percent.
 
     Args:
         results: defence → column → share of right draws of each image, (n,).

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from coup_lib.plots import PALETTE
-from coup_lib.stats import wilson
+from coup_lib.stats import mean_interval
 from coup_lib.toy import DTYPE, FAR, TwoGaussians
 
 BLUE, ORANGE, GREEN = PALETTE[:3]
@@ -133,11 +133,11 @@ def plot_label_flips(result: dict[str, Any]) -> Figure:
 
 
 def shares(result: dict[str, Any], key: str, level: int) -> tuple[list[float], list[tuple[float, float]]]:
-    """Per λ at the level's index: the share of finite runs with event `key`, and its 95 % Wilson interval."""
+    """Per λ at the level's index: the share of finite runs with event `key`, and its 95 % interval."""
     finite = [result["n_runs"] - lost for lost in result["not_finite"][level]]
     events = list(zip(result[key][level], finite, strict=True))
     return [k / n if n else math.nan for k, n in events], [
-        wilson(k, n) if n else (0.0, 1.0) for k, n in events
+        mean_interval(np.array([0, 1]), counts=np.array([n - k, k])) if n else (0.0, 1.0) for k, n in events
     ]
 
 
@@ -249,7 +249,7 @@ def read_label_flips(result: dict[str, Any]) -> str:
         )
     return "\n".join(
         [
-            f"**Reading** ({result['n_runs']:,} runs per point, 95 % Wilson intervals; the last two "
+            f"**Reading** ({result['n_runs']:,} runs per point, 95 % intervals; the last two "
             "columns are "
             f"for λ = {weights[-1]:g}). Without guidance {_percent(ends[0][0][0], ends[0][1][0])} of the "
             "runs "

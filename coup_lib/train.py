@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -31,9 +32,9 @@ from coup_lib.denoising import denoising_loss
 from coup_lib.files import write_atomically
 from coup_lib.fit import PRECISIONS
 from coup_lib.networks import NETWORKS, T_MAX, NoiseNet, PatchedDDPMpp, build_network
+from coup_lib.outcomes import Accuracy
 from coup_lib.paths import ROOT, WEIGHTS
 from coup_lib.profiles import PROFILES
-from coup_lib.stats import wilson
 from coup_lib.zoo import load_classifier
 
 RECIPES = {"digits": train_digits, "cifar10": train_cifar}
@@ -47,10 +48,10 @@ COMMANDS = "commands.json"  # beside the weights: network → the commands that 
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, data: Images) -> float:
-    """The fraction of data that network classifies correctly."""
-    parts = zip(data.x.split(512), data.y.split(512), strict=True)
-    return sum(float((network(x).argmax(1) == y).sum()) for x, y in parts) / len(data)
+def right(network: nn.Module, data: Images) -> np.ndarray:
+    """Whether the network classifies each image of the data correctly, (n,), 0 or 1."""
+    predicted = torch.cat([network(x).argmax(1) for x in data.x.split(512)])
+    return (predicted == data.y).cpu().numpy().astype(float)
 
 
 def flops(network: nn.Module, shape: tuple[int, int, int] = (1, 8, 8)) -> int:
@@ -180,9 +181,8 @@ def _classifier_row(dataset: str, name: str, network: nn.Module, splits: dict[st
 
 
 def _accuracy_cell(network: nn.Module, data: Images) -> str:
-    share = accuracy(network, data)
-    low, high = wilson(round(share * len(data)), len(data))
-    return f"{100 * share:.2f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    found = Accuracy.of(right(network, data))
+    return f"{found.value:.2f} % [{found.low:.1f}, {found.high:.1f}]"
 
 
 def _score_row(dataset: str, name: str, network: nn.Module, split: str, data: Images, most: int) -> str:

@@ -137,7 +137,7 @@ Data: CIFAR-10's training images at hand, every tenth held out for validation (s
 training, {validation} for validation; {test} test images, which served for nothing but the column below.
 The published ResNet-20 and ResNet-18 of the profile were trained on all of CIFAR-10's training images, these
 validation images among them: what is chosen on those is chosen for a classifier that knows them.
-Accuracies with their 95 % Wilson interval. resnet20-l2 is the published ResNet-20
+Accuracies with their 95 % interval. resnet20-l2 is the published ResNet-20
 (akamaster/pytorch_resnet_cifar10, BSD-2-Clause), adversarially trained further on PGD-{l2.pgd_steps} images
 (step {pgd_step:.3f} eps) at the profile's eps; resnet20-linf is that, trained further for its own norm, on
 PGD-{linf.pgd_steps} images. Their robustness is in notebook 06.

@@ -139,7 +139,7 @@ thread count or processor rounds differently.
 Data: `sklearn.datasets.load_digits`, 1797 images of 8×8 pixels in [0, 1], split (stratified,
 seed {split_seed}) into {train} for training, {validation} for validation and {test} for the test. Sizes,
 augmentation and stopping were chosen on validation; the test split served for nothing but its column below.
-Accuracies with their 95 % Wilson interval. The classifiers named after a norm are adversarially trained on
+Accuracies with their 95 % interval. The classifiers named after a norm are adversarially trained on
 PGD-{pgd_steps} images (step {pgd_step:.3f} eps) at the profile's eps; their robustness is in notebook 06.
 
 | classifier | parameters | MFLOP per image | accuracy, validation (n = {validation}) | test (n = {test}) |
