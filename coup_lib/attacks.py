@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,10 @@ class Attack:
                 x_adv, judged = self._images(model, x, y, start, listener)
                 right &= _is_right(model, judged, y, self.max_batch)
         return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(listener.said)))
+
+    def reseeded(self, generator: torch.Generator) -> "Attack":
+        """This attack with a seed from the generator; adversarial training starts each step elsewhere."""
+        return replace(self, seed=int(torch.randint(2**31, (), generator=generator, device=generator.device)))
 
     def _images(
         self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, listener: "_Listener"

@@ -104,7 +104,7 @@ def train(
             load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)
             settings["begins_with"] = file_digest(begin_with)
         return train_cifar.train_score(network, data, held_out, **settings)
-    attack = _attack(dataset, name, seed)
+    attack = _attack(dataset, name)
     if dataset == "cifar10":
         recipe = train_cifar.ROBUST[name]
         network.load_state_dict(load_classifier(dataset, recipe.begins_with).state_dict())
@@ -113,14 +113,14 @@ def train(
     return train_digits.train_classifier(network, data, attack=attack, **settings)
 
 
-def _attack(dataset: str, name: str, seed: int) -> Attack | None:
+def _attack(dataset: str, name: str) -> Attack | None:
     """What an adversarially trained classifier meets under training, by the norm it is named after."""
     profile = PROFILES[TRAINED[dataset]]
     for norm, robust in profile.robust_classifiers.items():
         if name == robust:
             cifar = dataset == "cifar10"
             n_iter = train_cifar.ROBUST[name].pgd_steps if cifar else train_digits.PGD_STEPS
-            return Attack("pgd", NORM_LABELS[norm], profile.eps[norm], seed=seed, n_iter=n_iter, eot=1)
+            return Attack("pgd", NORM_LABELS[norm], profile.eps[norm], n_iter=n_iter, eot=1)
     return None
 
 

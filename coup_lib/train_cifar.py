@@ -93,15 +93,17 @@ def train_robust(
 ) -> nn.Module:
     """Adversarial training (Madry et al. 2018) from the weights that the network has.
 
-    Cross-entropy on what the attack makes of mirrored and shifted images. BatchNorm stays as it
-    was: the moving average of the weights would not have the statistics of any of them.
+    Cross-entropy on what the attack, from another random start in every step, makes of mirrored and shifted
+    images. BatchNorm stays as it was: the moving average of the weights would not have the statistics of any
+    of them.
     """
     network.eval()
 
     def loss(network: nn.Module, generator: Generator) -> Tensor:
         chosen = torch.randint(len(data), (BATCH,), generator=generator, device=generator.device)
         x, y = shifted(mirrored(data.x[chosen], generator), generator), data.y[chosen]
-        return F.cross_entropy(network(attack(network, x, y).x_adv if attack else x), y)
+        shown = attack.reseeded(generator)(network, x, y).x_adv if attack else x
+        return F.cross_entropy(network(shown), y)
 
     return fit(network, loss, seed=seed, steps=steps, lr=lr, decay=0.99, weight_decay=0.01, **settings)
 

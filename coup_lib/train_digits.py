@@ -28,15 +28,16 @@ def train_classifier(
     """Cross-entropy on deformed, slightly noised images; returns the moving average of the weights.
 
     With an attack, on the images that it makes of the deformed ones against the network as it stands:
-    adversarial training (Madry et al. 2018).
+    adversarial training (Madry et al. 2018), from another random start in every step.
     """
     steps = steps or (ROBUST_STEPS if attack else STEPS)
+    network.eval()  # no layer of its own knows the difference; attacks refuse train mode
 
     def loss(network: nn.Module, generator: Generator) -> Tensor:
         rows = torch.randint(len(data), (batch,), generator=generator)
         x = deformed(data.x[rows], generator, shift=0.2, angle=0.2, scale=0.12, shear=0.15)
         if attack:
-            x = attack(network, x, data.y[rows]).x_adv
+            x = attack.reseeded(generator)(network, x, data.y[rows]).x_adv
         else:
             x = x + 0.05 * torch.randn(x.shape, generator=generator)
         return F.cross_entropy(network(x), data.y[rows], label_smoothing=0.05)

@@ -7,6 +7,7 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from coup_lib import train_digits
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
 from coup_lib.config import NORM_LABELS
@@ -160,15 +161,28 @@ def test_classifiers_learn_from_the_attacked_images():
     """What the network is shown under training is what the attack made, of the right labels."""
     made = []
 
-    def attack(network, x, y):
-        made.append(torch.rand_like(x))
-        return AttackResult(made[-1], torch.ones(len(y), dtype=torch.bool))
+    class Stub(Attack):
+        def __call__(self, network, x, y):
+            made.append(torch.rand_like(x))
+            return AttackResult(made[-1], torch.ones(len(y), dtype=torch.bool))
 
     shown = []
     network = build_network("digits", "cnn-small")
     network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    attack = Stub("pgd", "Linf", 0.1)
     train_classifier(network, load_split("digits", "train"), seed=0, steps=2, attack=attack)
     assert len(made) == 2 and all(torch.equal(a, b) for a, b in zip(made, shown, strict=True))
+
+
+def test_each_step_of_adversarial_training_starts_elsewhere(monkeypatch):
+    """Madry et al.: PGD from a start drawn anew, also where the images are the same."""
+    monkeypatch.setattr(train_digits, "deformed", lambda x, *_, **__: x)
+    one, shown, network = load_split("digits", "train").first(1), [], build_network("digits", "cnn-small")
+    network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0].detach().clone()))
+    attack = Attack("pgd", "Linf", 0.1, n_iter=1, eot=1)
+    train_classifier(network, one, seed=0, steps=2, attack=attack)
+    (clean, start), (again, other) = (shown[place : place + 2] for place in (0, len(shown) // 2))
+    assert torch.equal(clean, again) and not torch.equal(start, other)
 
 
 def test_model_card_matches_the_weights():

@@ -256,15 +256,45 @@ def test_adversarial_training_keeps_the_statistics(images):
     published = cifar_resnet(20)
     seen = []
 
-    def attack(network, x, y):
-        seen.append((network.training, x, y))
-        return Attack("clean", "Linf", 0.1)(network, x, y)
+    class Spy(Attack):
+        def __call__(self, network, x, y):
+            seen.append((network.training, x, y))
+            return super().__call__(network, x, y)
 
+    attack = Spy("clean", "Linf", 0.1)
     trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, seed=0, steps=2, lr=1e-3)
     assert len(seen) == 2 and not any(training for training, _, _ in seen)
     for key, value in published.state_dict().items():
         same = torch.equal(trained.state_dict()[key], value)
         assert same == ("running" in key or "num_batches" in key), key
+
+
+def test_each_step_of_adversarial_training_starts_elsewhere_also_after_a_kill(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("coup_lib.fit.SAVE_EVERY", -1)
+    torch.manual_seed(0)
+    published, seeds = cifar_resnet(20), []
+
+    class Spy(Attack):
+        def __call__(self, network, x, y):
+            seeds.append(self.seed)
+            if len(seeds) == dies_at:
+                raise KeyboardInterrupt
+            return super().__call__(network, x, y)
+
+    def weights(state=None):
+        attack = Spy("pgd", "Linf", 0.1, n_iter=1, eot=1)
+        settings = {"seed": 0, "steps": 3, "lr": 1e-3, "state": state}
+        trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, **settings)
+        return torch.cat([p.flatten() for p in trained.parameters()])
+
+    dies_at = None
+    whole = weights()
+    assert len(set(seeds)) == len(seeds) == 3  # another seed is another start (test_attacks)
+    seeds, dies_at = [], 3
+    with pytest.raises(KeyboardInterrupt):
+        weights(tmp_path / "state.pt")
+    dies_at = None
+    assert torch.equal(weights(tmp_path / "state.pt"), whole)
 
 
 def test_mirrored_and_shifted_images_are_the_same_images(images):
