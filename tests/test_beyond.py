@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from coup_lib import beyond
-from coup_lib.beyond import Setting
+from coup_lib.beyond import Found, Setting
 from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES
-from coup_lib.outcomes import Score
+from coup_lib.outcomes import Score, worst_case
 
 
 def row(**right):
@@ -17,7 +17,7 @@ def row(**right):
         n_right = right.get(name, 10)
         wrong = (np.arange(10) >= n_right).astype(int)
         made[name] = Score(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
-    return made
+    return Found(made, worst_case(list(made.values())))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_verdict_says_what_the_interval_says(found):
     wins = beyond.verdict_lines(found, Setting("smoothed", 1.0))
     assert "**No guided purifier" in wins
     better = {Setting("reverse"): row(exact=0), Setting("smoothed", 1.0): row()}
-    assert "keeps its gain under the worst of all attacks" in beyond.verdict_lines(
+    assert "keeps its gain under the worst of these attacks" in beyond.verdict_lines(
         better, Setting("smoothed", 1.0)
     )
     robust = {Setting("reverse"): row(exact=0), Setting("robust-guide", 1.0): row()}
@@ -90,11 +90,12 @@ def test_a_search_on_a_few_images(results_folder):
     tried = [Setting("reverse"), Setting("smoothed", 2.0)]
     found = beyond.scores(config, tried)
     assert list(found) == tried
-    assert all(score.report.shape == (3, 2) for scores in found.values() for score in scores.values())
+    assert all(score.report.shape == (3, 2) for each in found.values() for score in each.scores.values())
     assert len(list(results_folder.rglob("*guided*"))) == 0
     assert list(results_folder.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))
     lent = {f"{name} of averaged" for name in ("exact", "margin", "warm")}
-    assert lent < set(found[tried[0]]) and lent | {"margin of reverse"} < set(found[tried[1]])
+    first, second = (set(found[setting].scores) for setting in tried)
+    assert lent < first and lent | {"margin of reverse"} < second
 
 
 def test_both_ways_what_is_made_against_one_is_tried_on_the_other(results_folder):
@@ -102,10 +103,10 @@ def test_both_ways_what_is_made_against_one_is_tried_on_the_other(results_folder
     tried = [Setting("reverse"), Setting("diffpure"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
     found = beyond.scores(config, tried, both_ways=True)
     guided = {f"{name} of {x}" for x in tried[2:] for name in ("exact", "first_order", "margin", "warm")}
-    assert all(guided < set(found[setting]) for setting in tried[:2])
-    assert not guided & (set(found[tried[2]]) | set(found[tried[3]]))
+    assert all(guided < set(found[setting].scores) for setting in tried[:2])
+    assert not guided & (set(found[tried[2]].scores) | set(found[tried[3]].scores))
     plain = {"margin of diffpure", "warm of diffpure"}  # its exact one is in `SOURCES`
-    assert all(plain < set(found[setting]) for setting in tried if setting.defence != "diffpure")
+    assert all(plain < set(found[setting].scores) for setting in tried if setting.defence != "diffpure")
     # At each one's own λ.
     names = [path.name for path in results_folder.rglob("score-reverse-on-*-apgd-margin-smoothed-*.json")]
     assert len(names) == 1

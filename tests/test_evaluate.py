@@ -15,7 +15,7 @@ from coup_lib.attacks import ATTACKS, AttackResult
 from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source, image_seeds
-from coup_lib.outcomes import Accuracy, Difference, Score, worst_of
+from coup_lib.outcomes import Accuracy, Difference, Score, worst_case, worst_of
 from coup_lib.purify import FixedNoise, Purifier, together
 from coup_lib.records import config_hash
 
@@ -51,8 +51,7 @@ def test_ways_of_counting():
     assert found.autoattack.value == pytest.approx(200 / 3)
     assert found.averaged.value == pytest.approx(100 / 3)
     assert found.counted.tolist() == [1.0, 1.0, 0.0]
-    assert set(found.summary()) == {"mean", "worst_draw", "majority", "averaged", "autoattack"}
-    assert found.summary()["averaged"]["n"] == 3
+    assert found.averaged.n == 3
 
 
 def test_a_borrowed_attack_has_no_count_of_its_own():
@@ -60,7 +59,6 @@ def test_a_borrowed_attack_has_no_count_of_its_own():
     for name in ("counted", "autoattack"):
         with pytest.raises(ValueError, match="no count of its own"):
             getattr(found, name)
-    assert "autoattack" not in found.summary()
 
 
 def test_the_worst_source_is_chosen_per_image_and_rescored():
@@ -70,10 +68,17 @@ def test_the_worst_source_is_chosen_per_image_and_rescored():
     assert worst_of([first, second]).tolist() == [0, 0, 1]
 
 
-def test_the_worst_is_never_above_a_single_source():
-    misled = score([[0, 0]] * 3, [0.0, 0.0, 0.0])
-    strong = score([[1, 1]] * 3, [1.0, 1.0, 1.0])
-    assert worst_of([misled, strong]).mean() == 0
+def test_the_worst_case_never_looks_at_the_draws_that_it_reports():
+    """Where sources are equally strong, choosing by the reported draws counts luck as skill."""
+    generator = np.random.default_rng(0)
+    draws = (generator.random((8, 2, 400, 10)) < 0.3).astype(int)  # wrong, of 8 sources alike
+    scores = [
+        score(report, 1 - select.mean(1), np.zeros(400, int), None, report[:, 0]) for report, select in draws
+    ]
+    found = worst_case(scores)
+    assert abs(found.right.mean() - 0.7) < 0.015 and found.n_sources == 8
+    assert found.suspicion.mean() < 0.5  # which luck has chosen
+    assert (found.suspicion == np.min([one.suspicion for one in scores], 0)).all()
 
 
 def test_difference_and_its_verdict():
@@ -84,7 +89,7 @@ def test_difference_and_its_verdict():
     assert Difference.of(mixed, mixed[::-1]).verdict == "is not decided"
     assert Difference.of(right, mixed).value == 50
     assert str(Difference(-0.004, -1.0, 1.0, 4)) == "+0.00 points [-1.0, +1.0]"
-    assert str(Accuracy.of(mixed)).startswith("50.00 [36.")
+    assert str(Accuracy.of(mixed)).startswith("50.00 [35.")
 
 
 def test_sources_that_are_the_same_are_one():
@@ -279,7 +284,7 @@ def test_columns_and_their_records(results_folder, capsys):
     record = json.loads(path.read_text())
     assert record["settings"]["attack"]["gradient"] == "first_order"
     assert record["settings"]["target"]["guidance_weight"] == 1.0
-    assert record["result"]["accuracy"]["mean"]["n"] == 6
+    assert set(record["result"]) == {"labels", "report", "average", "suspicion"}
     assert {len(record["result"][name]) for name in ("labels", "report", "average", "suspicion")} == {6}
 
     files = {path: path.stat().st_mtime_ns for path in results_folder.rglob("*.json")}

@@ -82,7 +82,7 @@ def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
             report.table([*found, quoted]), Config(profile=profile), "report", f"caption of {profile}"
         )
     head, _, claimed, level, *captions = [line for line in report.side_by_side().splitlines() if line]
-    assert "digits: the paper's protocol (n)" in head and "cifar10-small: worst of all attacks" in head
+    assert "digits: the paper's protocol (n)" in head and "cifar10-small: worst case on record" in head
     cells = [cell.strip() for cell in claimed.strip("|").split("|")]
     assert cells[:3] == ["Table 1", "COUP − DiffPure", "+2.41 points"]
     assert cells[3].startswith("**holds** +20.00 points [") and cells[3].endswith(" (100)")

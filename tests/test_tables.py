@@ -10,7 +10,7 @@ import pytest
 from coup_lib import compare, paper, paths, plots, readme, tables
 from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, LABELS
-from coup_lib.outcomes import Score
+from coup_lib.outcomes import Accuracy, Score, worst_case
 from coup_lib.progress import Plan
 
 N = 40
@@ -48,19 +48,21 @@ def results():
         }
 
     rows = {"none": (38, 38), "diffpure": (16, 16), "reverse": (14, 14), "coup": (4, 20)}
-    return tables.shares({defence: row(*wrong) for defence, wrong in rows.items()})
+    columns = {defence: row(*wrong) for defence, wrong in rows.items()}
+    return tables.shares(columns, {name: worst_case(list(each.values())) for name, each in columns.items()})
 
 
 def test_rand_is_what_ce_and_dlr_leave_together(results):
-    assert results["coup"]["rand"].tolist() == all_but(4, 2).astype(float).tolist()
-    assert results["coup"]["dlr"].mean() == 1 - 4 / N  # its own column is scored on fresh noise
+    assert results["coup"]["own_rand"].tolist() == all_but(4, 2).astype(float).tolist()
+    assert results["coup"]["rand"].mean() == results["coup"]["dlr"].mean() == 1 - 4 / N  # on fresh noise
 
 
 def test_robustness_is_the_worse_of_standard_and_rand(results):
-    assert results["coup"]["standard"].mean() == 1 - 5 / N
-    assert results["coup"]["autoattack"].mean() == results["coup"]["rand"].mean() == 1 - 6 / N
+    assert results["coup"]["own_standard"].mean() == 1 - 5 / N
+    assert results["coup"]["standard"].mean() == 1 - 4 / N  # the images on fresh noise, like every column
+    assert results["coup"]["autoattack"].mean() == results["coup"]["own_rand"].mean() == 1 - 6 / N
     assert results["none"]["autoattack"].mean() == 0
-    assert results["coup"]["worst"].mean() == 1 - 20 / N
+    assert results["coup"]["recorded"].mean() == 1 - 20 / N
     row = {"clean": made_up(1), "from_none": made_up(2), "standard": made_up(2, robust=all_but(9))}
     row |= {name: made_up(2, robust=all_but(3)) for name in ("adaptive", "dlr")}
     assert tables.shares({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
@@ -96,7 +98,7 @@ def test_the_claim_is_judged_under_the_protocol_and_under_the_worst_of_all(resul
     assert "COUP is more robust than COUP w/o guidance* (n = 40" in text
     assert "under the paper's protocol this **holds** (+25.00 points" in text
     assert "the paper reports +2.41" in text
-    assert "worst of all attacks per image it **does not hold** (-15.00 points" in text
+    assert "in the worst case on record per image it **does not hold** (-15.00 points" in text
 
 
 def test_the_papers_rows_and_ours_are_told_apart(results, config):
@@ -106,7 +108,10 @@ def test_the_papers_rows_and_ours_are_told_apart(results, config):
         "reported by the paper",
         "measured here, digits, n = 40",
     ]
-    assert frame.loc["COUP", "Robustness (%)"].tolist() == ["73.05", "85.00 [70.9, 92.9]"]
+    assert frame.loc["COUP", "Robustness (%)"].tolist() == [
+        "73.05",
+        str(Accuracy.of(results["coup"]["autoattack"])),
+    ]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -135,9 +140,9 @@ def test_files_are_what_is_shown(results, config, tmp_path, monkeypatch):
     shown = tables.write(tables.robustness_table(results, config), config, "table1", "A caption.", long)
     assert (tmp_path / "digits" / "table1.md").read_text() == shown
     read = pd.read_csv(tmp_path / "digits" / "table1.csv").set_index(["defence", "column"])
-    assert read.loc[("coup", "worst"), "value"] == 50
-    assert read.loc[("coup", "worst"), "n"] == N
-    assert "| COUP | 97.50 [87.1, 99.6] |" in shown
+    assert read.loc[("coup", "recorded"), "value"] == 50
+    assert read.loc[("coup", "recorded"), "n"] == N
+    assert f"| COUP | {Accuracy.of(results['coup']['clean'])} |" in shown
 
 
 def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_path, monkeypatch):
@@ -192,13 +197,13 @@ def test_compare_says_what_agrees(tmp_path):
     for name, pair in values.items():
         for folder, value in zip(("mine", "theirs"), pair, strict=True):
             if value is not None:
-                mean = {"value": value, "low": value - 5, "high": value + 5, "n": 100}
+                result = {"labels": [0] * 100, "report": [[0]] * value + [[1]] * (100 - value)}
                 path = tmp_path / folder / "digits" / f"score-{name}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"result": {"accuracy": {"mean": mean}}}))
+                path.write_text(json.dumps({"result": result}))
     found = dict(compare.compare(tmp_path / "mine", tmp_path / "theirs"))
     assert found["score-same"] == "identical: 60.00 %"
-    assert found["score-close"] == "agrees: 62.00 against 60.00 [55.0, 65.0] %"
+    assert found["score-close"] == "agrees: 62.00 against 60.00 [49.7, 69.7] %"
     assert found["score-far"].startswith("DIFFERS: 80.00")
     assert found["score-new"] == "no committed record to compare with"
 

@@ -1,0 +1,56 @@
+"""The worst case on record: one number per defence and images, whichever notebook made the attacks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coup_lib.config import Config
+from coup_lib.evaluate import CLEAN, Evaluation, Source
+
+CONFIG = Config(n_images=4, n_iter=2, eot=1, n_draws=2, n_steps=3)
+
+
+def clean(config=CONFIG):
+    """The clean column alone, and the worst case beside it."""
+    evaluation = Evaluation(config, verbose=False)
+    rows = evaluation.scores({"coup": {"clean": CLEAN}})
+    return rows["coup"]["clean"], evaluation.recorded(rows)["coup"]
+
+
+def attack(config=CONFIG, target="coup", **source):
+    rows = {target: {"it": Source("pgd", "coup", **source)}}
+    return Evaluation(config, verbose=False).scores(rows)[target]["it"]
+
+
+def test_an_attack_of_another_notebook_counts(results_folder):
+    score, alone = clean()
+    assert alone.n_sources == 1 and (alone.right == score.right).all()
+    found = attack(n_iter=5)  # with a budget of its own
+    _, worst = clean()
+    assert worst.n_sources == 2
+    assert (worst.suspicion == np.minimum(found.suspicion, score.suspicion)).all()
+
+
+def test_the_first_images_of_a_larger_record_count(results_folder):
+    larger = attack(replace(CONFIG, n_images=6))
+    score, worst = clean()
+    assert worst.n_sources == 2
+    assert (worst.suspicion == np.minimum(larger.suspicion[:4], score.suspicion)).all()
+    assert clean(replace(CONFIG, n_images=8))[1].n_sources == 1  # of these two images it says nothing
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"norm": "l2", "t_star": 0.1, "eps": 0.15},
+        {"eps": 0.2},
+        {"split": "validation"},
+        {"t_star": 0.05},
+        {"guidance_weight": 2.0},
+    ],
+)
+def test_other_threats_images_and_defences_do_not(results_folder, other):
+    attack(replace(CONFIG, **other))
+    attack(target="reverse")
+    assert clean()[1].n_sources == 1
