@@ -4,8 +4,9 @@ Each has its place under `paths.model_dir()`: <dataset>/<kind>/<file>. The kind 
 their threat model, as its loader looks for <dataset>/Linf/<name>.pt, and so they are named here; of others it
 is "score" or "classifier". A file put there by hand is used and nothing is fetched.
 
-Nothing is used unseen. A file whose SHA-256 is not known is read at its first use, and if that succeeds the
-SHA-256 is recorded in <model_dir>/SHA256SUMS and holds from then on. Reading never runs code from the file.
+Nothing is used unseen. Where no SHA-256 is published, that of the first file whose weights fit their network
+is recorded in <model_dir>/SHA256SUMS and holds from then on. Reading never runs code from the file, and no
+whole file is ever deleted.
 
     python -m coup_lib.artefacts             what there is, and what of it is here
     python -m coup_lib.artefacts NAME...     fetch these
@@ -18,22 +19,26 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import filelock
 import numpy as np
 import torch
 
-from coup_lib.checkpoints import SUMS, CheckpointError, read_sums, write_sums
+from coup_lib.checkpoints import SUMS, CheckpointError, read_sums, record_sum
 from coup_lib.download import WebPage, download
 from coup_lib.paths import MODELS_VARIABLE, model_dir
 
+T = TypeVar("T")
+
 BLOCK = 1 << 20
+NOTHING: Mapping[str, str] = MappingProxyType({})
 DRIVE_PAGE = "https://drive.google.com/file/d/{}/view"
 # confirm=t answers the question that Drive asks before it serves a file too large for its virus scan.
 DRIVE_FILE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
@@ -174,12 +179,25 @@ ARTEFACTS = {
 }
 
 
-def load(name: str) -> dict[str, Any]:
-    """What an artefact holds, on the CPU: fetched if it is not here, verified, read without running code.
+def load(name: str, put: Callable[[dict[str, Any]], T]) -> T:
+    """What put() makes of an artefact: fetched if it is not here, verified, read without running code.
 
-    Raises what `fetch` raises.
+    put gets the dictionary in the file, tensors on the CPU, and raises CheckpointError if they do not fit. If
+    they do, the SHA-256 of a first use is recorded.
+
+    Raises what `fetch` raises, and CheckpointError naming file and source where weights do not fit.
     """
-    return _read(fetch(name), name)
+    file, known = fetch(name), sha256(name)
+    content = _read(file, name)
+    if not known:
+        _check_members(file, name)
+    try:
+        made = put(content)
+    except CheckpointError as error:
+        raise _refusal(file, name, str(error)) from error
+    if not known:
+        _record(name, file)
+    return made
 
 
 def fetch(name: str) -> Path:
@@ -189,15 +207,13 @@ def fetch(name: str) -> Path:
         ValueError: for an unknown name.
         FileNotFoundError: for one that must be put there by hand, saying where and from where.
         ConnectionError: if the source cannot be reached; what has come so far is kept.
+        OSError: if the folder cannot be written or the disk is full; what has come so far is kept.
         CheckpointError: for a file that is not what it should be: a web page, cut short, with a wrong
             SHA-256, no archive of tensors or one that asks for code to be run.
     """
     file = locate(name)
     if not file.is_file() and not _artefact(name).by_hand:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(file.with_name(f".{file.name}.lock")):  # two shards may want it at once
-            if not file.is_file():
-                _download(name, file)
+        _download(name, file)
     return path(name)
 
 
@@ -205,38 +221,42 @@ def path(name: str) -> Path:
     """The verified file of an artefact that is here; raises like `fetch`, FileNotFoundError if it is not."""
     require([name])
     file = locate(name)
-    _record(name, _verified(file, name))
+    _verify(file, name)
     return file
 
 
-def require(names: Iterable[str]) -> None:
+def missing(names: Iterable[str]) -> list[str]:
+    """Those of the artefacts that are not here, each once; ValueError for an unknown name."""
+    return [name for name in dict.fromkeys(names) if not locate(name).is_file()]
+
+
+def require(names: Iterable[str], needed_by: Mapping[str, str] = NOTHING) -> None:
     """Check that these artefacts are here, without the network.
+
+    needed_by: what needs an artefact, by its name, to be said if it is missing.
 
     Raises:
         ValueError: for an unknown name.
-        FileNotFoundError: listing all that are missing: what to get from where, and where to put it.
+        FileNotFoundError: with `instructions` for all that are missing.
     """
-    missing = [name for name in dict.fromkeys(names) if not locate(name).is_file()]
-    if missing:
-        raise FileNotFoundError(_instructions(missing))
+    if absent := missing(names):
+        raise FileNotFoundError(instructions(absent, needed_by))
 
 
-def obtain(names: Iterable[str]) -> dict[str, Path]:
-    """The verified files of several artefacts, what is missing being downloaded.
+def obtain(names: Iterable[str], needed_by: Mapping[str, str] = NOTHING) -> dict[str, Path]:
+    """The verified files of several artefacts, what is missing being downloaded; needed_by as in `require`.
 
     Raises like `fetch`; FileNotFoundError lists all that are missing, before anything is downloaded if one of
     them must be put there by hand, or when the network fails.
     """
     names = list(dict.fromkeys(names))
-    missing = [name for name in names if not locate(name).is_file()]
-    if any(_artefact(name).by_hand for name in missing):
-        require(missing)
+    if any(_artefact(name).by_hand for name in missing(names)):
+        require(names, needed_by)
     try:
         return {name: fetch(name) for name in names}
     except ConnectionError as error:
-        missing = [name for name in names if not locate(name).is_file()]
         problem = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{problem}\n{_instructions(missing)}") from error
+        raise FileNotFoundError(f"{problem}\n{instructions(missing(names), needed_by)}") from error
 
 
 def locate(name: str) -> Path:
@@ -247,8 +267,21 @@ def locate(name: str) -> Path:
 
 
 def digest(name: str) -> str:
-    """The SHA-256 of an artefact, as published or as at its first use; fetched, if it is not known yet."""
-    return _artefact(name).sha256 or _recorded(name) or file_digest(fetch(name))
+    """The SHA-256 of an artefact: `sha256`, or else that of its file, fetched if it is not here."""
+    file = locate(name)
+    return sha256(name) or file_digest(file if file.is_file() else fetch(name))
+
+
+def sha256(name: str) -> str:
+    """The SHA-256 that an artefact must have, as published or as at its first use; "" before that."""
+    artefact = _artefact(name)
+    return artefact.sha256 or read_sums(model_dir()).get(artefact.place, "")
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a web page, by its beginning."""
+    with file.open("rb") as opened:
+        return opened.read(512).lstrip().startswith(b"<")
 
 
 def file_digest(file: Path) -> str:
@@ -257,19 +290,20 @@ def file_digest(file: Path) -> str:
 
 
 def _download(name: str, file: Path) -> None:
-    """Fetch, verify and only then move into place."""
+    """Fetch, and move into place what is whole; a wrong file is refused there, not deleted."""
     part = file.with_name(f"{file.name}.part")
     try:
-        download(ARTEFACTS[name].address, part, name)
-        _verified(part, name)
-    except ConnectionError as error:
-        raise ConnectionError(f"could not download {name}: {error}\n{_instructions([name])}") from error
-    except WebPage as error:
-        raise _refusal(file, name, f"{error}, not a checkpoint") from error
-    except CheckpointError:
-        part.unlink()  # nothing to go on with
-        raise
-    os.replace(part, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(file.with_name(f".{file.name}.lock")):  # two shards may want it at once
+            if not file.is_file():
+                download(ARTEFACTS[name].address, part, name)
+                if is_page(part):
+                    part.unlink()  # nothing to go on with
+                    raise WebPage(f"{ARTEFACTS[name].address} sent a web page")
+                os.replace(part, file)
+    except (OSError, WebPage) as error:
+        kind = next(kind for kind in (WebPage, ConnectionError, OSError) if isinstance(error, kind))
+        raise kind(f"could not download {name}: {error}\n{instructions([name])}") from error
 
 
 def _artefact(name: str) -> Artefact:
@@ -289,50 +323,37 @@ def _shipped(package: str) -> Path | None:
 # Verifying
 
 
-def _verified(file: Path, name: str) -> str:
-    """The SHA-256 of a file that is what it should be; CheckpointError for any other."""
+def _verify(file: Path, name: str) -> None:
+    """CheckpointError for a file that is not what it should be."""
     artefact, size = ARTEFACTS[name], file.stat().st_size
-    with file.open("rb") as opened:
-        if opened.read(512).lstrip().startswith(b"<"):
-            raise _refusal(file, name, "this is a web page, not a checkpoint")
+    if is_page(file):
+        raise _refusal(file, name, "this is a web page, not a checkpoint")
     if artefact.sha256 and size < artefact.size:
         raise _refusal(file, name, f"cut short, {size:,} of {artefact.size:,} bytes")
-    expected, got = artefact.sha256 or _recorded(name), file_digest(file)
-    if expected and got != expected:
-        since = "" if artefact.sha256 else f" as at its first use; if it changed on purpose, edit {_sums()}"
-        raise _refusal(file, name, f"its SHA-256 is {got}, expected {expected}{since}")
-    if not expected:
+    if not (expected := sha256(name)):
         _read(file, name)
-    return got
+    elif (got := file_digest(file)) != expected:
+        first_use = f" as at its first use; if this one is right, take its line out of {model_dir() / SUMS}"
+        since = "" if artefact.sha256 else first_use
+        raise _refusal(file, name, f"its SHA-256 is {got}, expected {expected}{since}")
 
 
 @lru_cache
 def _digest(file: Path, size: int, modified: int) -> str:
     """file_digest; size and modified tell one content from the next."""
-    sha256 = hashlib.sha256()
+    digest = hashlib.sha256()
     with file.open("rb") as opened:
         while block := opened.read(BLOCK):
-            sha256.update(block)
-    return sha256.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _sums() -> Path:
-    return model_dir() / SUMS
-
-
-def _recorded(name: str) -> str:
-    return read_sums(model_dir()).get(ARTEFACTS[name].place, "") if _sums().is_file() else ""
-
-
-def _record(name: str, sha256: str) -> None:
+def _record(name: str, file: Path) -> None:
     """Keep the SHA-256 of a first use."""
-    if ARTEFACTS[name].sha256 or _recorded(name):
-        return
-    sums = (read_sums(model_dir()) if _sums().is_file() else {}) | {ARTEFACTS[name].place: sha256}
     try:
-        write_sums(sums, model_dir())
+        record_sum(ARTEFACTS[name].place, file_digest(file), model_dir())
     except OSError as error:  # a folder that many share is often read-only
-        warnings.warn(f"cannot record the SHA-256 of {name} in {_sums()}: {error}", stacklevel=3)
+        warnings.warn(f"cannot record the SHA-256 of {name} in {model_dir() / SUMS}: {error}", stacklevel=3)
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:
@@ -343,16 +364,30 @@ def _read(file: Path, name: str) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         # torch's own message advises to switch the protection off, so it is not shown.
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        problem = (
-            f"it asks for {asked[1]}, which is no harmless class; nothing of it was run"
-            if asked
-            else "cut short, or no archive of tensors"
-        )
-        raise _refusal(file, name, problem) from None
+        raise _refusal(file, name, _unreadable(file, error, ARTEFACTS[name].amount)) from None
     if not isinstance(content, dict):
         raise _refusal(file, name, f"expected a dictionary of tensors, got a {type(content).__name__}")
     return content
+
+
+def _unreadable(file: Path, error: Exception, amount: str) -> str:
+    """Why torch could not read a file, by its error and by the file itself."""
+    if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it asks for {asked[1]}, which is no harmless class; nothing of it was run"
+    with file.open("rb") as opened:
+        cut = opened.read(2) == b"PK" and not zipfile.is_zipfile(file)  # an archive's list stands at its end
+    if cut or isinstance(error, EOFError) or re.search("truncated|unexpected EOF", str(error)):
+        return f"cut short, {file.stat().st_size:,} bytes where {amount} are expected"
+    return "no archive of tensors"
+
+
+def _check_members(file: Path, name: str) -> None:
+    """CheckpointError for an archive with damaged bytes inside: torch reads it and ignores its check sums."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise _refusal(file, name, f"damaged: the check sum of {damaged} in it is another")
 
 
 def _harmless() -> AbstractContextManager[Any]:
@@ -365,15 +400,17 @@ def _harmless() -> AbstractContextManager[Any]:
 
 def _refusal(file: Path, name: str, problem: str) -> CheckpointError:
     """What is wrong with a file, what was expected and how to get it."""
-    return CheckpointError(f"{file}: {problem}.\nRemove it and get the right one. {_instructions([name])}")
+    return CheckpointError(f"{file}: {problem}.\nRemove it and get the right one. {instructions([name])}")
 
 
-def _instructions(names: list[str]) -> str:
-    """What to get from where, and where to put it."""
+def instructions(names: Sequence[str], needed_by: Mapping[str, str] = NOTHING) -> str:
+    """What to get from where, by hand or by which command, and where to put it; needed_by as in `require`."""
     items = "\n".join(
         f"  {model_dir() / ARTEFACTS[name].place}\n"
-        f"    {ARTEFACTS[name].what} ({ARTEFACTS[name].amount})\n"
-        f"    from {ARTEFACTS[name].source}" + f"; {ARTEFACTS[name].by_hand}" * bool(ARTEFACTS[name].by_hand)
+        f"    {ARTEFACTS[name].what} ({ARTEFACTS[name].amount})"
+        + (f", needed by {needed_by[name]}" if name in needed_by else "")
+        + f"\n    {'by hand' if ARTEFACTS[name].by_hand else 'fetched'} from {ARTEFACTS[name].source}"
+        + f"; {ARTEFACTS[name].by_hand}" * bool(ARTEFACTS[name].by_hand)
         for name in names
     )
     fetched = [name for name in names if not ARTEFACTS[name].by_hand]

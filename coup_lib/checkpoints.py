@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -42,9 +43,7 @@ def save_network(
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     content = save(state)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    sums = read_sums(folder) if (folder / SUMS).exists() else {}
-    sums[_relative(path, folder)] = hashlib.sha256(content).hexdigest()
-    write_sums(sums, folder)
+    record_sum(_relative(path, folder), hashlib.sha256(content).hexdigest(), folder)
     return path
 
 
@@ -65,9 +64,15 @@ def verified_bytes(path: Path, folder: Path = WEIGHTS) -> bytes:
 
 
 def read_sums(folder: Path = WEIGHTS) -> dict[str, str]:
-    """The digest of each file, named relative to folder, as sha256sum writes them."""
-    lines = (folder / SUMS).read_text().splitlines()
-    return {file: digest for digest, file in (line.split(maxsplit=1) for line in lines)}
+    """The digest of each file, named relative to folder, as sha256sum writes them; {} where nobody did."""
+    lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).exists() else []
+    return {file: digest for digest, file in (line.split(maxsplit=1) for line in lines if line.strip())}
+
+
+def record_sum(file: str, digest: str, folder: Path) -> None:
+    """Write the line of one file, named relative to folder; lines that others write meanwhile stay."""
+    with FileLock(folder / f".{SUMS}.lock"):
+        write_sums(read_sums(folder) | {file: digest}, folder)
 
 
 def write_sums(sums: Mapping[str, str], folder: Path) -> None:

@@ -1,9 +1,11 @@
 """CIFAR-10 and CIFAR-100 as torchvision reads them, and the test images that the papers drew."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from zipfile import BadZipFile
 
+import filelock
 import numpy as np
 
 from coup_lib.paths import DATA_VARIABLE, data_dir
@@ -64,12 +66,13 @@ def is_here(dataset: str, root: Path) -> bool:
 def pixels(dataset: str, part: str, root: Path | None = None) -> Pixels:
     """All images of a part, "train" or "test", that lie under root (None: `paths.data_dir()`).
 
-    torchvision's own folder is read first, and downloaded by torchvision if there is none; where only
-    `<dataset>_exact_subset.npz` lies there (x_train, y_train, idx_train, x_test, y_test), that stands in:
-    fewer images, the same places.
+    torchvision's own folder is read first, and downloaded by torchvision if it is not there or not whole;
+    where only `<dataset>_exact_subset.npz` lies there (x_train, y_train, idx_train, x_test, y_test), that
+    stands in: fewer images, the same places.
 
     Raises:
         FileNotFoundError: naming the folder, the file to put there and where to get it.
+        ValueError: for a stand-in that cannot be read.
         ImportError: naming the extra to install, when torchvision is missing.
     """
     root = root or data_dir()
@@ -84,9 +87,12 @@ def _stand_in_at(root: Path, dataset: str) -> Path:
 
 
 def _stand_in(file: Path, part: str) -> Pixels:
-    with np.load(file, allow_pickle=False) as arrays:
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        place = arrays[f"idx_{part}"] if f"idx_{part}" in arrays else np.arange(len(x))
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+            place = arrays[f"idx_{part}"] if f"idx_{part}" in arrays else np.arange(len(x))
+    except (BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: expected an archive with x_{part} and y_{part}; {error}") from error
     return Pixels(x, y.astype(np.int64), place)
 
 
@@ -97,13 +103,18 @@ def _torchvision(dataset: str, part: str, root: Path) -> Pixels:
         raise ImportError(
             f"{dataset} is read by torchvision, and {error}; install it with: pip install 'coup-lib[cifar]'"
         ) from error
-    make = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    known = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    make = partial(known[dataset], str(root), train=part == "train")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        data = make(str(root), train=part == "train", download=not (root / FOLDERS[dataset]).exists())
+        try:
+            data = make(download=False)
+        except RuntimeError:  # not found, or not whole: another process may be at it
+            root.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(root / f".{dataset}.lock"):
+                data = make(download=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"no {dataset} at {root}: expected the folder {FOLDERS[dataset]} there, unpacked from "
+            f"no whole {dataset} at {root}: expected the folder {FOLDERS[dataset]} there, unpacked from "
             f"https://www.cs.toronto.edu/~kriz/{ARCHIVES[dataset]} (or set {DATA_VARIABLE} to where it is). "
             f"Fetching it failed: {error}"
         ) from error

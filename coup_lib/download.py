@@ -14,13 +14,15 @@ from urllib.error import HTTPError
 
 from tqdm import tqdm
 
+from coup_lib.files import CheckpointError
+
 RETRIES, PAUSE = 2, 2.0  # attempts in a row that bring nothing; seconds before the next one
 TIMEOUT = 30.0
 BLOCK = 1 << 20
 NOTHING_LEFT = 416  # "range not satisfiable": what a server says when asked to go on from the end
 
 
-class WebPage(RuntimeError):
+class WebPage(CheckpointError):
     """The server sent a page for people instead of the file."""
 
 

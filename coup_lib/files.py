@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 
 class CheckpointError(RuntimeError):
@@ -10,8 +11,11 @@ class CheckpointError(RuntimeError):
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write() fill a neighbouring file, sync it, then rename it to path: no reader meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Let write() fill a neighbouring file, sync it, then rename it to path: no reader meets half a file.
+
+    Threads, processes and machines may write the same path at once: one of their files is there in the end.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         write(temporary)
         with temporary.open("rb") as file:

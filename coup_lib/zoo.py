@@ -1,16 +1,18 @@
 """Every network by name: the small ones of this repository, the published ones, and all of RobustBench."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
 from coup_lib import artefacts
-from coup_lib.checkpoints import load_network, load_state, read_sums
+from coup_lib.checkpoints import CheckpointError, load_network, load_state, read_sums
 from coup_lib.config import choice
 from coup_lib.ddpmpp import DEEP, DDPMpp, load_score_sde
 from coup_lib.edm import Denoiser, EDMNetwork, edm_cifar, load_edm
@@ -107,10 +109,9 @@ def load_classifier(dataset: str, name: str, *, trained: bool = True) -> nn.Modu
         return _random(partial(small_wrn, classes=classes))
     if not trained:
         return _random(partial(wrn_28_10, classes))
-    model, threat = _robustbench(name)
-    if (listed := _listed(dataset, name)) in artefacts.ARTEFACTS:
-        artefacts.fetch(listed)  # so that what RobustBench reads is verified
-    return robustbench_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
+    if (listed := _listed(dataset, name)) in artefacts.ARTEFACTS:  # what RobustBench reads is verified
+        return artefacts.load(listed, lambda _: _from_robustbench(dataset, name))
+    return _from_robustbench(dataset, name)
 
 
 def load_score(dataset: str, name: str, *, trained: bool = True, precision: str = "float32") -> nn.Module:
@@ -138,27 +139,56 @@ def digest(dataset: str, name: str) -> str:
     published = _published(dataset).get(name)
     if is_smoke() and not (published and published.small is None):
         return "random"
-    listed = name if published else _listed(dataset, name)
+    listed = _listed(dataset, name)
     if listed in artefacts.ARTEFACTS:
         return artefacts.digest(listed)[:16]
-    file = model_dir() / f"{listed}.pt"
-    if not file.is_file():
+    if not _file(listed).is_file():
         load_classifier(dataset, name)  # RobustBench fetches it
-    return artefacts.file_digest(file)[:16]
+    return artefacts.file_digest(_file(listed))[:16]
 
 
-def needed(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:
-    """The artefacts behind these networks, as far as they are listed; none in a smoke run."""
-    if is_smoke():
-        return []
-    others = [name for name in dict.fromkeys([*classifiers, score]) if not is_ours(dataset, name)]
-    named = [name if name in _published(dataset) else _listed(dataset, name) for name in others]
-    return [name for name in named if name in artefacts.ARTEFACTS]
+def needed(dataset: str, classifiers: Iterable[str], score: str | None = None) -> list[str]:
+    """The artefacts behind these networks, as far as they are listed; none in a smoke run.
+
+    score: None where no purifier is planned.
+    """
+    names = dict.fromkeys([*classifiers, *([score] if score else [])])
+    listed = [_listed(dataset, name) for name in names if not is_ours(dataset, name) and not is_smoke()]
+    return [name for name in listed if name in artefacts.ARTEFACTS]
 
 
-def missing(dataset: str, classifiers: Iterable[str], score: str) -> list[str]:
+def missing(dataset: str, classifiers: Iterable[str], score: str | None = None) -> list[str]:
     """Those of `needed` that are not here."""
-    return [name for name in needed(dataset, classifiers, score) if not artefacts.locate(name).is_file()]
+    return artefacts.missing(needed(dataset, classifiers, score))
+
+
+def obtain(
+    dataset: str,
+    classifiers: Iterable[str],
+    score: str | None = None,
+    needed_by: Mapping[str, str] = artefacts.NOTHING,
+) -> None:
+    """Before long work: fetch what of these networks is missing, and load once what was never used.
+
+    A file may be readable and yet hold another network. needed_by: as in `artefacts.require`.
+
+    Raises what `artefacts.obtain` and `artefacts.load` raise.
+    """
+    classifiers = list(classifiers)
+    artefacts.obtain(needed(dataset, classifiers, score), needed_by)
+    for name in classifiers:
+        if _is_new(dataset, name):
+            load_classifier(dataset, name)
+    if score and _is_new(dataset, score):
+        load_score(dataset, score)
+
+
+def _is_new(dataset: str, name: str) -> bool:
+    """Whether the file of a network was never used, or RobustBench has yet to fetch it."""
+    if is_ours(dataset, name) or is_smoke():
+        return False
+    listed = _listed(dataset, name)
+    return not (artefacts.sha256(listed) if listed in artefacts.ARTEFACTS else _file(listed).is_file())
 
 
 def _load(name: str, published: Published, trained: bool) -> nn.Module:
@@ -166,7 +196,7 @@ def _load(name: str, published: Published, trained: bool) -> nn.Module:
         return _random(published.small)
     if not trained:
         return _random(published.build)
-    return published.load(published.build(), artefacts.load(name), name)
+    return artefacts.load(name, lambda content: published.load(published.build(), content, name))
 
 
 def _random(build: Callable[[], nn.Module]) -> nn.Module:
@@ -177,15 +207,34 @@ def _random(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _listed(dataset: str, name: str) -> str:
-    """A RobustBench model's name among the artefacts, and its place in the model folder but for ".pt"."""
+    """A published network's name among the artefacts; a RobustBench model's is its place but for ".pt"."""
     model, threat = _robustbench(name)
-    return f"{dataset}/{threat}/{model}"
+    return name if name in _published(dataset) else f"{dataset}/{threat}/{model}"
+
+
+def _file(listed: str) -> Path:
+    """Where RobustBench reads a model."""
+    return model_dir() / f"{listed}.pt"
 
 
 def _robustbench(name: str) -> tuple[str, str]:
     """(RobustBench's name, threat model) of NAME or NAME@THREAT."""
     model, _, threat = name.partition("@")
     return model, threat or THREATS[0]
+
+
+def _from_robustbench(dataset: str, name: str) -> nn.Module:
+    """A model from the model folder, or fetched into it; CheckpointError if RobustBench does not manage."""
+    (model, threat), file = _robustbench(name), _file(_listed(dataset, name))
+    try:
+        return robustbench_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
+    except ImportError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {shorten(str(error), 400)}"
+        if file.is_file() and artefacts.is_page(file):
+            said = "this is a web page, not a checkpoint"
+        raise CheckpointError(f"RobustBench cannot load {model!r} from {file}: {said}") from error
 
 
 def robustbench_model(name: str, **settings: Any) -> nn.Module:

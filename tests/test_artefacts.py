@@ -1,13 +1,17 @@
 """Published files are fetched whole, verified before use, and read without running their code."""
 
 import argparse
+import errno
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import re
 import threading
+import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +111,18 @@ def put(file: Path, content: bytes) -> Path:
     return file
 
 
+def old_format():
+    """The bytes of a checkpoint as PyTorch wrote them before 1.6."""
+    file = io.BytesIO()
+    torch.save(WEIGHTS, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def used(name):
+    """The content of an artefact, taken as it is."""
+    return artefacts.load(name, lambda content: content)
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
@@ -126,7 +142,7 @@ def test_the_environment_says_where_models_lie(variables, expected, monkeypatch)
 
 
 def test_a_download_is_whole_recorded_and_used_again(listed, server, folder, checkpoint):
-    torch.testing.assert_close(artefacts.load(NAME), WEIGHTS)
+    torch.testing.assert_close(used(NAME), WEIGHTS)
     digest = hashlib.sha256(checkpoint).hexdigest()
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  {PLACE}\n"
     assert artefacts.digest(NAME) == digest == artefacts.file_digest(listed)
@@ -188,7 +204,7 @@ def test_a_web_page_instead_of_the_file_leaves_what_came_before(listed, server, 
     part = put(listed.with_name("small.pt.part"), checkpoint[:700])
     server.content, server.kind, server.knows_ranges = b"<html>Quota exceeded</html>", "text/html; x=y", False
     with pytest.raises(
-        CheckpointError, match=rf"{listed}.* sent a web page.*\n.*\n.*{listed}\n.*a test network"
+        CheckpointError, match=rf"small: .* sent a web page\n.*\n.*{listed}\n.*a test network"
     ):
         artefacts.fetch(NAME)
     assert part.read_bytes() == checkpoint[:700] and not listed.exists()
@@ -196,16 +212,56 @@ def test_a_web_page_instead_of_the_file_leaves_what_came_before(listed, server, 
 
 def test_a_web_page_that_claims_to_be_a_file_is_thrown_away(listed, server):
     server.content = b"\n <!DOCTYPE html><title>Virus scan warning</title>"
-    with pytest.raises(CheckpointError, match="a web page, not a checkpoint"):
+    with pytest.raises(CheckpointError, match="sent a web page"):
         artefacts.fetch(NAME)
     assert not listed.exists() and not listed.with_name("small.pt.part").exists()
 
 
-def test_a_download_with_another_hash_is_thrown_away(server, register, folder):
+def test_a_download_with_another_hash_is_refused_kept_and_not_fetched_again(
+    server, register, folder, checkpoint
+):
     register(f"http://127.0.0.1:{server.server_port}/", sha256="0" * 64)
-    with pytest.raises(CheckpointError, match=rf"small.pt.*expected {'0' * 64}"):
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=rf"small.pt.*expected {'0' * 64}.*\nRemove it and get"):
+            artefacts.fetch(NAME)
+    assert (folder / PLACE).read_bytes() == checkpoint and len(server.ranges) == 1
+
+
+def test_a_file_that_does_not_fit_is_refused_with_its_source_and_leaves_no_trace(listed, folder, server):
+    """The right one, put in its place, is taken then, and its SHA-256 is what holds."""
+
+    def put_into_network(content):
+        return checkpoints.load_state(torch.nn.Linear(2, 1), content, NAME)
+
+    with pytest.raises(CheckpointError) as caught:
+        artefacts.load(NAME, put_into_network)
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith(f"{listed}: {NAME} does not fit Linear: 1 missing, the first bias: ")
+    assert ARTEFACTS[NAME].source in str(caught.value)
+    assert listed.exists() and not (folder / "SHA256SUMS").exists()
+    torch.save(torch.nn.Linear(2, 1).state_dict(), listed)
+    assert artefacts.digest(NAME) == artefacts.file_digest(listed) and not artefacts.sha256(NAME)
+    artefacts.load(NAME, put_into_network)
+    assert artefacts.sha256(NAME) == artefacts.file_digest(listed) and len(server.ranges) == 1
+
+
+def test_a_full_disk_keeps_what_has_come(listed, server, checkpoint, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.os, "fsync", refuse)
+        with pytest.raises(OSError, match=rf"could not download small: .*No space left.*\n.*\n.*{listed}"):
+            artefacts.fetch(NAME)
+    assert artefacts.fetch(NAME).read_bytes() == checkpoint
+    assert server.ranges == [None, f"bytes={len(checkpoint)}-"]
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_fetched(listed, server, folder):
+    folder.write_text("no folder")
+    with pytest.raises(OSError, match=rf"could not download small: .*{folder}.*\n.*set COUP_MODELS"):
         artefacts.fetch(NAME)
-    assert not list(folder.rglob("small.pt*"))
+    assert not server.ranges
 
 
 def test_the_digest_of_a_file_that_is_not_here_is_that_of_the_download(listed, checkpoint):
@@ -223,7 +279,7 @@ def test_two_at_once_fetch_it_once(listed, server):
 
 def test_a_file_placed_by_hand_is_used_and_nothing_is_fetched(listed, server, checkpoint):
     put(listed, checkpoint)
-    torch.testing.assert_close(artefacts.load(NAME), WEIGHTS)
+    torch.testing.assert_close(used(NAME), WEIGHTS)
     assert server.ranges == []
 
 
@@ -234,25 +290,45 @@ def test_robustbench_finds_its_models_in_the_same_place(folder, checkpoint):
 
 def test_a_file_that_changed_since_its_first_use_is_refused(listed, folder, checkpoint):
     put(listed, checkpoint)
-    artefacts.path(NAME)
+    used(NAME)
     torch.save(WEIGHTS | {"epoch": 1}, listed)
     digests = (hashlib.sha256(listed.read_bytes()).hexdigest(), hashlib.sha256(checkpoint).hexdigest())
-    with pytest.raises(CheckpointError, match=rf"{digests[0]}, expected {digests[1]} as at its first use"):
+    why = rf"{digests[0]}, expected {digests[1]} as at its first use; .* out of {folder / 'SHA256SUMS'}"
+    with pytest.raises(CheckpointError, match=why):
         artefacts.path(NAME)
     (folder / "SHA256SUMS").unlink()
-    assert artefacts.load(NAME)["epoch"] == 1
+    assert used(NAME)["epoch"] == 1
 
 
 def test_the_first_use_of_a_second_file_keeps_the_line_of_the_first(listed, folder, register, checkpoint):
     register(name="other", place="cifar10/L2/other.pt")
     put(listed, checkpoint)
     put(folder / "cifar10/L2/other.pt", checkpoint)
-    artefacts.path(NAME)
-    artefacts.path("other")
+    used(NAME)
+    used("other")
     assert [line.split()[1] for line in (folder / "SHA256SUMS").read_text().splitlines()] == [
         "cifar10/L2/other.pt",
         PLACE,
     ]
+
+
+def test_lines_that_others_record_at_the_same_time_stay(folder, monkeypatch):
+    folder.mkdir()
+    read = checkpoints.read_sums
+
+    def slowly(place):
+        found = read(place)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(checkpoints, "read_sums", slowly)
+    record = partial(checkpoints.record_sum, digest="0" * 64, folder=folder)
+    threads = [threading.Thread(target=record, args=[str(index)]) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read(folder)) == ["0", "1", "2", "3"]
 
 
 def test_a_folder_that_cannot_be_written_is_used_with_a_warning(listed, monkeypatch, checkpoint):
@@ -262,19 +338,23 @@ def test_a_folder_that_cannot_be_written_is_used_with_a_warning(listed, monkeypa
     monkeypatch.setattr(checkpoints, "write_atomically", refuse)
     put(listed, checkpoint)
     with pytest.warns(UserWarning, match="cannot record the SHA-256 of small"):
-        assert artefacts.path(NAME) == listed
+        used(NAME)
 
 
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
         (lambda content: b"<!DOCTYPE html>" + content, "a web page"),
-        (lambda content: content[: len(content) // 2], "cut short"),
-        (lambda content: b"", "cut short"),
+        (lambda content: content[: len(content) // 2], "cut short, 8"),
+        (
+            lambda content: old_format()[:100_000],
+            "cut short, 100,000 bytes where about 1e-05 MB are expected",
+        ),
+        (lambda content: b"", "cut short, 0 bytes"),
         (lambda content: pickle.dumps({"state_dict": [1.0]}, protocol=2), "no archive of tensors"),
         (lambda content: b"\x00" * 100, "no archive of tensors"),
     ],
-    ids=["page", "half", "empty", "pickle", "zeros"],
+    ids=["page", "half", "half an old one", "empty", "pickle", "zeros"],
 )
 def test_what_is_no_checkpoint_is_refused_with_what_to_do(listed, folder, checkpoint, spoil, problem):
     put(listed, spoil(checkpoint))
@@ -284,6 +364,16 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(listed, folder, checkp
     assert first.startswith(f"{listed}: ") and problem in first
     assert f"  {listed}" in rest and any(f"from {ARTEFACTS[NAME].source}" in line for line in rest)
     assert "weights_only" not in str(caught.value)
+    assert not (folder / "SHA256SUMS").exists()
+
+
+def test_an_archive_with_a_flipped_bit_is_refused(listed, folder, checkpoint):
+    """As a download leaves it that went on with another file's beginning: torch reads it without a word."""
+    spoilt = bytearray(checkpoint)
+    spoilt[len(spoilt) // 2] ^= 1
+    torch.load(put(listed, spoilt), weights_only=True)
+    with pytest.raises(CheckpointError, match=rf"{listed}: damaged: the check sum of \S+data/0 in it"):
+        used(NAME)
     assert not (folder / "SHA256SUMS").exists()
 
 
@@ -301,7 +391,7 @@ def test_a_known_size_tells_that_a_file_is_cut_short(folder, register, checkpoin
 def test_a_list_of_tensors_is_no_checkpoint(listed):
     torch.save([torch.ones(2)], put(listed, b""))
     with pytest.raises(CheckpointError, match="expected a dictionary of tensors, got a list"):
-        artefacts.load(NAME)
+        used(NAME)
 
 
 class Hostile:
@@ -320,7 +410,7 @@ def test_code_in_a_checkpoint_does_not_run(listed, folder, tmp_path, new_format)
     content = WEIGHTS | {"epoch": Hostile(proof)}
     torch.save(content, put(listed, b""), _use_new_zipfile_serialization=new_format)
     with pytest.raises(CheckpointError, match=r"it asks for (posix|nt)\.mkdir.*nothing of it was run"):
-        artefacts.load(NAME)
+        used(NAME)
     assert not proof.exists() and not (folder / "SHA256SUMS").exists()
     torch.load(listed, weights_only=False)
     assert proof.exists()  # it would have
@@ -330,7 +420,7 @@ def test_code_in_a_plain_pickle_does_not_run(listed, tmp_path):
     proof = tmp_path / "executed"
     put(listed, pickle.dumps(Hostile(proof), protocol=2))
     with pytest.raises(CheckpointError):
-        artefacts.load(NAME)
+        used(NAME)
     assert not proof.exists()
 
 
@@ -339,7 +429,7 @@ def test_code_in_a_plain_pickle_does_not_run(listed, tmp_path):
 def test_old_checkpoints_with_options_and_numpy_scalars_are_read(listed, new_format):
     extras = {"opt": argparse.Namespace(lr=0.1, depth=40), "best": np.float64(0.75), "epoch": np.int64(3)}
     torch.save(WEIGHTS | extras, put(listed, b""), _use_new_zipfile_serialization=new_format)
-    loaded = artefacts.load(NAME)
+    loaded = used(NAME)
     assert {key: loaded[key] for key in extras} == extras
     torch.testing.assert_close(loaded["state_dict"], WEIGHTS["state_dict"])
 
@@ -351,13 +441,13 @@ def test_a_numpy_scalar_under_the_name_of_numpy_1_is_read(listed):
     content = listed.read_bytes()
     assert new in content or old in content
     listed.write_bytes(content.replace(new, old))
-    assert artefacts.load(NAME)["best"] == 0.75
+    assert used(NAME)["best"] == 0.75
 
 
 def test_the_package_that_ships_a_network_is_found_and_verified():
     file = artefacts.path("resnet18")
     assert file.parts[-3:] == ("pyautoattack", "examples", "model_test.pt")
-    assert artefacts.load("resnet18")["conv1.weight"].shape == (64, 3, 3, 3)
+    assert used("resnet18")["conv1.weight"].shape == (64, 3, 3, 3)
     assert artefacts.digest("resnet18") == ARTEFACTS["resnet18"].sha256 == artefacts.file_digest(file)
 
 
@@ -377,6 +467,19 @@ def test_all_that_is_missing_is_listed_at_once_without_the_network(folder, regis
     assert message.endswith("python -m coup_lib.artefacts ddpmpp-deep cifar10/Linf/Standard")
     assert "small.pt" not in message and "pyautoattack" not in message
     artefacts.require(["resnet18", NAME])
+
+
+def test_what_needs_a_missing_file_is_said_where_it_is_told(folder):
+    names = ["cifar10/Linf/Standard", "wrn-70-16-dropout"]
+    with pytest.raises(FileNotFoundError) as caught:
+        artefacts.obtain(names, {"wrn-70-16-dropout": "02_ablation"})
+    lines = str(caught.value).splitlines()
+    told = zip(names, ("fetched", "by hand"), ("", ", needed by 02_ablation"), strict=True)
+    for name, way, needed_by in told:
+        artefact = ARTEFACTS[name]
+        place = lines.index(f"  {folder / artefact.place}")
+        assert lines[place + 1] == f"    {artefact.what} ({artefact.amount}){needed_by}"
+        assert lines[place + 2].startswith(f"    {way} from {artefact.source}")
 
 
 def test_nothing_is_downloaded_before_what_must_come_by_hand_is_there(listed, server):
@@ -399,7 +502,7 @@ def test_offline_the_message_lists_all_that_is_still_missing(folder, register, m
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"expected an artefact out of ddpmpp-deep, .*; got 'ddpm'"):
-        artefacts.load("ddpm")
+        used("ddpm")
 
 
 def test_the_list_is_sound():

@@ -1,3 +1,4 @@
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -140,6 +141,33 @@ def test_torchvision_is_asked_for_the_whole(tmp_path, monkeypatch):
     assert (
         found.x.shape == (10, 3, 32, 32) and found.x[0, 1, 0, 2] == 7 and found.place.tolist() == [*range(10)]
     )
+
+
+def test_a_folder_that_is_not_whole_is_fetched_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """As another shard leaves it that is still unpacking, or was killed meanwhile."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    lock, asked = filelock.FileLock(tmp_path / ".cifar10.lock"), []
+
+    class Halves:
+        def __init__(self, root, train, download):
+            asked.append(download)
+            if not download:
+                raise RuntimeError("Dataset not found or corrupted")
+            with pytest.raises(filelock.Timeout):
+                lock.acquire(timeout=0)
+            self.data, self.targets = np.zeros((10, 32, 32, 3), dtype=np.uint8), [3] * 10
+
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.setattr(datasets, "CIFAR10", Halves)
+    assert len(cifar.pixels.__wrapped__("cifar10", "test", tmp_path).y) == 10 and asked == [False, True]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK half an archive", b"<html>", None])
+def test_a_stand_in_that_cannot_be_read_is_named(tmp_path, content):
+    file = tmp_path / "cifar10_exact_subset.npz"
+    np.savez(file, images=np.zeros(3)) if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file}: expected an archive with x_test and y_test; "):
+        cifar.pixels.__wrapped__("cifar10", "test", tmp_path)
 
 
 def test_missing_data_says_what_to_put_where(tmp_path, monkeypatch):

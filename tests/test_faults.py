@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -32,6 +34,7 @@ from coup_lib.config import GRADIENTS, Config
 from coup_lib.data import load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build
 from coup_lib.evaluate import Evaluation, Source
+from coup_lib.files import write_atomically
 from coup_lib.purify import coup, reverse_only
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
 
@@ -192,6 +195,31 @@ def test_a_run_goes_on_after_the_disk_was_full(tmp_path):
         places.add(int((folder / "stopped at").read_text()))
         assert found(folder) == found(numbers_of)
     assert len(places) == 3 and max(places) == CHUNKS
+
+
+def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path):
+    """Each has a file of its own until it is whole; one that cannot write leaves nothing."""
+    path, together, errors = tmp_path / "file", threading.Barrier(4), []
+
+    def write(text, temporary):
+        temporary.write_text(text)
+        together.wait(10)
+        if text == "3":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(index):
+        try:
+            write_atomically(path, partial(write, str(index)))
+        except OSError as error:
+            errors.append((index, error.errno))
+
+    threads = [threading.Thread(target=run, args=[index]) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [(3, errno.ENOSPC)] and path.read_text() in "012"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def beside_another(folder, said):

@@ -122,12 +122,52 @@ def test_what_a_profile_needs():
     names = zoo.needed("cifar10", ["Standard", "resnet18", "Wang2023Better_WRN-28-10@L2"], "ddpmpp-deep")
     assert names == []  # the tests are a smoke run
     assert zoo.needed("digits", ["cnn-small"], "score") == []
+    assert zoo.missing("cifar10", ["wrn-70-16-dropout"], "ddpmpp-deep") == []
 
 
 def test_listed_names(models):
     names = zoo.needed("cifar10", ["Standard", "resnet18", "Wang2023Better_WRN-28-10@L2"], "ddpmpp-deep")
     expected = ["cifar10/Linf/Standard", "resnet18", "cifar10/L2/Wang2023Better_WRN-28-10", "ddpmpp-deep"]
     assert names == expected
+    # An undefended classifier wants no score network, and one in the wheel or in this repository no file.
+    assert zoo.missing("cifar10", ["Standard", "resnet18", "Standard"]) == expected[:1]
+    assert zoo.needed("cifar10", ["resnet20-linf"], "score-small") == []
+
+
+def test_a_readable_file_of_another_network_is_found_before_work_and_not_recorded(models, monkeypatch):
+    """Put under the right name: its first use ends in an error; the right file is taken after it."""
+    place = "cifar10/classifier/wrn-70-16-dropout.pt"
+    build = partial(WideResNet, depth=10, widen=1, classes=10, mean=[0.5] * 3, std=[0.2] * 3)
+    sized(monkeypatch, zoo.CLASSIFIERS, "cifar10", "wrn-70-16-dropout", build)
+    put(models, place, {"state_dict": zoo.small_edm().state_dict()})
+    with pytest.raises(CheckpointError) as caught:
+        zoo.obtain("cifar10", ["wrn-70-16-dropout"])
+    first, *rest = str(caught.value).splitlines()
+    assert first.startswith(f"{models / place}: wrn-70-16-dropout does not fit WideResNet: ")
+    assert "missing, the first " in first and "unexpected, the first " in first
+    assert any("from https://drive.google.com" in line for line in rest)
+    assert not (models / "SHA256SUMS").exists()
+    put(models, place, build().state_dict())
+    zoo.obtain("cifar10", ["wrn-70-16-dropout"])
+    assert place in (models / "SHA256SUMS").read_text()
+    monkeypatch.setattr(zoo, "load_classifier", lambda *_: pytest.fail("it was used before"))
+    zoo.obtain("cifar10", ["wrn-70-16-dropout"])
+
+
+@pytest.mark.parametrize("name", ["Standard", "Carmon2019Unlabeled"])
+def test_what_robustbench_cannot_load_is_named_with_its_file(models, monkeypatch, name):
+    def refuse(model, **settings):
+        raise RuntimeError("Error(s) in loading state_dict for Net: Missing key(s): " + 1000 * '"a.weight", ')
+
+    monkeypatch.setattr(zoo, "robustbench_model", refuse)
+    place = f"cifar10/Linf/{name}.pt"
+    put(models, place, {"state_dict": {"b": torch.ones(1)}})
+    with pytest.raises(CheckpointError, match=rf"{models / place}: .*Missing key.* \"a.weight\"") as caught:
+        zoo.load_classifier("cifar10", name)
+    assert len(str(caught.value)) < 2000 and not (models / "SHA256SUMS").exists()
+    (models / place).write_text("<html>Quota exceeded</html>")
+    with pytest.raises(CheckpointError, match=rf"{models / place}: this is a web page"):
+        zoo.load_classifier("cifar10", name)
 
 
 @pytest.mark.parametrize(
