@@ -1,0 +1,56 @@
+"""`make test`: every part runs whatever the others find, and the end says which of them failed."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOL = """#!/bin/sh
+echo "$(basename $0) $*; ${ONEDNN_MAX_CPU_ISA:-native}"
+[ "$(basename $0)" != "$FAILS" ]
+"""
+LINTERS = ["ruff check .; native", "ruff format --check .; native", "mypy ; native"]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs a target with tools that only say how they were called; the one that is named fails."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name in ("ruff", "mypy", "pytest"):
+        (tools / name).write_text(TOOL)
+        (tools / name).chmod(0o755)
+    (tmp_path / ".venv" / "installed").touch()
+
+    def run(target, fails):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        return subprocess.run(
+            ["make", "--silent", target],
+            cwd=tmp_path,
+            env=environment | {"FAILS": fails},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(("fails", "named"), [("nothing", 0), ("ruff", 2), ("mypy", 1), ("pytest", 2)])
+def test_every_part_runs_and_those_that_failed_are_named(make, fails, named):
+    run = make("test", fails)
+    *linters, tests, numerical, end = run.stdout.split("\n", 5)
+    assert linters == LINTERS
+    assert tests.endswith("--nbval-lax notebooks tests; native")
+    assert numerical.startswith("pytest") and numerical.endswith("tests/test_likelihood.py; AVX2")
+    assert end.count(f".venv/bin/{fails}") == named
+    assert (run.returncode != 0) == (named > 0) == ("Failed:" in end)
+
+
+def test_lint_too(make):
+    run = make("lint", "mypy")
+    assert run.returncode != 0 and run.stdout == "\n".join([*LINTERS, "Failed:", "  .venv/bin/mypy", ""])
