@@ -52,7 +52,7 @@ def small_edm() -> Denoiser:
     return Denoiser(EDMNetwork(width=16, multipliers=(1, 1), blocks=1))
 
 
-small_ddpmpp = partial(DDPMpp, width=16, blocks=1)
+small_ddpmpp = partial(DDPMpp, width=16, multipliers=(1, 1), blocks=1)
 small_wrn = partial(WideResNet, depth=10, widen=1)
 
 CLASSIFIERS = {

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from coup_lib import compiled, evaluate, paths
 from coup_lib.compiled import LEAST, Compiled, compiled_score
@@ -25,7 +26,7 @@ SHAPE = SHAPES["digits"]
 SMALL = {"n_images": LEAST, "n_iter": 2, "eot": 1, "n_steps": 2}
 
 
-class Pixelwise(nn.Module):
+class Convolution(nn.Module):
     """Predicts noise by one convolution: little to compile."""
 
     def __init__(self):
@@ -33,13 +34,13 @@ class Pixelwise(nn.Module):
         self.layer = nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, x, t):
-        return F.silu(self.layer(x)) * t[:, None, None, None]
+        return self.layer(x) * t[:, None, None, None]
 
 
 @pytest.fixture
 def score():
     torch.manual_seed(0)
-    return NoiseScore(Pixelwise()).eval().requires_grad_(False)
+    return NoiseScore(Convolution()).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def slope(network, x, t):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+# A quarter of the time: nothing tried out or prepared for programs to come, which do not come.
+@inductor.patch({"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1})
 def test_it_computes_the_score_and_its_gradient(score, capsys):
     fast = Compiled(score, SHAPE)
     assert "compiled in" in capsys.readouterr().out
@@ -156,9 +159,10 @@ def test_a_setting_that_is_no_yes_or_no_is_refused(value):
 
 def test_the_published_networks_compile(monkeypatch, capsys):
     monkeypatch.setenv("COUP_SMOKE", "1")
-    for dataset, name in {"cifar10": "ddpmpp-deep", "cifar100": "edm-vp"}.items():
+    # What the two share, which is nearly all, is split into forward and backward once.
+    for dataset, name, backend in (("cifar10", "ddpmpp-deep", "aot_eager"), ("cifar100", "edm-vp", "eager")):
         score = load_score(dataset, name)
-        fast = Compiled(score, SHAPES[dataset], "aot_eager")
+        fast = Compiled(score, SHAPES[dataset], backend)
         x, t = torch.randn(LEAST, *SHAPES[dataset]), torch.tensor(0.1)
         torch.testing.assert_close(slope(fast, x, t), slope(score, x, t), rtol=1e-3, atol=1e-2)
     assert "failed" not in capsys.readouterr().out

@@ -2,12 +2,7 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
-import time
 from dataclasses import replace
 
 import filelock
@@ -211,70 +206,3 @@ def test_a_record_says_whose_code_made_its_chunks(monkeypatch):
     assert old == "old" and provenance["commit"] == "new"
     assert [made["commit"] for made in provenance["also"]] == ["old"]
     assert "also" not in run(square, settings={"a": 2})["provenance"]
-
-
-KILLED = """
-    import os, sys, time
-    from coup_lib.config import Config
-    from coup_lib.attacks import Attack
-    from coup_lib.evaluate import Evaluation, Source
-    slow = Attack.__call__
-    def announced(*args, **kwargs):
-        result = slow(*args, **kwargs)
-        print("attacked", flush=True)
-        time.sleep(float(sys.argv[1]))
-        return result
-    Attack.__call__ = announced
-    object.__setattr__(Config().sizes, "chunk_size", 3)
-    config = Config(n_images=12, n_iter=2, eot=2)
-    Evaluation(config, verbose=False).score("coup", Source("apgd-ce", "coup"))
-"""
-
-
-def evaluation(folder, pause):
-    script = textwrap.dedent(KILLED)
-    environment = os.environ | {"COUP_RESULTS": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(pause)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-
-
-def measured(folder):
-    """Every finished record but for what a stopwatch says; the arrays byte for byte."""
-    documents = {}
-    for path in sorted(folder.rglob("*.json")):
-        document = json.loads(path.read_text())
-        for volatile in ("seconds", "peak_memory_mib"):
-            del document["provenance"][volatile]
-        documents[path.name] = json.dumps(document)
-    for path in sorted(folder.rglob("*.npz")):
-        documents[path.name] = path.read_bytes()
-    return documents
-
-
-def test_a_killed_evaluation_ends_with_the_same_json(tmp_path):
-    """SIGKILL after two of four chunks, then the same call again, against an undisturbed run."""
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    process = evaluation(killed, pause=60)
-    process.stdout.readline()
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not list(killed.rglob("*.json"))
-
-    process = evaluation(killed, pause=0.5)
-    for _ in range(2):
-        assert process.stdout.readline() == "attacked\n"
-    time.sleep(0.8)  # the second chunk is in the journal by now
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (journal,) = killed.rglob("*.journal")
-    done_before = len(journal.read_text().splitlines())
-    assert done_before >= 1
-
-    process = evaluation(killed, pause=0)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert output.count("attacked") == 4 - done_before
-    assert evaluation(undisturbed, pause=0).wait(timeout=120) == 0
-    assert measured(killed) == measured(undisturbed)
-    assert len(measured(killed)) == 3  # the attack, its images, the score

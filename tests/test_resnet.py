@@ -47,8 +47,8 @@ def test_resnet18_computes_what_the_wheels_own_code_does():
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     # In float64: in float32 a ReLU a rounding error away from zero may fall on either side.
-    x = x.double()
-    ours_grad, theirs_grad = (gradient_of(lambda x, f=f.double(): f(x).amax(1), x) for f in (ours, theirs))
+    ours, theirs, x = ours.double(), theirs.double(), x.double()
+    ours_grad, theirs_grad = (gradient_of(lambda x, f=f: f(x).amax(1), x) for f in (ours, theirs))
     assert (ours_grad - theirs_grad).norm() < 1e-12 * theirs_grad.norm()
 
 
