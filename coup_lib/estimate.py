@@ -1,23 +1,23 @@
-"""What a notebook will cost on this machine, measured before it starts.
+"""What a notebook will cost on this machine: its network calls counted, at the speed of one of them here.
 
 python -m coup_lib.estimate --profile cifar10 --budget full
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
+from itertools import chain
 from math import prod
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -33,20 +33,25 @@ from coup_lib import (
     mechanism,
     stronger,
     sweeps,
-    zoo,
 )
-from coup_lib.config import NORMS, Config
-from coup_lib.data import SHAPES
-from coup_lib.defences import MAXIMISERS, PAPER, purifications
+from coup_lib.checkpoints import CheckpointError
+from coup_lib.config import NORMS, Config, choice
+from coup_lib.data import SHAPES, is_here, load_split
+from coup_lib.defences import PAPER, PURIFIERS, SWITCH, is_guided, purifications
 from coup_lib.evaluate import Evaluation, Job, Source, planning
-from coup_lib.gradients import ACTIVATION_BUDGET, THROUGH_STEPS, activation_bytes
+from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
+from coup_lib.likelihood import N_STEPS
+from coup_lib.precision import PRECISIONS, products
 from coup_lib.profiles import BUDGETS, PROFILES
-from coup_lib.purify import Purified, Purifier
+from coup_lib.sde import VPSDE
+from coup_lib.solver import time_grid
 from coup_lib.tables import markdown
+from coup_lib.zoo import is_ours, load_classifier, load_score, missing, needed
 
-STEPS = 1  # of the paths that are timed; whole ones are as many times longer
-TIMED_FLOP = {"cpu": 2e11, "cuda": 5e13}  # in one timed call, a second's worth or so
+SHORT = 120  # seconds: of less work than that nothing is said
+TIMED_FLOP = {"cpu": 5e8, "cuda": 5e12}  # in one timed call, a tenth of a second or so
 USABLE = 0.8  # of the free memory
+SMOOTHED = 4  # calls of the classifier that a smoothed one takes
 TABLE_HEAD = ("images", "purifications", "gradients", "network calls", "PFLOP", "GiB", "GiB on disk", "hours")
 
 
@@ -129,30 +134,13 @@ NOTEBOOKS = {
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one image: seconds in a batch, and floating-point operations (multiply and add are two)."""
-
-    seconds: float
-    flop: float
-
-    def times(self, factor: float) -> "Cost":
-        """As often."""
-        return Cost(factor * self.seconds, factor * self.flop)
-
-    def plus(self, other: "Cost") -> "Cost":
-        """One after the other."""
-        return Cost(self.seconds + other.seconds, self.flop + other.flop)
-
-
 def jobs(name: str, *configs: Config, **own: Any) -> list[Job]:
     """What the notebook would attack and score with these configurations, each once; nothing is computed.
 
     own: parameters of this notebook alone, such as t_stars; its defaults where left out. ValueError for an
     unknown notebook.
     """
-    if name not in NOTEBOOKS:
-        raise ValueError(f"expected a notebook out of {', '.join(NOTEBOOKS)}; got {name!r}")
+    choice("notebook", name, NOTEBOOKS)
     with planning() as found, redirect_stdout(StringIO()):
         NOTEBOOKS[name].run(*configs, **own)
     planned: list[Job] = []
@@ -166,120 +154,185 @@ def jobs(name: str, *configs: Config, **own: Any) -> list[Job]:
     return planned
 
 
-def estimate(name: str, *configs: Config, **own: Any) -> dict[str, float]:
-    """The row of a notebook, by `TABLE_HEAD`: of all that it computes, but hours only of what is left.
-
-    own: as in `jobs`.
-
-    network calls: of the score network, a derivative counting as one. GiB: of activations and states at the
-    batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32; they do
-    not compress.
-    """
-    row, memory = dict.fromkeys(TABLE_HEAD, 0.0), [0.0]
-    for job in jobs(name, *configs, **own):
-        config, source = job.config, job.source
-        gradients, forwards = job.calls
-        scored = {target: 2 * config.n_draws for target in job.targets if target != "none"}
-        cost = Cost(0, 0)
-        if forwards:
-            cost = unit(job, source.defence, None).times(forwards)
-        if gradients:
-            cost = cost.plus(unit(job, source.defence, source.gradient).times(gradients))
-        for target, draws in scored.items():
-            cost = cost.plus(unit(job, target, None).times(draws))
-        steps = 0 if source.defence == "none" else source.n_steps or config.n_steps
-        paths = purifications(source.defence), sum(n * purifications(at) for at, n in scored.items())
-        row["images"] = max(row["images"], config.n_images)
-        row["purifications"] += config.n_images * ((steps > 0) * forwards * paths[0] + paths[1])
-        row["gradients"] += config.n_images * gradients
-        row["network calls"] += config.n_images * (
-            steps * (forwards + 3 * gradients) * paths[0] + config.n_steps * paths[1]
-        )
-        row["PFLOP"] += config.n_images * cost.flop / 1e15
-        pixels = prod(SHAPES[config.sizes.dataset])
-        row["GiB on disk"] += config.n_images * pixels * 4 / 2**30 if job.makes_images else 0
-        row["hours"] += 0 if job.done else config.n_images * cost.seconds / 3600
-        if steps:
-            memory.append(bytes_per_image(job) * config.sizes.max_batch)
-    return row | {"GiB": max(memory) / 2**30}
-
-
 def show(name: str, *configs: Config, **own: Any) -> None:
-    """Print the notebook's row, and a batch size that fits, before it starts; own as in `jobs`.
+    """Print the notebook's row, and a batch size that fits, before long work starts; own as in `jobs`.
 
-    Raises what `artefacts.obtain` raises where published networks are missing: all of them are named at once.
+    Data and networks are looked for first, see `obtain`.
     """
-    for config in configs:
-        artefacts.obtain(zoo.needed(*_networks(config)))
-    if all(job.done for job in jobs(name, *configs, **own)):
+    obtain(jobs(name, *configs, **own))
+    planned = jobs(name, *configs, **own)  # again, for records have names now
+    if all(job.done for job in planned):
         print(f"{name}: the record of every attack is here, none is to be computed")
         return
-    row = estimate(name, *configs, **own)
-    print(markdown(_frame({name: row})))
-    print(f"\n{suggestion(configs[0], row['GiB'])}")
+    row = estimate(planned)
+    if row["hours"] * 3600 > SHORT:
+        print(*_lines(name, row), f"\n{suggestion(configs[0], row['GiB'])}", sep="\n")
 
 
-def suggestion(config: Config, gib: float) -> str:
-    """What batch fits into this device's memory, when the profile's takes so many GiB."""
-    free, batch = _free_memory(config.torch_device), config.sizes.max_batch
-    per_image = gib / batch * 2**30
-    fitting = 2 ** max(0, int(USABLE * free / max(per_image, 1)).bit_length() - 1)
-    return (
-        f"On {config.torch_device}, {free / 2**30:.0f} GiB free, up to {fitting:,} images fit into one call "
-        f"of the score network; the profile takes {batch:,} (max_batch in coup_lib/profiles.py). "
-        "Should memory run out all the same, the batch is halved."
-    )
+def obtain(planned: Iterable[Job]) -> None:
+    """See that the images and networks that these jobs take are here, or fetch them.
+
+    Raises what `data.load_split` and `artefacts.obtain` raise where they cannot be had: of networks, all that
+    are missing are named at once.
+    """
+    planned = list(planned)
+    for which in {(job.config.sizes.dataset, job.config.split, job.config.subset) for job in planned}:
+        load_split(*which)
+    artefacts.obtain(_networks(planned, needed))
 
 
-def unit(job: Job, defence: str, gradient: str | None) -> Cost:
-    """The cost of one image's purification and decision, or with a gradient of that too."""
-    config = job.config
-    without = _measured(config, job.classifier, "none", None if gradient is None else "exact")
+def _networks(planned: Iterable[Job], which: Callable[..., list[str]]) -> list[str]:
+    """Of the networks that the jobs take those that are `zoo.needed` or `zoo.missing`."""
+    taken: dict[tuple[str, str], dict[str, None]] = {}
+    for job in planned:
+        sizes = job.config.sizes
+        taken.setdefault((sizes.dataset, sizes.score), {}).update(dict.fromkeys(job.classifiers))
+    return [name for (dataset, score), names in taken.items() for name in which(dataset, names, score)]
+
+
+# What is computed
+
+
+def work(job: Job, *, replayed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`network_calls` of one image's attack, and of scoring what it found."""
+    (gradients, forwards), source = job.calls, job.source
+    attack = forwards * network_calls(job, source.defence)
+    if gradients:
+        attack = attack + gradients * network_calls(job, source.defence, source.gradient, replayed=replayed)
+    scored = [network_calls(job, target) for target in job.targets if target != "none"]
+    return attack, 2 * job.config.n_draws * sum(scored, np.zeros(2))
+
+
+def network_calls(
+    job: Job, defence: str, gradient: str | None = None, *, replayed: bool = False
+) -> np.ndarray:
+    """Calls of the score network and of the classifier, (2,), in one image's purifications and decision.
+
+    A derivative counts as a call: that of a convolution takes as many operations as the convolution.
+
+    gradient: of a loss of the decision; None: no gradient. replayed: each step is taken once more for it.
+    """
+    decision = np.array([0, 1 if gradient is None else 2])
     if defence == "none":
-        return without
-    if defence in MAXIMISERS:
-        return _measured(config, job.classifier, defence, gradient)
-    steps = (job.source.n_steps if defence == job.source.defence else None) or config.n_steps
-    step = _measured(config, job.classifier, defence, gradient).plus(without.times(-1))
-    if gradient in THROUGH_STEPS and _replays(job, defence, steps):
-        step = step.plus(_measured(config, job.classifier, defence, None))
-        step = step.plus(_measured(config, job.classifier, "none", None).times(-1))
-    step = step.times(1 / STEPS)
-    return without.plus(Cost(max(step.seconds, 0), max(step.flop, 0)).times(steps))
+        return decision
+    own, guidance = calls_of_a_step(defence)
+    step, steps = own + _guided_share(defence, job.config.t_star) * guidance, _steps(job, defence)
+    if gradient == "adjoint":  # the path, torchsde's own path, and back with the drift and its derivative
+        step = 4 * step
+    elif gradient is not None:
+        again = replayed or PURIFIERS[defence].maximised
+        step = (1 + again) * step + (own if gradient == "first_order" else step)
+    return purifications(defence) * (steps * step + decision)
 
 
-def _replays(job: Job, defence: str, steps: int) -> bool:
-    """Whether such a path has too many activations to be kept, so that every step is gone once more."""
-    config = job.config
-    together = min(config.n_images, config.sizes.chunk_size) * (job.source.eot or config.eot)
-    # On a CPU an attack takes as few images at once as fit.
-    batch = 1 if config.torch_device.type == "cpu" else min(together, config.sizes.max_batch)
-    kept = _step_bytes(config.profile, config.device, job.classifier, defence) * steps * batch
-    return kept > ACTIVATION_BUDGET
+def calls_of_a_step(defence: str) -> tuple[np.ndarray, np.ndarray]:
+    """Calls of the score network and of the classifier, (2,), in a purifier's step, and in its guidance."""
+    recipe = PURIFIERS[defence]
+    if recipe.maximised:  # by the gradient of a denoiser's error
+        return np.array([2, 0]), np.array([0, 2 * is_guided(defence)])
+    draws = SMOOTHED if defence == "smoothed" else 1
+    return np.array([1, 0]), np.array([2 * recipe.through_score, 2 * draws * is_guided(defence)])
 
 
-def _measured(config: Config, classifier: str, defence: str, gradient: str | None) -> Cost:
-    """As `unit`, on a path of `STEPS` steps; measured once."""
-    return _measured_once(config.profile, config.device, classifier, defence, gradient or "")
+def _guided_share(defence: str, t_star: float) -> float:
+    """The part of a path's steps that have guidance, if any has."""
+    late = min(SWITCH / t_star, 1.0)
+    return {"late": late, "late-denoised": late, "early": 1 - late}.get(defence, 1.0)
+
+
+def _steps(job: Job, defence: str) -> int:
+    if PURIFIERS[defence].maximised:
+        return N_STEPS
+    return (job.source.n_steps if defence == job.source.defence else None) or job.config.n_steps
+
+
+# What that takes
+
+
+def estimate(planned: Iterable[Job]) -> dict[str, float]:
+    """A row by `TABLE_HEAD`: of all that the jobs compute, but hours only of what is left.
+
+    network calls: of the score network, a derivative counting as one. GiB: of its activations and the states
+    at the batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32;
+    they do not compress. hours: at the speed of the score network and its derivative.
+    """
+    row = dict.fromkeys(TABLE_HEAD, 0.0)
+    for job in planned:
+        config, source, (gradients, forwards) = job.config, job.source, job.calls
+        n, pixels = config.n_images, prod(SHAPES[config.sizes.dataset])
+        attack, scores = work(job, replayed=_replays(job))
+        flop = np.array([_score_network(config).flop, _classifier_flop(config.sizes.dataset, job.classifier)])
+        decided = [(source.defence, forwards), *((target, 2 * config.n_draws) for target in job.targets)]
+        row["images"] = max(row["images"], n)
+        row["purifications"] += n * sum(k * purifications(name) for name, k in decided if name != "none")
+        row["gradients"] += n * gradients
+        row["network calls"] += n * float((attack + scores)[0])
+        row["PFLOP"] += n * float((attack + scores) @ flop) / 1e15
+        row["GiB on disk"] += n * pixels * 4 / 2**30 * job.makes_images
+        row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.sizes.max_batch / 2**30)
+        if not job.done:
+            speeds = {name: _score_network(config, name).speed for name in {"float32", config.precision}}
+            row["hours"] += n * seconds(attack * flop, scores * flop, config.precision, speeds) / 3600
+    return row
+
+
+def seconds(attack: np.ndarray, scores: np.ndarray, precision: str, speeds: dict[str, float]) -> float:
+    """How long it takes to attack in this precision and to score what was found, always in float32.
+
+    attack, scores: operations in the score network and in the classifier, (2,). speeds: of each precision,
+    operations per second. Only TF32 is the classifier's, too.
+    """
+    classifier = speeds[precision if precision == "tf32" else "float32"]
+    attacking = attack[0] / speeds[precision] + attack[1] / classifier
+    return float(attacking + scores.sum() / speeds["float32"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network on this machine.
+
+    flop: of one call on one image; multiply and add are two. kept: bytes, for its derivative. speed:
+    operations per second, of calls with their derivatives.
+    """
+
+    flop: float
+    kept: int
+    speed: float
+
+
+def _score_network(config: Config, precision: str = "float32") -> Measured:
+    return _measured_once(config.profile, config.device, precision)
 
 
 @cache
-def _measured_once(profile: str, device: str, classifier: str, defence: str, gradient: str) -> Cost:
+def _measured_once(profile: str, device: str, precision: str) -> Measured:
     config = Config(profile=profile, device=device, n_images=1)
-    evaluation = Evaluation(config, classifier, trained=False)
-    model = evaluation.defence(defence, gradient or "exact", None if defence in MAXIMISERS else STEPS)
-    image = torch.rand(1, *SHAPES[config.sizes.dataset], device=config.torch_device)
-    began = time.perf_counter()
-    with FlopCounter() as counter:
-        _call(model, image, gradient)
-    flop = max(float(counter.total), 1.0)
-    size = int(min(max(TIMED_FLOP[config.torch_device.type] / flop, 1), config.sizes.max_batch))
-    if size > 1:  # else that call was long enough to be timed
-        batch = image.repeat(size, 1, 1, 1)
-        _call(model, batch, gradient)  # the first call of a shape is slower
+    dataset, where = config.sizes.dataset, config.torch_device
+    score = load_score(dataset, config.sizes.score, trained=False, precision=precision).to(where)
+    x, times = torch.rand(1, *SHAPES[dataset], device=where), time_grid(0.1, 1)
+    with FlopCounter() as counter, products(precision):
+        kept = activation_bytes(score, VPSDE(), x, times)
+    most = min(TIMED_FLOP.get(where.type, TIMED_FLOP["cpu"]) / counter.total, fitting(config, kept))
+    x = x.repeat(int(min(max(most, 1), config.sizes.max_batch)), 1, 1, 1).requires_grad_()
+    for _ in range(1 if len(x) == 1 else 2):  # the first call of a shape is slower
         began = time.perf_counter()
-        _call(model, batch, gradient)
-    return Cost((time.perf_counter() - began) / size, flop)
+        with products(precision):
+            torch.autograd.grad(score(x, times[0].to(x)).sum(), x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    took = time.perf_counter() - began
+    return Measured(counter.total, kept, speed=2 * len(x) * counter.total / took)
+
+
+@cache
+def _classifier_flop(dataset: str, name: str) -> float:
+    """Of one call on one image."""
+    # Published networks are large; on the meta device they take neither memory nor time.
+    with torch.device("cpu" if is_ours(dataset, name) else "meta"), torch.no_grad():
+        classifier = load_classifier(dataset, name, trained=False)
+        with FlopCounter() as counter:
+            classifier(torch.zeros(1, *SHAPES[dataset]))
+    return float(counter.total)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -297,81 +350,104 @@ class FlopCounter(TorchDispatchMode):
         return result
 
 
-def _call(model: nn.Module, x: Tensor, gradient: str) -> None:
-    """One decision on each image, with the gradient of its loss where one is named; waits for the device."""
-    if not gradient:
-        with torch.no_grad():
-            model(x)
-    else:
-        x = x.detach().requires_grad_()
-        logits = model(x)
-        torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1), reduction="sum"), x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-
-
-@cache
-def _step_bytes(profile: str, device: str, classifier: str, defence: str) -> int:
-    config = Config(profile=profile, device=device, n_images=1)
-    model = cast(Purified, Evaluation(config, classifier, trained=False).defence(defence, n_steps=STEPS))
-    if not isinstance(model.purifier, Purifier):
-        return 0
-    state = torch.zeros(1, *SHAPES[config.sizes.dataset], device=config.torch_device)
-    return activation_bytes(model.purifier.score, model.purifier.sde, state, model.purifier.times) // STEPS
+# Memory
 
 
 def bytes_per_image(job: Job) -> int:
-    """What a gradient keeps at once: the activations of one step, which is replayed, and all N + 1 states."""
+    """What a gradient keeps at once: of one step, which is replayed, and all N + 1 states."""
+    config, defence = job.config, job.source.defence
+    if defence == "none":
+        return 0
+    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.sizes.dataset]) * 4
+
+
+def _step_bytes(job: Job) -> int:
+    own, guidance = calls_of_a_step(job.source.defence)
+    return (own + guidance)[0] * _score_network(job.config).kept
+
+
+def _replays(job: Job) -> bool:
+    """Whether the attacked path has too many activations to be kept, so that every step is gone once more."""
     config, source = job.config, job.source
-    pixels = torch.Size(SHAPES[config.sizes.dataset]).numel()
-    states = ((source.n_steps or config.n_steps) + 1) * pixels * 4
-    return _step_bytes(config.profile, config.device, job.classifier, source.defence) + states
+    if source.defence == "none":
+        return False
+    together = min(config.n_images, config.sizes.chunk_size) * (source.eot or config.eot)
+    # On a CPU an attack takes as few images at once as fit.
+    batch = 1 if config.torch_device.type == "cpu" else min(together, config.sizes.max_batch)
+    return _step_bytes(job) * _steps(job, source.defence) * batch > ACTIVATION_BUDGET
 
 
-def _free_memory(device: torch.device) -> int:
+def suggestion(config: Config, gib: float) -> str:
+    """What batch fits into this device's memory, when the profile's takes so many GiB."""
+    batch = config.sizes.max_batch
+    free, fits = _free_memory(config) / 2**30, fitting(config, gib / batch * 2**30)
+    return (
+        f"On {config.torch_device}, {free:.0f} GiB free, up to {fits:,} images fit into one call of the "
+        f"score network; the profile takes {batch:,} (max_batch in coup_lib/profiles.py). "
+        "Should memory run out all the same, the batch is halved."
+    )
+
+
+def fitting(config: Config, per_image: float) -> int:
+    """How many images of so many bytes fit into the device's free memory: a power of two."""
+    return 2 ** max(0, int(USABLE * _free_memory(config) / max(per_image, 1)).bit_length() - 1)
+
+
+def _free_memory(config: Config) -> int:
     """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if config.torch_device.type == "cuda":
+        return torch.cuda.mem_get_info(config.torch_device)[0]
+    return psutil.virtual_memory().available
 
 
-def _frame(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """The rows for people; hours below a tenth as minutes."""
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(TABLE_HEAD)).rename_axis("notebook")
-    for name in TABLE_HEAD:
-        few_digits = name.startswith(("PFLOP", "GiB"))
-        frame[name] = frame[name].map("{:,.3g}".format if few_digits else "{:,.0f}".format)
-    hours = [row["hours"] for row in rows.values()]
-    frame["hours"] = [f"{value:,.1f}" if value >= 0.1 else f"{60 * value:.1f} min" for value in hours]
-    return frame
+# For people
+
+
+def _lines(name: str, row: dict[str, float]) -> list[str]:
+    """Heading, rule and row of a table; hours below a tenth as minutes."""
+    cells = {head: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for head, value in row.items()}
+    if row["hours"] < 0.1:
+        cells["hours"] = f"{60 * row['hours']:.1f} min"
+    return markdown(pd.DataFrame(cells, index=pd.Index([name], name="notebook"))).splitlines()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a row for each notebook, and their sum."""
+    """The command line: a row for each notebook as soon as it is known, and their sum."""
     parser = argparse.ArgumentParser(description="What every notebook will cost on this machine.")
     parser.add_argument("--profile", default="digits", choices=PROFILES)
     parser.add_argument("--budget", default="quick", choices=BUDGETS)
     parser.add_argument("--norm", default="linf", choices=NORMS)
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--classifier")
     parser.add_argument("--subset")
     parser.add_argument("--n-images", type=int)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--obtain", action="store_true", help="only see that data and networks are here")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 04_autoattack; all of them")
     given = vars(parser.parse_args(arguments))
-    names = given.pop("notebooks") or list(NOTEBOOKS)
-    rows = {name: estimate(name, *_configs(name, given), **_own(name, given)) for name in names}
+    only_obtain, names = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
+    try:
+        plans = {name: jobs(name, *_configs(name, given), **_own(name, given)) for name in names}
+        if only_obtain:
+            obtain(chain(*plans.values()))
+            return
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        raise SystemExit(str(error)) from None
+    print(_absent(list(chain(*plans.values()))), end="\n\n", flush=True)
+    rows: dict[str, dict[str, float]] = {}
+    for name, planned in plans.items():
+        rows[name] = estimate(planned)
+        print(*_lines(name, rows[name])[2 if len(rows) > 1 else 0 :], sep="\n", flush=True)
     total = {head: sum(row[head] for row in rows.values()) for head in TABLE_HEAD}
     total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
-    print(markdown(_frame(rows | ({"all of them": total} if len(rows) > 1 else {}))))
+    if len(rows) > 1:
+        print(_lines("all of them", total)[-1])
     print(f"\n{suggestion(Config(**given), total['GiB'])}")
-    absent = zoo.missing(*_networks(Config(**given)))
-    print(f"\nStill to be fetched: {', '.join(absent)}" if absent else "\nAll networks are here.")
 
 
 def _configs(name: str, given: dict[str, Any]) -> list[Config]:
-    if name not in NOTEBOOKS:
-        raise ValueError(f"expected a notebook out of {', '.join(NOTEBOOKS)}; got {name!r}")
-    return [Config(**given | settings) for settings in NOTEBOOKS[name].settings]
+    settings = NOTEBOOKS[choice("notebook", name, NOTEBOOKS)].settings
+    return [Config(**given | fixed) for fixed in settings]
 
 
 def _own(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -380,10 +456,11 @@ def _own(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {"classifiers": [one]} if one else {}
 
 
-def _networks(config: Config) -> tuple[str, Iterable[str], str]:
-    profile = config.sizes
-    names = (config.classifier, *profile.classifiers, *profile.robust_classifiers.values())
-    return profile.dataset, names, profile.score
+def _absent(planned: Sequence[Job]) -> str:
+    """What of the jobs' images and networks is not here."""
+    datasets = dict.fromkeys(job.config.sizes.dataset for job in planned)
+    absent = [name for name in datasets if not is_here(name)] + _networks(planned, missing)
+    return f"Still to be fetched: {', '.join(absent)}" if absent else "Data and networks are here."
 
 
 if __name__ == "__main__":

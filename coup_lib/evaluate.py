@@ -110,7 +110,7 @@ class Job:
     source: Source
     targets: tuple[str, ...]
     record: str
-    done: bool
+    done: bool = False
     shared: bool = False
     measured: tuple[int, int] | None = None
 
@@ -123,6 +123,12 @@ class Job:
     def makes_images(self) -> bool:
         """Whether it leaves attacked images on disk."""
         return not self.shared and self.measured is None
+
+    @property
+    def classifiers(self) -> list[str]:
+        """All that it takes: the one that decides, and where the robust one guides that, too."""
+        guided = any(PURIFIERS[name].robust_guide for name in {self.source.defence, *self.targets} - {"none"})
+        return [self.classifier, *[self.config.sizes.robust_classifiers[self.config.norm]] * guided]
 
 
 _planned: ContextVar[list[Job] | None] = ContextVar("planned", default=None)
@@ -278,9 +284,10 @@ class Evaluation:
         if (jobs := _planned.get()) is None:
             return False
         config, profile = replace(self.config, n_images=n_images or self.config.n_images), self.config.profile
-        done = self._at_hand and is_complete(record_path(profile, *describe(False)))
         record, source = record_path(profile, *describe(True)).stem, Source("apgd-ce", target)
-        jobs.append(Job(config, self.classifier_name, source, (), record, done, measured=calls))
+        job = Job(config, self.classifier_name, source, (), record, measured=calls)
+        done = self._at_hand(job) and is_complete(record_path(profile, *describe(False)))
+        jobs.append(replace(job, done=done))
         return True
 
     def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[str, Score]]:
@@ -564,15 +571,14 @@ class Evaluation:
 
     def _job(self, source: Source, targets: dict[str, Sequence[Source]]) -> Job:
         facing = tuple(target for target, row in targets.items() if source in row)
-        done = self._at_hand and self._is_done(source)
         record = record_path(self.config.profile, *self.attack_settings(source, by_name=True)).stem
-        return Job(self.config, self.classifier_name, source, facing, record, done)
+        job = Job(self.config, self.classifier_name, source, facing, record)
+        return replace(job, done=self._at_hand(job) and self._is_done(source))
 
-    @property
-    def _at_hand(self) -> bool:
+    def _at_hand(self, job: Job) -> bool:
         """Whether data and networks are: else no record can be named, and to plan none is fetched."""
         dataset, score = self.config.sizes.dataset, self.config.sizes.score
-        return is_here(dataset) and not missing(dataset, [self.classifier_name, self._guide], score)
+        return is_here(dataset) and not missing(dataset, job.classifiers, score)
 
     def _all_right(self) -> Score:
         labels = np.zeros(self.config.n_images, dtype=int)
