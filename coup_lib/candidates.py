@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from coup_lib.config import count
 from coup_lib.guidance import Guided, gradient_of, log_confidence
-from coup_lib.purify import Purified, Purifier
+from coup_lib.purify import Purified, Purifier, check_images, check_seeds
+from coup_lib.score import agreed_sde
 from coup_lib.sde import VPSDE
 
 STRIDE = 0x9E3779B1  # between the seeds of one image's purifications
@@ -16,7 +18,11 @@ class DenoisedGuided(Guided):
     The gradient runs through the score network, so it is taken in x and not in x̂0.
     """
 
-    sde = VPSDE()
+    sde: VPSDE
+
+    def __init__(self, score: nn.Module, classifier: nn.Module, weight: float = 1.0) -> None:
+        super().__init__(score, classifier, weight)
+        self.sde = agreed_sde(score, None)
 
     def denoised(self, x: Tensor, t: Tensor) -> Tensor:
         """Tweedie's E[x_0 | x_t = x], like x."""
@@ -52,7 +58,7 @@ class Smoothed(nn.Module):
 
     def __init__(self, classifier: nn.Module, std: float, draws: int = 4, seed: int = 0) -> None:
         super().__init__()
-        self.classifier, self.std, self.draws, self.seed = classifier, std, draws, seed
+        self.classifier, self.std, self.draws, self.seed = classifier, std, count("draws", draws), seed
 
     def forward(self, x: Tensor) -> Tensor:
         """log of the mean of p(y|x + std·ε), the same ε for every image x (B, C, H, W) in [0, 1]."""
@@ -67,13 +73,15 @@ class Averaged(Purified):
 
     def __init__(self, classifier: nn.Module, purifier: Purifier, draws: int = 4) -> None:
         super().__init__(classifier, purifier)
-        self.draws = draws
+        self.draws = count("draws", draws)
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Mean logits (B, K); an image's seed (B,) fixes all of its purifications."""
+        check_images(x, self.purifier.margin)
         if seeds is not None:
+            check_seeds(seeds, x)
             # An odd stride: of a seed, torch's generator on the CPU takes the low 32 bits only.
-            places = torch.arange(self.draws)
+            places = torch.arange(self.draws, device=seeds.device)
             seeds = ((seeds[:, None] + places * STRIDE) % 2**62).flatten()
         logits = super().forward(x.repeat_interleave(self.draws, dim=0), seeds)
         return logits.unflatten(0, (len(x), self.draws)).mean(1)

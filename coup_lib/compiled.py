@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.data import SHAPES
+from coup_lib.guidance import Guided, held
 from coup_lib.zoo import load_score
 
 # PyTorch convolves fewer images in another way: that program would take longer to compile than it saves.
@@ -16,8 +17,9 @@ LEAST = 16
 class Compiled(nn.Module):
     """A score (x (B, C, H, W), t of shape ()) → like x, compiled for batches of `LEAST` images and more.
 
-    First derivatives only: PyTorch has none of second order for what it compiled. What it computes differs
-    from the score in the last digits. A smaller batch goes through the score itself.
+    First derivatives only: PyTorch has none of second order for what it compiled, so guidance that is to be
+    differentiated goes through the score itself, and so does a smaller batch. What is computed differs from
+    the score in the last digits.
 
     Where compiling fails (no C++ compiler on a CPU, no Triton on a GPU), this says so and is the score.
 
@@ -30,6 +32,7 @@ class Compiled(nn.Module):
     def __init__(self, score: nn.Module, shape: tuple[int, int, int], backend: str = "inductor") -> None:
         super().__init__()
         self.score = score
+        self._guided = any(isinstance(part, Guided) for part in score.modules())
         started = time.monotonic()
         print("compiling the score network", flush=True)
         try:
@@ -55,7 +58,8 @@ class Compiled(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The score at x (B, C, H, W) and t of shape ()."""
-        if len(x) < LEAST:
+        second_order = self._guided and torch.is_grad_enabled() and held(x).requires_grad
+        if len(x) < LEAST or second_order:
             return self.score(x, t)
         torch._dynamo.maybe_mark_dynamic(x, 0)  # one program for every B
         return self._run(x, t)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coup_lib.checkpoints import load_state
 from coup_lib.ddpmpp import check_inputs, check_sizes, group_norm, time_embedding
 from coup_lib.score import DISCRETE_LEVELS
-from coup_lib.sde import VPSDE, per_image
+from coup_lib.sde import VPSDE, check_like, per_image
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]  # c_skip, c_out, c_in, c_noise of Karras et al., Eq. 7
 Preconditioning = Callable[[Tensor], Coefficients]
@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"expected sigma () or ({len(x)},), one per image; got {tuple(sigma.shape)}")
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma.to(x.dtype).expand(len(x)))
         c_skip, c_out, c_in = (per_image(c, x) for c in (c_skip, c_out, c_in))
-        return c_skip * x + c_out * self.model(c_in * x, c_noise)
+        return c_skip * x + c_out * check_like("network", self.model(c_in * x, c_noise), x)
 
 
 class EDMNetwork(nn.Module):

@@ -6,7 +6,8 @@ adjoint      the paper's augmented SDE (Sec. 4.2.1) by torchsde, on the same Bro
 bpda         the identity (in `purify.Purifier`: it skips the forward noise and the scaling too)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,10 @@ import torch
 import torchsde
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
-from coup_lib.guidance import first_order
+from coup_lib.config import choice
+from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, euler_step, reverse_drift, solve, step_times
 
@@ -25,7 +28,9 @@ THROUGH_STEPS = ("exact", "first_order")  # gradients that autograd takes step b
 # Of one step of one image, by score: an attack asks thousands of times.
 _step_bytes: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
-PullBack = Callable[[tuple[Tensor, ...], Tensor], Tensor]
+Randomness = Sequence[Sequence[Tensor]]  # the states of some generators, before every step and at the end
+PullBack = Callable[[tuple[Tensor, ...], Randomness, Tensor], Tensor]
+Step = Callable[[int, Tensor], Tensor]  # (index, state) → next state
 
 
 def solve_with_gradient(
@@ -42,8 +47,14 @@ def solve_with_gradient(
     Where the activations of all steps take fewer bytes than activation_budget, plain autograd keeps them:
     that saves one forward pass. Else what is kept are the N + 1 states (and, for the adjoint, the noise):
     every step is replayed from its own stored state, so the memory for activations does not grow with N.
-    The noise is additive and drops out of the derivative. Both ways give the same numbers.
+    The noise is additive and drops out of the derivative. Both ways give the same numbers, also of networks
+    that draw random ones: a replay draws the same again.
+
+    Raises:
+        ValueError: for an unknown gradient, for "first_order" of a score that differentiates something which
+            is not a `Guided`'s, and (when it is pulled back) for "adjoint" of one that draws random numbers.
     """
+    choice("gradient", gradient, (*THROUGH_STEPS, "adjoint"))
     followed = _followed(score, gradient)
 
     def run(x: Tensor, keep: Callback | None = None) -> Tensor:
@@ -52,10 +63,17 @@ def solve_with_gradient(
     if not (torch.is_grad_enabled() and x.requires_grad):
         return run(x)
     if gradient == "adjoint":
-        return _Path.apply(x, run, lambda states, v: adjoint(followed, sde, states, times, noise, v))
+
+        def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
+            if not all(map(torch.equal, randomness[0], randomness[-1])):
+                raise ValueError("gradient: the score draws random numbers, which adjoint cannot draw again")
+            return adjoint(followed, sde, states, times, noise, v)
+
+        return _Path.apply(x, run, pull_back, generators(score, x.device))
     if len(x) <= images_kept(gradient, score, sde, x, times, activation_budget):
         return run(x)
-    return _Path.apply(x, run, lambda states, v: replay(followed, sde, states, times, v))
+    steps = step_times(times, x.dtype, x.device)
+    return replayed(x, run, lambda index, x: euler_step(followed, sde, x, *steps[index]), score)
 
 
 def images_kept(
@@ -70,13 +88,49 @@ def images_kept(
     measured = _step_bytes.setdefault(score, {})
     kind = gradient, x.shape[1:], x.dtype, x.device
     if kind not in measured:
-        measured[kind] = activation_bytes(_followed(score, gradient), sde, x[:1], times[:2])
+        followed = _followed(score, gradient)
+        with unchanged(generators(score, x.device)):
+            if gradient == "first_order":
+                _check_guidance(followed, sde, x[:1], times)
+            measured[kind] = activation_bytes(followed, sde, x[:1], times[:2])
     return activation_budget // max(measured[kind] * (len(times) - 1), 1)
 
 
 def _followed(score: nn.Module, gradient: str) -> nn.Module:
     """The score as the gradient sees it."""
-    return first_order(score) if gradient == "first_order" else score
+    return FirstOrder(score) if gradient == "first_order" else score
+
+
+def check_compiled(gradient: str, score: nn.Module) -> None:
+    """ValueError where the gradient needs a second derivative of compiled code, which autograd leaves out."""
+    for module in score.modules() if gradient in ("exact", "adjoint") else ():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+        if compiled and any(isinstance(part, Guided) for part in module.modules()):
+            raise ValueError(
+                f"score: expected torch.compile inside of guidance, not around it, for gradient={gradient!r}"
+            )
+
+
+def _check_guidance(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> None:
+    """ValueError for a `FirstOrder` score that differentiates a gradient all the same, at whatever time."""
+    with torch.enable_grad(), _NoSecondDerivative():
+        for t, dt in step_times(times, x.dtype, x.device):
+            euler_step(score, sde, x.detach().requires_grad_(), t, dt)
+
+
+class _NoSecondDerivative(TorchFunctionMode):
+    """In here no gradient may be taken that can itself be differentiated."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.autograd.grad, Tensor.backward) and kwargs.get("create_graph"):
+            raise ValueError(
+                "gradient: first_order cannot tell guidance from score where something that is no "
+                "coup_lib.guidance.Guided takes a gradient; make it a subclass, or take exact"
+            )
+        return func(*args, **kwargs)
 
 
 def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:
@@ -96,31 +150,86 @@ def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> 
     return sum(sizes.values()) * len(x) * (len(times) - 1)
 
 
+def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Module) -> Tensor:
+    """run(x, callback) by `step`, with a gradient that keeps the states only.
+
+    Every step is run again, last one first, for one vector-Jacobian product; so what `step` leaves out must
+    have no part in the derivative. Random numbers are those that the network drew the first time.
+
+    Args:
+        run: walks from x, and calls back as callback(index, t, state) before every step and at the end.
+        step: (index, state) → next state.
+        network: what `run` and `step` ask.
+    """
+    drawn_from = generators(network, x.device)
+
+    def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
+        with unchanged(drawn_from):
+            for index in reversed(range(len(states))):
+                restore(drawn_from, randomness[index])
+                with torch.enable_grad():
+                    state = states[index].detach().requires_grad_()
+                    (v,) = torch.autograd.grad(step(index, state), state, v)
+        return v
+
+    return _Path.apply(x, run, pull_back, drawn_from)
+
+
 class _Path(torch.autograd.Function):
-    """A path that keeps its states, and pulls a gradient back along them."""
+    """A path that keeps its states but the last, and pulls a gradient back along them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[..., Tensor], pull_back: PullBack) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        run: Callable[..., Tensor],
+        pull_back: PullBack,
+        drawn_from: Sequence[torch.Generator],
+    ) -> Tensor:
         states: list[Tensor] = []
-        result = run(x, lambda index, t, state: states.append(state))
-        ctx.pull_back = pull_back
-        ctx.save_for_backward(*states)
+        randomness: list[list[Tensor]] = []
+
+        def keep(index: int, t: float, state: Tensor) -> None:
+            states.append(state)
+            randomness.append([generator.get_state() for generator in drawn_from])
+
+        result = run(x, keep)
+        ctx.pull_back, ctx.randomness = pull_back, randomness
+        ctx.save_for_backward(*states[:-1])
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.pull_back(ctx.saved_tensors, v), None, None
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.pull_back(ctx.saved_tensors, ctx.randomness, v), None, None, None
 
 
-def replay(score: nn.Module, sde: VPSDE, states: tuple[Tensor, ...], times: Tensor, v: Tensor) -> Tensor:
-    """vᵀ ∂x_N/∂x_0 by one vector-Jacobian product per step, last step first."""
-    steps = step_times(times, v.dtype, v.device)
-    for state, (t, dt) in zip(reversed(states[:-1]), reversed(steps), strict=True):
-        with torch.enable_grad():
-            x = state.detach().requires_grad_()
-            (v,) = torch.autograd.grad(euler_step(score, sde, x, t, dt), x, v)
-    return v
+def generators(network: nn.Module, device: torch.device) -> list[torch.Generator]:
+    """What a network on the device may draw from: torch's own generators, and those that its modules have."""
+    own = [
+        value
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Generator)
+    ]
+    gpu = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    return [torch.default_generator, *gpu, *own]
+
+
+def restore(drawn_from: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    """Put generators into states that they were in."""
+    for generator, state in zip(drawn_from, states, strict=True):
+        generator.set_state(state)
+
+
+@contextmanager
+def unchanged(drawn_from: Sequence[torch.Generator]) -> Iterator[None]:
+    """Generators are afterwards as they were before."""
+    before = [generator.get_state() for generator in drawn_from]
+    try:
+        yield
+    finally:
+        restore(drawn_from, before)
 
 
 def adjoint(

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.frozen import frozen_layers
+from coup_lib.score import sde_of
+from coup_lib.sde import check_like
+
+_constant = ContextVar("guidance is a constant", default=False)
 
 
 def to_image(state: Tensor) -> Tensor:
@@ -22,7 +28,15 @@ def to_state(image: Tensor) -> Tensor:
 
 def log_confidence(classifier: nn.Module, x: Tensor) -> Tensor:
     """log max_y p(y|x), (B,), at the state x (B, C, H, W) in [-1, 1]; the classifier sees it in [0, 1]."""
-    return F.log_softmax(classifier(to_image(x)), dim=1).amax(dim=1)
+    return F.log_softmax(check_logits(classifier(to_image(x)), x), dim=1).amax(dim=1)
+
+
+def check_logits(logits: Any, x: Tensor) -> Tensor:
+    """What a classifier answered to images x (B, ...), if it is logits (B, K), K ≥ 2; else a ValueError."""
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:1] or logits.shape[-1] < 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"classifier: expected logits ({len(x)}, K) of two classes or more; got {got}")
+    return logits
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -32,13 +46,22 @@ def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     second-order term of Sec. 4.2.1.
     """
     second_order = torch.is_grad_enabled() and x.requires_grad
-    with torch.enable_grad(), frozen_layers(x) if second_order else nullcontext():
-        x = x if second_order else x.detach().requires_grad_()
+    # In inference mode nothing can be differentiated, nor can what was made in it: hence the copy.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        frozen_layers(x) if second_order else nullcontext(),
+    ):
+        x = x if second_order else x.detach().clone().requires_grad_()
         return torch.autograd.grad(function(x).sum(), x, create_graph=second_order)[0]
 
 
 class Guided(nn.Module):
     """s(x, t) + λ ∇ₓ log max_y p(y|x): the bracket of Eq. 5.
+
+    Another guidance is a subclass with a `guidance` of its own: what `forward` adds is what `FirstOrder`
+    holds constant, however the guided score is wrapped. torch.compile belongs around the score inside:
+    compiled code has no second derivatives.
 
     Args:
         score: s(x, t).
@@ -49,6 +72,7 @@ class Guided(nn.Module):
     def __init__(self, score: nn.Module, classifier: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
         self.score, self.classifier, self.weight = score, classifier, weight
+        self.sde = sde_of(score)
 
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:
         """λ ∇ₓ log max_y p(y|x), like x."""
@@ -56,21 +80,28 @@ class Guided(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided score at x (B, C, H, W) in [-1, 1] and t of shape () or (B,)."""
-        return self.score(x, t) + self.guidance(x, t)
+        return check_like("score", self.score(x, t), x) + self.guidance(held(x), t)
 
 
 class FirstOrder(nn.Module):
-    """A guided score with its guidance held constant under differentiation, as the authors' release does."""
+    """A score whose derivative leaves the second-order guidance term out, as the authors' release does.
 
-    def __init__(self, guided: Guided) -> None:
+    All guidance that a `Guided` adds is held constant, in whatever the score is made of.
+    """
+
+    def __init__(self, score: nn.Module) -> None:
         super().__init__()
-        self.guided = guided
+        self.score = score
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """As `Guided.forward`."""
-        return self.guided.score(x, t) + self.guided.guidance(x.detach(), t)
+        """s(x, t) for x (B, ...) and t of shape () or (B,)."""
+        token = _constant.set(True)
+        try:
+            return self.score(x, t)
+        finally:
+            _constant.reset(token)
 
 
-def first_order(score: nn.Module) -> nn.Module:
-    """The score whose derivative leaves the second-order guidance term out; any other score as it is."""
-    return FirstOrder(score) if isinstance(score, Guided) else score
+def held(x: Tensor) -> Tensor:
+    """Where guidance looks at x: outside of its graph in `FirstOrder`, else x itself."""
+    return x.detach() if _constant.get() else x

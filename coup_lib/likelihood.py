@@ -1,22 +1,21 @@
 """Likelihood maximisation (Chen et al. 2024, arXiv 2305.15241), with and without guidance (Sec. 5.2.1)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from coup_lib.config import choice, count, number
-from coup_lib.guidance import gradient_of, log_confidence, to_image, to_state
-from coup_lib.purify import Purified, StochasticPurifier, standard_normal
+from coup_lib.gradients import replayed
+from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
+from coup_lib.purify import Purified, StochasticPurifier, check_network, frozen, standard_normal
+from coup_lib.sde import check_like
+from coup_lib.solver import Callback
 
 LIKELIHOOD_GRADIENTS = ("exact", "first_order", "bpda")
 N_STEPS, LR, SIGMA = 5, 0.1, (0.4, 0.6)  # Chen et al.'s own
 PER_PIXEL = 1.74  # ∫ σ⁻³ dσ over SIGMA
 BETAS = (0.9, 0.999)  # of Adam, as published
-
-Step = Callable[[int, Tensor], Tensor]  # (index, state) → next state
 
 
 class LikelihoodMaximiser(StochasticPurifier):
@@ -62,10 +61,11 @@ class LikelihoodMaximiser(StochasticPurifier):
         sigma: (low, high) of the noise level.
         adam_eps: Adam's ε.
         gradient: one of `LIKELIHOOD_GRADIENTS`.
-        seed: of the purifier's generator.
+        seed: of the purifier's generator, as in `StochasticPurifier`.
 
     Raises:
-        ValueError: for an unknown gradient, or a setting out of range.
+        ValueError: for an unknown gradient, or a setting out of range; in `forward`, for a denoiser whose
+            answer is not like x.
     """
 
     def __init__(
@@ -79,12 +79,14 @@ class LikelihoodMaximiser(StochasticPurifier):
         sigma: tuple[float, float] = SIGMA,
         adam_eps: float = 1e-8,
         gradient: str = "exact",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         choice("gradient (there is no SDE, so no adjoint)", gradient, LIKELIHOOD_GRADIENTS)
         super().__init__(gradient, seed)
-        self.denoiser = denoiser.eval().requires_grad_(False)
-        self.guide = None if guide is None else guide.eval().requires_grad_(False)
+        self.denoiser = frozen("denoiser", denoiser)
+        self.guide = None if guide is None else frozen("guide", guide)
+        if gradient == "first_order" and any(isinstance(part, Guided) for part in denoiser.modules()):
+            raise ValueError("gradient: first_order holds the guide constant, not guidance in the denoiser")
         self.guidance_weight, self.n_steps = guidance_weight, count("n_steps", n_steps)
         self.lr, self.adam_eps = number("lr", lr, 0), number("adam_eps", adam_eps, 0)
         self.sigma = sigma
@@ -114,13 +116,22 @@ class LikelihoodMaximiser(StochasticPurifier):
         return standard_normal(seeds, self.n_steps, x.new_empty(len(x), 1 + x.shape[1:].numel()))
 
     def _run(self, x: Tensor, noise: Tensor) -> Tensor:
+        for name, network in self.named_children():
+            check_network(name, network, x)
+
         def step(index: int, state: Tensor) -> Tensor:
             slope = self.slope(state[0], noise[index])
             return adam_step(state, slope, index + 1, self.lr, self.adam_eps)
 
+        def run(state: Tensor, callback: Callback) -> Tensor:
+            for index in range(self.n_steps):
+                callback(index, 0.0, state)
+                state = step(index, state)
+            callback(self.n_steps, 0.0, state)
+            return state
+
         start = torch.stack([to_state(x), torch.zeros_like(x), torch.zeros_like(x)])
-        end = _Replayed.apply(start, step, self.n_steps)
-        return to_image(end[0].clamp(-1, 1))
+        return to_image(replayed(start, run, step, self)[0].clamp(-1, 1))
 
     def extra_repr(self) -> str:
         """The settings that matter."""
@@ -144,7 +155,8 @@ def likelihood(
 def denoising_error(denoiser: nn.Module, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """(B,): the mean over pixels of (D(x + σε; σ) − x)², at states x (B, C, H, W), σ (B,) and ε like x."""
     scale = sigma.reshape(-1, *[1] * (x.ndim - 1))
-    return (denoiser(x + scale * noise, sigma) - x).square().flatten(1).mean(1)
+    denoised = check_like("denoiser", denoiser(x + scale * noise, sigma), x)
+    return (denoised - x).square().flatten(1).mean(1)
 
 
 def adam_step(state: Tensor, slope: Tensor, step: int, lr: float, eps: float) -> Tensor:
@@ -163,28 +175,3 @@ def _root(v: Tensor) -> Tensor:
     """√v with derivative 0 at v = 0, where autograd's is infinite and turns 0 · ∞ into NaN."""
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)
-
-
-class _Replayed(torch.autograd.Function):
-    """Steps in a row that keep their states only: each is run again when the gradient is pulled back.
-
-    The memory for activations is that of one step, twice differentiated.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, step: Step, n_steps: int) -> Tensor:
-        states = [state]
-        for index in range(n_steps):
-            states.append(step(index, states[-1]))
-        ctx.step = step
-        ctx.save_for_backward(*states[:-1])
-        return states[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        for index, state in reversed(list(enumerate(ctx.saved_tensors))):
-            with torch.enable_grad():
-                state = state.detach().requires_grad_()
-                (v,) = torch.autograd.grad(ctx.step(index, state), state, v)
-        return v, None, None

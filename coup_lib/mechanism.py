@@ -23,7 +23,7 @@ from coup_lib.attacks import project
 from coup_lib.config import Config
 from coup_lib.defences import PURIFIERS
 from coup_lib.evaluate import Evaluation, Source, image_seeds
-from coup_lib.guidance import Guided, first_order, gradient_of, to_image
+from coup_lib.guidance import FirstOrder, Guided, gradient_of, to_image
 from coup_lib.outcomes import Accuracy, Difference, worst_of
 from coup_lib.plots import PALETTE
 from coup_lib.progress import Plan
@@ -210,7 +210,9 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
 
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
-        seeds, model, found = _seeds(config, FIT, places, draws), evaluation.defence(target), {}
+        seeds, found = _seeds(config, FIT, places, draws), {}
+        model = cast(Purified, evaluation.defence(target))
+        model.purifier.margin = config.eps  # differences on either side of an image on the edge
         for kind in KINDS:
             gradient = draw_gradients(evaluation.defence(target, kind), x, y, seeds).mean(1)
             direction = step_direction(gradient, config)
@@ -317,7 +319,7 @@ def _second_order(model: Purified, x: Tensor, y: Tensor, seeds: Tensor) -> tuple
     for state, (t, dt) in zip(reversed(states[:-1]), reversed(steps), strict=True):
         whole, without = (
             _pulled_back(score, purifier, state, t, dt, v)
-            for score in (purifier.score, first_order(purifier.score))
+            for score in (purifier.score, FirstOrder(purifier.score))
         )
         # A path that ends deep in the right class has no gradient left to divide by.
         length = whole.flatten(1).norm(dim=1).clamp_min(1e-30)

@@ -1,18 +1,18 @@
 """Purifiers as wrappers: around a score, and around a classifier (Algorithm 1)."""
 
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coup_lib.config import GRADIENTS, choice
-from coup_lib.gradients import THROUGH_STEPS, images_kept, solve_with_gradient
-from coup_lib.guidance import Guided, to_image, to_state
-from coup_lib.sde import VPSDE
+from coup_lib.config import GRADIENTS, choice, count, number
+from coup_lib.gradients import THROUGH_STEPS, check_compiled, images_kept, solve_with_gradient
+from coup_lib.guidance import Guided, check_logits, to_image, to_state
+from coup_lib.score import agreed_sde
+from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import Callback, solve, time_grid
 
-MARGIN = 0.5  # beyond [0, 1]
+ROUNDING = 1e-6  # how far beyond [0, 1] an image may lie
 
 
 class StochasticPurifier(nn.Module):
@@ -23,20 +23,29 @@ class StochasticPurifier(nn.Module):
 
     Args:
         gradient: one of `config.GRADIENTS`.
-        seed: of the purifier's generator.
+        seed: of the purifier's generator; None: fresh entropy, so that no two purifiers draw the same.
+
+    Attributes:
+        margin: how far beyond [0, 1] images may lie. A study that steps over the edge sets it.
 
     Raises:
         ValueError: for an unknown gradient.
     """
 
-    def __init__(self, gradient: str, seed: int) -> None:
+    margin = ROUNDING
+
+    def __init__(self, gradient: str, seed: int | None) -> None:
         super().__init__()
         self.gradient = choice("gradient", gradient, GRADIENTS)
         self.reseed(seed)
 
-    def reseed(self, seed: int) -> None:
-        """Start the purifier's own generator anew."""
-        self._generator = torch.Generator().manual_seed(seed)
+    def reseed(self, seed: int | None = None) -> None:
+        """Start the purifier's own generator anew; None: from fresh entropy."""
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Purify x (B, C, H, W) in [0, 1]; seeds (B,) int64 fix each image's noise, else it is fresh.
@@ -47,7 +56,7 @@ class StochasticPurifier(nn.Module):
             ValueError: for what is no batch of images in [0, 1], or not one seed per image.
             FloatingPointError: for NaN or infinity on the way, naming the network.
         """
-        check_images(x)
+        check_images(x, self.margin)
         noise = self._noise(x, seeds)
         if self.gradient == "bpda":
             with torch.no_grad():
@@ -76,13 +85,15 @@ class Purifier(StochasticPurifier):
 
     Args:
         score: s(x, t) on states.
-        t_star: where the reverse SDE starts, in (1e-5, 1].
+        t_star: where the reverse SDE starts, in (1e-5, 1]; DiffPure's "100" is 0.1.
         n_steps: N Euler steps (paper: t*/1e-3).
         gradient: one of `config.GRADIENTS`.
-        seed: of the purifier's generator.
+        sde: that of the score; None: what the score says itself, or else the paper's.
+        seed: of the purifier's generator, as in `StochasticPurifier`.
 
     Raises:
-        ValueError: for an unknown gradient.
+        ValueError: for a setting out of range, another SDE than the score's, or guidance in compiled code
+            where the gradient differentiates it.
     """
 
     clamp = True
@@ -95,18 +106,21 @@ class Purifier(StochasticPurifier):
         n_steps: int = 100,
         gradient: str = "exact",
         sde: VPSDE | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(gradient, seed)
-        self.score, self.sde = score.eval().requires_grad_(False), sde or VPSDE()
-        self.t_star, self.n_steps = t_star, n_steps
-        self.times = time_grid(t_star, n_steps)
+        self.score, self.sde = frozen("score", score), agreed_sde(score, sde)
+        check_compiled(gradient, score)
+        self.t_star = number("t_star (DiffPure's 100 is 0.1 here)", t_star, T_END, 1)
+        self.n_steps = count("n_steps", n_steps)
+        self.times = time_grid(self.t_star, self.n_steps)
 
     def trajectory(
         self, x: Tensor, callback: Callback, *, brownian: bool = True, seeds: Tensor | None = None
     ) -> Tensor:
         """Purify with callback(i, t_i, state_i) along the path; brownian=False leaves the noise out."""
-        check_images(x)
+        check_images(x, self.margin)
+        check_network("score", self.score, x)
         noise = self._noise(x, seeds)
         state = self.start(to_state(x), noise[0])
         state = solve(self.score, self.sde, state, self.times, noise[1:] if brownian else None, callback)
@@ -158,17 +172,18 @@ class Purified(nn.Module):
 
     def __init__(self, classifier: nn.Module, purifier: StochasticPurifier) -> None:
         super().__init__()
-        self.classifier = classifier.eval().requires_grad_(False)
+        self.classifier = frozen("classifier", classifier)
         self.purifier: Any = purifier  # what more it can do than purify depends on its kind
         self.eval()
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Logits of the purified x; `seeds` and errors as in `StochasticPurifier.forward`."""
+        check_images(x, self.purifier.margin)
         check_network("classifier", self.classifier, x)
         if x.dtype != (expected := _dtype(self.classifier, x)):
             raise ValueError(f"x: expected {expected} like the classifier's weights; got {x.dtype}")
         purified = self.purifier(x, seeds)
-        logits = self.classifier(purified)
+        logits = check_logits(self.classifier(purified), x)
         if not bool(logits.isfinite().all()):
             culprit = "classifier" if bool(purified.isfinite().all()) else "purifier"
             raise FloatingPointError(f"NaN or infinity from the {culprit}")
@@ -216,27 +231,43 @@ def coup(classifier: nn.Module, score: nn.Module, guidance_weight: float = 1.0, 
     return Purified(classifier, Purifier(Guided(score, classifier, guidance_weight), **settings))
 
 
-def check_images(x: Tensor) -> None:
-    """ValueError for what is no batch of images (B, C, H, W) in [0, 1].
+def frozen(name: str, network: nn.Module) -> nn.Module:
+    """The network itself, put into eval mode and its weights frozen. ValueError for what is no network."""
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name}: expected a torch.nn.Module; got {type(network).__name__}")
+    return network.eval().requires_grad_(False)
 
-    Studies of gradients step over the edge by an attack's eps, so `MARGIN` is let through; NaN is not, nor is
-    what was scaled to [-1, 1] or 0 to 255.
-    """
-    if x.ndim != 4 or not len(x) or not x.is_floating_point():
-        got = f"shape {tuple(x.shape)}, {x.dtype}"
-        raise ValueError(f"x: expected at least one image, (B, C, H, W), in floating point; got {got}")
-    if not bool(((x - 0.5).abs() <= 0.5 + MARGIN).all()):
-        low, high = x.detach().aminmax()
+
+def check_images(x: Tensor, margin: float = ROUNDING) -> None:
+    """ValueError for what is no batch of images (B, C, H, W) in [0, 1], give or take the margin."""
+    if not isinstance(x, Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
+        got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected a tensor of images, (B, C, H, W), in floating point; got {got}")
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    if not (low >= -margin and high <= 1 + margin):  # NaN is neither
         raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")
 
 
 def check_network(name: str, network: nn.Module, x: Tensor) -> None:
-    """ValueError for a network in train mode, or one that does not lie where the images x do."""
-    if network.training:
-        raise ValueError(f"{name}: is in train mode, which its random layers are for; call eval()")
-    weights = next(chain(network.parameters(), network.buffers()), x)
-    if weights.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device}, where the images are; it is on {weights.device}")
+    """ValueError for a network with a part in train mode, or one that does not lie where the images x do."""
+    for place, module in network.named_modules():
+        if module.training:
+            part = f"{name}.{place}".rstrip(".")
+            raise ValueError(f"{part}: is in train mode, which its random layers are for; call eval()")
+    for weights in (*network.parameters(), *network.buffers()):
+        if weights.device != x.device:
+            raise ValueError(
+                f"{name}: expected on {x.device}, where the images are; it is on {weights.device}"
+            )
+
+
+def check_seeds(seeds: Tensor, x: Tensor) -> None:
+    """ValueError unless seeds are whole numbers (B,), one per image of x (B, ...)."""
+    if not isinstance(seeds, Tensor) or seeds.shape != x.shape[:1] or seeds.dtype != torch.int64:
+        got = f"{tuple(seeds.shape)}, {seeds.dtype}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise ValueError(
+            f"seeds: expected one per image, shape ({len(x)},); got {got} (torch.int64 is meant)"
+        )
 
 
 def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:
@@ -253,8 +284,7 @@ def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
     Raises:
         ValueError: unless there is one seed per image.
     """
-    if seeds.shape != like.shape[:1]:
-        raise ValueError(f"seeds: expected one per image, shape ({len(like)},); got {tuple(seeds.shape)}")
+    check_seeds(seeds, like)
     generator, shape = torch.Generator(), (n, *like.shape[1:])
     draws = [torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
     return torch.stack(draws, dim=1).to(like)

@@ -1,6 +1,7 @@
 """The variance-preserving SDE of Eq. 3 and 6, and its closed forms."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,23 @@ class VPSDE:
 
         DiffPure noises its input with these, not with the closed form (0.94711 against 0.94672 at t* = 0.1).
         """
-        betas = torch.linspace(
-            self.beta_min / n_levels, self.beta_max / n_levels, n_levels, dtype=torch.float64
-        )
-        alpha_bar = (1 - betas)[: round(n_levels * t_star)].prod()
+        alpha_bar = (1 - self._betas(n_levels))[: round(n_levels * t_star)].prod()
         return float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
+
+    def discrete_std(self, t: Tensor, n_levels: int = 1000) -> Tensor:
+        """√(1-ᾱ) after n_levels·t steps of the *discrete* chain, the shape of t in [0, 1].
+
+        Between two steps log ᾱ is interpolated linearly.
+        """
+        logs = torch.log1p(-self._betas(n_levels)).cumsum(0)
+        logs = torch.cat([logs.new_zeros(1), logs]).to(t)
+        step = (n_levels * t).long().clamp(0, n_levels - 1)
+        return torch.sqrt(-torch.expm1(torch.lerp(logs[step], logs[step + 1], n_levels * t - step)))
+
+    def _betas(self, n_levels: int) -> Tensor:
+        """β of every step of the discrete chain, (n_levels,)."""
+        first, last = self.beta_min / n_levels, self.beta_max / n_levels
+        return torch.linspace(first, last, n_levels, dtype=torch.float64)
 
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """A sample of x_t | x_0 = x for x (B, ...), t () or (B,) and standard normal noise like x."""
@@ -66,5 +79,15 @@ class VPSDE:
 
 
 def per_image(value: Tensor, x: Tensor) -> Tensor:
-    """value of shape () or (B,) made broadcastable against x (B, ...)."""
+    """value of shape () or (B,) made broadcastable against x (B, ...). ValueError for any other shape."""
+    if value.ndim and value.shape != x.shape[:1]:
+        raise ValueError(f"expected a number, or one per image, ({len(x)},); got shape {tuple(value.shape)}")
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+def check_like(name: str, answer: Any, x: Tensor) -> Tensor:
+    """What a network answered to x, if it has the shape of x; else a ValueError: it would be broadcast."""
+    if not isinstance(answer, Tensor) or answer.shape != x.shape:
+        got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"{name}: expected an answer of its input's shape, {tuple(x.shape)}; got {got}")
+    return answer

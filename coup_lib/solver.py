@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_lib.sde import T_END, VPSDE
+from coup_lib.sde import T_END, VPSDE, check_like, per_image
 
 Callback = Callable[[int, float, Tensor], None]
 
@@ -29,7 +29,7 @@ def time_grid(t_star: float, n_steps: int, t_end: float = T_END) -> Tensor:
 
 def reverse_drift(score: nn.Module, sde: VPSDE, x: Tensor, t: Tensor) -> Tensor:
     """f(x,t) - g(t)² s(x,t) of Eq. 4; with a `Guided` score it is the drift of Eq. 5. Like x (B, ...)."""
-    return sde.drift(x, t) - sde.beta(t) * score(x, t)
+    return sde.drift(x, t) - per_image(sde.beta(t), x) * check_like("score", score(x, t), x)
 
 
 def euler_step(
@@ -56,8 +56,11 @@ def solve(
         callback: called as callback(i, t_i, x_i) for i = 0 … N, the last one with the result.
 
     Raises:
+        ValueError: for noise of another shape, or a score whose answer is not like x.
         FloatingPointError: when the result is not finite, naming the step and the network where it began.
     """
+    if noise is not None and noise.shape != (expected := (len(times) - 1, *x.shape)):
+        raise ValueError(f"noise: expected shape {expected}, steps first; got {tuple(noise.shape)}")
     start, steps = x, step_times(times, x.dtype, x.device)
     for index, (t, dt) in enumerate(steps):
         if callback:

@@ -20,7 +20,7 @@ from coup_lib.defences import (
     build,
     is_guided,
 )
-from coup_lib.guidance import Guided, first_order, to_image, to_state
+from coup_lib.guidance import FirstOrder, Guided, to_image, to_state
 from coup_lib.likelihood import likelihood
 from coup_lib.profiles import PROFILES
 from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier
@@ -154,7 +154,7 @@ def test_first_order_holds_the_guidance_and_nothing_else(name):
             return guided.score(x, t) + (guided(x, t) - guided.score(x, t)).detach()
 
     ends = {}
-    for way, score in (("ours", first_order(guided)), ("by hand", Detached()), ("exact", guided)):
+    for way, score in (("ours", FirstOrder(guided)), ("by hand", Detached()), ("exact", guided)):
         state = to_state(x).requires_grad_()
         end = solve(score, sde, state, times)
         ends[way] = end.detach(), torch.autograd.grad(end, state, torch.ones_like(x))[0]
