@@ -1,21 +1,30 @@
 """Attacks by name: AutoAttack's through one adapter, with EOT's noise draws batched, and plain PGD."""
 
 import inspect
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.config import choice
+from coup_lib.config import NORM_LABELS, NORMS, choice, count, number
+from coup_lib.purify import check_images, check_network
 
 APGD_LOSSES = ("ce", "dlr", "margin")
-ATTACKS = ("clean", "noise", "fgsm", "pgd", *(f"apgd-{loss}" for loss in APGD_LOSSES), "square", "standard")
+STARTED = ("pgd", *(f"apgd-{loss}" for loss in APGD_LOSSES), "rand")  # those that begin where they are told
+SUITES = ("square", "standard")  # run by AutoAttack's own object
+ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
+PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
+CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the fewest that a loss compares, where they are more than two
 PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
+ROUNDING = 1e-6  # an image this near to the ball, pixel by pixel, is in it
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, K), labels (n,) → (n,), to be raised
+Loss = Callable[..., Tensor]  # logits (n, K), labels (n,), targets (n,) if there are any → (n,), to be raised
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,9 @@ class AttackResult:
     """What an attack left behind.
 
     x_adv: (n, C, H, W) in [0, 1], within eps of the images.
-    robust: (n,) bool, AutoAttack's own verdict: the image was right at first and in the one forward pass
-        that followed the attack.
-    warnings: what AutoAttack said about the defence, in order, each once.
+    robust: (n,) bool, AutoAttack's own count: right in one clean draw, and in one draw after the attack, or
+        after each of the attacks that "rand" and "standard" consist of.
+    warnings: what AutoAttack and we said about the model, in order, each once.
     """
 
     x_adv: Tensor
@@ -39,14 +48,16 @@ class Attack:
 
     name: "clean" (no perturbation), "noise" (random, on the surface of the ball), "fgsm" (one step),
         "pgd" (fixed steps of `PGD_STEP`·eps), "apgd-ce", "apgd-dlr", "apgd-margin" (APGD on three losses),
-        all with `eot` draws per gradient; "square" (black box) and "standard" (AutoAttack: APGD-ce, APGD-t,
-        FAB-t, Square), one draw each. AutoAttack's "rand" is apgd-ce and then apgd-dlr.
-    norm, eps: "Linf" or "L2" and the radius in the units of x.
-    seed: of the attack; torch's global generator is left as it was.
-    max_batch: the most images in one network call; EOT draws are batched up to it.
+        "rand" (AutoAttack's: apgd-ce, then apgd-dlr), all with `eot` draws per gradient; "square" (black box)
+        and "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each.
+    norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
+    seed: of the attack, at most 2³¹; torch's global generator is left as it was.
+    n_targets: of APGD-t and FAB-t, which take no more than there are wrong classes.
+    max_batch: the most images in one call of the model; EOT draws are batched up to it. To results it makes
+        no difference but for rounding, if the model draws its noise image by image.
 
     Raises:
-        ValueError: for an unknown attack.
+        ValueError: for an unknown attack or norm, or a number out of its range.
     """
 
     name: str
@@ -61,99 +72,157 @@ class Attack:
 
     def __post_init__(self) -> None:
         choice("attack", self.name, ATTACKS)
+        checked = {"norm": norm_label(self.norm), "eps": number("eps", self.eps, 0)}
+        checked["seed"] = count("seed", self.seed, 2**31, low=0)
+        for name in ("n_iter", "eot", "n_targets", "square_queries", "max_batch"):
+            checked[name] = count(name, getattr(self, name))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
+    @torch.inference_mode(False)  # in which nothing can be differentiated
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None = None) -> AttackResult:
-        """Attack images x (n, C, H, W) in [0, 1] with labels y (n,); PGD and APGD can begin at `start`."""
-        right, listener = _is_right(model, x, y, self.max_batch), _Listener()
+        """Attack images x (n, C, H, W) in [0, 1] with labels y (n,), int64.
+
+        Args:
+            model: classifies x by logits (n, K); in eval mode, where x is.
+            start: like x, where `STARTED` attacks begin; brought into the ball and into [0, 1] first. Others
+                take none, and say so in `AttackResult.warnings`.
+
+        Raises:
+            ValueError: for a model, images, labels or a start that are not so, or too few classes for
+                apgd-dlr. "rand" and "standard" leave out what needs more classes than there are, and say so.
+            FloatingPointError: for NaN or infinity from the model.
+        """
+        _check(model, x, y, start)
+        x, y, listener = x.detach().clone(), y.clone(), _Listener()
+        whole = InParts(model, self.max_batch)
+        # One pass over all of x comes first. It shows what the model gives, and is the clean draw of every
+        # attack but AutoAttack's suites, which draw their own. Those make this pass, too, without counting
+        # it: a defence draws its noise call by call, and the records that there are were made after this one.
+        with torch.no_grad():
+            logits = whole(x)
+        classes = _classes(logits, y)
+        if _are_probabilities(logits):
+            listener.tell("the model returns probabilities, not logits: gradients through them are weak")
+        if start is not None and self.name not in STARTED:
+            listener.tell(f"{self.name} takes no start: what was given is not used")
+        begin = None if start is None else self._inside(start.detach().clone(), x)
+        parts = _possible(PARTS.get(self.name, (self.name,)), classes, listener)
+        task = _Task(whole, x, y, begin, classes, parts, listener)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)  # AutoAttack reseeds in most places, but not in all
-            if self.name in ("square", "standard"):
-                suite = self._autoattack(model, listener)
-                x_adv, predicted = _evaluate(suite, x, y, self.max_batch)
-                right &= predicted == y
+            if self.name in SUITES:
+                x_adv, predicted = _evaluate(self._autoattack(task), x, y)
+                right = predicted == y
             else:
-                x_adv, judged = self._images(model, x, y, start, listener)
-                right &= _is_right(model, judged, y, self.max_batch)
+                x_adv, right = self._by_parts(task, logits.argmax(1) == y)
         return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(listener.said)))
 
     def reseeded(self, generator: torch.Generator) -> "Attack":
         """This attack with a seed from the generator; adversarial training starts each step elsewhere."""
         return replace(self, seed=int(torch.randint(2**31, (), generator=generator, device=generator.device)))
 
-    def _images(
-        self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, listener: "_Listener"
-    ) -> tuple[Tensor, Tensor]:
+    def _inside(self, start: Tensor, x: Tensor) -> Tensor:
+        """The start, its images moved that are out of the ball around x or of [0, 1]; others to the bit."""
+        moved = project(start, x, self.norm, self.eps)
+        return torch.where(_per_image((moved - start).abs().flatten(1).amax(1) > ROUNDING), moved, start)
+
+    def _by_parts(self, task: "_Task", right: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, verdicts) of all parts together: an image is kept from the first part that broke it.
+
+        right: (n,) bool, the clean draw's verdicts.
+        """
+        made = []
+        for name in task.parts:
+            torch.manual_seed(self.seed)
+            made.append(self._images(name, task))
+        x_adv, _ = made[0]
+        for found, judged in made:  # all after the last seed, or a model with torch's noise would repeat it
+            x_adv = torch.where(_per_image(right), found, x_adv)
+            right = right & task.right(judged)
+        return x_adv, right
+
+    def _images(self, name: str, task: "_Task") -> tuple[Tensor, Tensor]:
         """(the images to keep, the images that AutoAttack would look at for its verdict)."""
-        if self.name == "clean":
+        x = task.x
+        if name == "clean":
             x_adv = x.clone()
-        elif self.name == "noise":
+        elif name == "noise":
             shift = torch.randn_like(x)
             x_adv = (x + self.eps * (shift.sign() if self.norm == "Linf" else _unit(shift))).clamp(0, 1)
-        elif self.name == "fgsm":
-            x_adv = self._climb(x, self._gradient(model).mean_gradient(x, y)[0], x, self.eps)
-        elif self.name == "pgd":
-            x_adv = self._pgd(model, x, y, start)
+        elif name == "fgsm":
+            x_adv = self._climb(x, self._gradient(task).mean_gradient(x, task.y)[0], x, self.eps)
+        elif name == "pgd":
+            x_adv = self._pgd(task)
         else:
-            return self._apgd(model, x, y, start, listener)
+            return self._apgd(name.removeprefix("apgd-"), task)
         return x_adv, x_adv
 
-    def _pgd(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> Tensor:
+    def _pgd(self, task: "_Task") -> Tensor:
         """The point of highest mean loss on a climb from a random point, or from `start`."""
-        gradient, noise = self._gradient(model), self.eps * (2 * torch.rand_like(x) - 1)
-        x_adv = project(x + noise if start is None else start, x, self.norm, self.eps)
+        x, gradient = task.x, self._gradient(task)
+        noise = self.eps * (2 * torch.rand_like(x) - 1)
+        x_adv = project(x + noise if task.start is None else task.start, x, self.norm, self.eps)
         best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
         for _ in range(self.n_iter):
-            slope, loss = gradient.mean_gradient(x_adv, y)
-            best = torch.where((loss > highest).reshape(-1, 1, 1, 1), x_adv, best)
+            slope, loss = gradient.mean_gradient(x_adv, task.y)
+            best = torch.where(_per_image(loss > highest), x_adv, best)
             highest = torch.maximum(loss, highest)
             x_adv = self._climb(x_adv, slope, x, PGD_STEP * self.eps)
-        loss = gradient.mean_gradient(x_adv, y)[1]
-        return torch.where((loss > highest).reshape(-1, 1, 1, 1), x_adv, best)
+        loss = gradient.mean_gradient(x_adv, task.y)[1]
+        return torch.where(_per_image(loss > highest), x_adv, best)
 
-    def _gradient(self, model: nn.Module) -> "BatchedEOT":
-        return BatchedEOT(model, self.eot, self.max_batch, cross_entropy)
+    def _gradient(self, task: "_Task") -> "BatchedEOT":
+        return BatchedEOT(task.model, self.eot, self.max_batch, cross_entropy)
 
     def _climb(self, x_adv: Tensor, slope: Tensor, x: Tensor, step: float) -> Tensor:
         """A step along the sign of the slope (L2: its unit vector), kept in the ball around x."""
         direction = slope.sign() if self.norm == "Linf" else _unit(slope)
         return project(x_adv + step * direction, x, self.norm, self.eps)
 
-    def _apgd(
-        self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, listener: "_Listener"
-    ) -> tuple[Tensor, Tensor]:
+    def _apgd(self, loss: str, task: "_Task") -> tuple[Tensor, Tensor]:
         """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
 
         The first is kept: images never seen misclassified would otherwise come back clean, and could not be
         used against another defence or on other noise. AutoAttack judges by the second.
         """
-        suite, name = self._autoattack(model, listener), self.name.removeprefix("apgd-")
-        loss = {"ce": cross_entropy, "dlr": suite.apgd.dlr_loss, "margin": margin}[name]
-        batched = BatchedEOT(model, self.eot, self.max_batch, loss)
-        apgd = self._of_kind(suite.apgd, batched, listener, is_tf_model=True)
-        apgd.loss = "dlr" if name == "dlr" else "ce"  # with "dlr" it warns of zero gradients
-        apgd.init_hyperparam(x)
-        best, right, _, wrong = apgd.attack_single_run(x, y, x_init=start)
-        return best, torch.where(right.reshape(-1, 1, 1, 1), x, wrong)
+        theirs = self._autoattack(task).apgd
+        raised = {"ce": cross_entropy, "dlr": theirs.dlr_loss, "margin": margin}[loss]
+        apgd = self._batched(theirs, task, raised, self.eot)
+        apgd.loss = "dlr" if loss == "dlr" else "ce"  # with "dlr" it warns of zero gradients
+        apgd.init_hyperparam(task.x)
+        best, right, _, wrong = apgd.attack_single_run(task.x, task.y, x_init=task.start)
+        return best, torch.where(_per_image(right), task.x, wrong)
 
-    def _autoattack(self, model: nn.Module, listener: "_Listener") -> Any:
-        """An AutoAttack object with our budgets, of version "standard" or with Square alone."""
-        cls, device = autoattack_class(), str(next(iter(model.parameters())).device)
-        suite = cls(model, norm=self.norm, eps=self.eps, seed=self.seed, version="standard", device=device)
-        suite.verbose, suite.logger = False, listener
-        suite.apgd = self._of_kind(suite.apgd, model, listener)
-        suite.apgd_targeted = self._of_kind(
-            suite.apgd_targeted, model, listener, n_target_classes=self.n_targets
-        )
-        suite.fab.n_iter, suite.fab.n_target_classes = self.n_iter, self.n_targets
+    def _autoattack(self, task: "_Task") -> Any:
+        """An AutoAttack object with our budgets, of version "standard" or with Square alone.
+
+        It sees one batch. That is parted where the model is called, or its loss and gradient asked for.
+        """
+        cls, targets = autoattack_class(), min(self.n_targets, task.classes - 1)
+        common = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "device": str(task.x.device)}
+        suite = cls(task.model, version="standard", **common)
+        suite.verbose, suite.logger = False, task.listener
+        targeted, fab = suite.apgd_targeted, suite.fab
+
+        def targeted_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+            targeted.y_target = target  # where AutoAttack's loss looks for it
+            return targeted.dlr_loss_targeted(logits, y)
+
+        suite.apgd = self._batched(suite.apgd, task, cross_entropy)
+        suite.apgd_targeted = self._batched(targeted, task, targeted_loss, n_target_classes=targets)
+        fab.n_iter, fab.n_target_classes = self.n_iter, targets
+        slopes = fab.get_diff_logits_grads_batch_targeted
+        fab.get_diff_logits_grads_batch_targeted = partial(in_parts, slopes, self.max_batch)
         suite.square.n_queries = self.square_queries
-        if self.name == "square":
-            suite.attacks_to_run = ["square"]
+        suite.attacks_to_run = list(task.parts)
         return suite
 
-    def _of_kind(self, attack: Any, model: Any, listener: "_Listener", **more: Any) -> Any:
-        """The same APGD anew: its schedule follows from n_iter when it is made."""
-        common = {"n_iter": self.n_iter, "norm": self.norm, "eps": self.eps, "seed": self.seed}
-        return type(attack)(model, device=attack.device, logger=listener, **common, **more)
+    def _batched(self, apgd: Any, task: "_Task", loss: Loss, eot: int = 1, **more: Any) -> Any:
+        """The same APGD anew, on `BatchedEOT`: its schedule follows from n_iter when it is made."""
+        batched = BatchedEOT(task.model, eot, self.max_batch, loss)
+        ours = {"n_iter": self.n_iter, "norm": self.norm, "eps": self.eps, "seed": self.seed} | more
+        return type(apgd)(batched, device=apgd.device, logger=task.listener, is_tf_model=True, **ours)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -167,18 +236,47 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
 
 
+def norm_label(norm: str) -> str:
+    """The norm as AutoAttack spells it, from a name in any case; ValueError for an unknown one."""
+    return NORM_LABELS[choice("norm", str(norm).lower(), NORMS)]
+
+
 def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
     """x_adv (n, C, H, W) moved into the eps-ball around x, and into [0, 1]."""
     shift = x_adv - x
-    if norm == "Linf":
+    if norm_label(norm) == "Linf":
         return (x + shift.clamp(-eps, eps)).clamp(0, 1)
-    length = shift.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    length = _per_image(shift.flatten(1).norm(dim=1))
     return (x + shift * (eps / length.clamp_min(eps))).clamp(0, 1)
 
 
 def _unit(x: Tensor) -> Tensor:
     """Each image of x (n, C, H, W) divided by its L2 norm; a zero image stays zero."""
-    return x / x.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
+    return x / _per_image(x.flatten(1).norm(dim=1).clamp_min(1e-30))
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """(n, 1, 1, 1) of (n,)."""
+    return values.reshape(-1, 1, 1, 1)
+
+
+def in_parts(function: Callable[..., Sequence[Tensor]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(*rows), rows of n images each, called on `size` at most; its results put together."""
+    parts = zip(*(values.split(size) for values in rows), strict=True)
+    return tuple(map(torch.cat, zip(*(function(*part) for part in parts), strict=True)))
+
+
+class InParts(nn.Module):
+    """A model that is called with max_batch images at most, whatever it is asked."""
+
+    def __init__(self, model: nn.Module, max_batch: int) -> None:
+        super().__init__()
+        self.model, self.max_batch = model, max_batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, K) of x (n, C, H, W)."""
+        logits = map(self.model, x.split(self.max_batch))
+        return torch.cat([_tensor("the model's logits", part) for part in logits])
 
 
 class BatchedEOT:
@@ -187,47 +285,53 @@ class BatchedEOT:
     AutoAttack's APGD asks the model for one draw after the other. Its interface for models that bring their
     own gradients (made for TensorFlow) lets us answer at once: same average, one batch. As in AutoAttack,
     the logits and the loss that APGD sees are those of the last draw.
+
+    At most max_batch images are differentiated at once. The noise is drawn in the same order whatever that
+    is: draw after draw of all images.
     """
 
     def __init__(self, model: nn.Module, eot: int, max_batch: int, loss: Loss) -> None:
-        self.model, self.eot, self.max_batch, self.loss = model, eot, max_batch, loss
+        self.model, self.loss = model, loss
+        self.eot, self.max_batch = count("eot", eot), count("max_batch", max_batch)
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (n, K) of one draw."""
         with torch.no_grad():
-            return torch.cat([self.model(part) for part in x.split(self.max_batch)])
+            return InParts(self.model, self.max_batch)(x)
 
-    def get_logits_loss_grad_xent(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (n, K), loss (n,) and its mean gradient, like x, under the name that APGD calls for "ce"."""
-        logits, losses, gradient = self._draws(x, y)
+    def get_logits_loss_grad_xent(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (n, K), loss (n,) and its mean gradient, like x, under the name that APGD calls for "ce".
+
+        labels: (n,) each, what the loss takes beside the logits.
+        """
+        logits, losses, gradient = self._draws(x, *labels)
         return logits, losses[-1], gradient
 
-    get_logits_loss_grad_dlr = get_logits_loss_grad_xent
+    get_logits_loss_grad_dlr = get_logits_loss_grad_target = get_logits_loss_grad_xent
 
     def mean_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, like x, and the loss (n,), both averaged over the draws."""
         _, losses, gradient = self._draws(x, y)
         return gradient, losses.mean(0)
 
-    def _draws(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _draws(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits (n, K) of the last draw, losses (eot, n), the mean gradient)."""
         total, losses = torch.zeros_like(x), []
         draws_at_once = max(1, self.max_batch // len(x))
         for first in range(0, self.eot, draws_at_once):
             draws = min(draws_at_once, self.eot - first)
-            rows = x.detach().repeat(draws, 1, 1, 1), y.repeat(draws)
-            parts = zip(*(values.split(self.max_batch) for values in rows), strict=True)
-            logits, loss, gradient = map(torch.cat, zip(*(self._one(*part) for part in parts), strict=True))
+            rows = x.detach().repeat(draws, 1, 1, 1), *(values.repeat(draws) for values in labels)
+            logits, loss, gradient = in_parts(self._one, self.max_batch, *rows)
             total += gradient.reshape(draws, *x.shape).sum(0)
             losses.append(loss.reshape(draws, -1))
         return logits[-len(x) :], torch.cat(losses), total / self.eot
 
-    def _one(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _one(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, losses, gradient) of one draw for each x, in one call."""
         with torch.enable_grad():
             x = x.requires_grad_()
             logits = self.model(x)
-            loss = self.loss(logits, y)
+            loss = self.loss(logits, *labels)
             (gradient,) = torch.autograd.grad(loss.sum(), x)
         return logits.detach(), loss.detach(), gradient
 
@@ -241,22 +345,103 @@ def autoattack_class() -> type:
     return AutoAttack
 
 
-def _evaluate(suite: Any, x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """(adversarial images, predicted labels) by whichever AutoAttack this is."""
+def _evaluate(suite: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(adversarial images, predicted labels) by whichever AutoAttack this is, of all images in one batch."""
+    for package in ("autoattack", "pyautoattack"):  # a dynamic defence seen before is not this one
+        if checks := sys.modules.get(f"{package}.checks"):
+            checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     run = suite.run_standard_evaluation
     if "bs" in inspect.signature(run).parameters:  # the original package
-        return run(x, y, bs=batch_size, return_labels=True)
-    return run(x, y, batch_size=batch_size)
+        return run(x, y, bs=len(x), return_labels=True)
+    return run(x, y, batch_size=len(x))
 
 
-def _is_right(model: nn.Module, x: Tensor, y: Tensor, max_batch: int) -> Tensor:
-    """(n,) bool: one draw's verdict."""
-    with torch.no_grad():
-        return torch.cat([model(part).argmax(1) for part in x.split(max_batch)]) == y
+# --- what is checked ---
+
+
+def _check(model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> None:
+    """ValueError for what cannot be attacked, as far as that is seen before the model is called."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module; got {_kind(model)}")
+    check_images(_tensor("x", x))
+    check_network("model", model, x)
+    labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if (got := _described(_tensor("y", y))) != (expected := _described(labels)):
+        raise ValueError(f"y: expected one label per image, {expected}; got {got}")
+    if start is None:
+        return
+    if (got := _described(_tensor("start", start))) != (expected := _described(x)):
+        raise ValueError(f"start: expected images like x, {expected}; got {got}")
+    if not bool(start.isfinite().all()):
+        raise ValueError("start: expected finite values; got NaN or infinity")
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """The value if it is a tensor; else a ValueError."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor; got {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def _described(values: Tensor) -> str:
+    return f"shape {tuple(values.shape)}, {values.dtype}, on {values.device}"
+
+
+def _classes(logits: Tensor, y: Tensor) -> int:
+    """K of the logits (n, K) for labels y (n,); raises for what are none, and for labels not among them."""
+    if logits.ndim != 2 or len(logits) != len(y) or logits.shape[1] < 2:
+        expected = f"({len(y)}, K), of two classes or more"
+        raise ValueError(f"the model's logits: expected shape {expected}; got {tuple(logits.shape)}")
+    if not bool(logits.isfinite().all()):
+        raise FloatingPointError("NaN or infinity from the model")
+    low, high = y.aminmax()
+    if low < 0 or high >= logits.shape[1]:
+        classes = f"the model's classes, 0 to {logits.shape[1] - 1}"
+        raise ValueError(f"y: expected labels among {classes}; got {low} to {high}")
+    return logits.shape[1]
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all())
+
+
+def _possible(parts: Sequence[str], classes: int, listener: "_Listener") -> tuple[str, ...]:
+    """Those of an attack's parts whose loss has classes enough; ValueError if none has."""
+    few = [f"{name} compares {CLASSES[name]} classes" for name in parts if classes < CLASSES.get(name, 2)]
+    if len(few) == len(parts):
+        raise ValueError(f"attack: {few[0]}; the model has {classes}")
+    if few:
+        listener.tell(f"left out, as the model has {classes} classes: {', '.join(few)}")
+    return tuple(name for name in parts if classes >= CLASSES.get(name, 2))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is attacked: images x and y on a model (in parts) of so many classes, from a start in the ball.
+
+    parts: the names of what the attack consists of.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    start: Tensor | None
+    classes: int
+    parts: tuple[str, ...]
+    listener: "_Listener"
+
+    def right(self, x: Tensor) -> Tensor:
+        """(n,) bool: one draw's verdict."""
+        with torch.no_grad():
+            return self.model(x).argmax(1) == self.y
 
 
 class _Listener:
-    """Stands in for AutoAttack's logger and keeps what it warns of.
+    """Stands in for AutoAttack's logger and keeps what it warns of, and what we do.
 
     pyautoattack calls warning(); the original calls log(), for nothing but warnings while verbose is off.
     """
@@ -268,6 +453,11 @@ class _Listener:
         self.said.append(message)
 
     log = warning
+
+    def tell(self, message: str) -> None:
+        """What we warn of: at once, and in the result."""
+        warnings.warn(message, stacklevel=4)
+        self.said.append(message)
 
     def debug(self, message: str) -> None:
         pass

@@ -11,15 +11,26 @@ from closed_forms import small_problem
 from torch import nn
 
 from coup_lib import attacks
-from coup_lib.attacks import ATTACKS, PGD_STEP, Attack, BatchedEOT, cross_entropy, margin, project
+from coup_lib.attacks import (
+    ATTACKS,
+    PGD_STEP,
+    STARTED,
+    Attack,
+    BatchedEOT,
+    InParts,
+    cross_entropy,
+    margin,
+    project,
+)
 from coup_lib.checkpoints import load_network
+from coup_lib.config import Config
 from coup_lib.data import load_split
-from coup_lib.purify import coup
+from coup_lib.evaluate import Evaluation, Source
+from coup_lib.purify import Purified, coup
 from coup_lib.score import NoiseScore
 
 SMALL = {"norm": "Linf", "eps": 0.15, "seed": 1, "n_iter": 5, "eot": 2, "n_targets": 3, "square_queries": 20}
 THREATS = [("Linf", 0.15), ("L2", 0.5)]
-STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin")  # those that begin where they are told
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,7 @@ class Spy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.seen = model, []
+        self.eval()
 
     def forward(self, x):
         self.seen.append(x.detach().clone())
@@ -127,7 +139,9 @@ def test_the_budgets_are_autoattacks_own_unless_told(classifier):
         for version in ("standard", "rand")
     )
     default = Attack("standard", "Linf", 0.1, seed=1)
-    ours = default._autoattack(classifier, attacks._Listener())
+    parts, listener = attacks.PARTS["standard"], attacks._Listener()
+    task = attacks._Task(classifier, torch.zeros(1, 1, 8, 8), torch.zeros(1), None, 10, parts, listener)
+    ours = default._autoattack(task)
     assert ours.attacks_to_run == standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     settings = (
         "n_iter",
@@ -187,31 +201,125 @@ def rand_of_autoattack(classifier, x, y, norm, eps, **budget):
     return torch.cat(verdicts)
 
 
-def rand_of_ours(classifier, x, y, norm, eps, **budget):
-    """apgd-ce AND apgd-dlr, image by image, and both of them alone: three (n,) bool."""
-    ce, dlr = (
-        torch.cat(
-            [
-                Attack(f"apgd-{loss}", norm, eps, seed=1, **budget)(classifier, *image).robust
-                for image in zip(x.split(1), y.split(1), strict=True)
-            ]
-        )
-        for loss in ("ce", "dlr")
-    )
-    return ce & dlr, ce, dlr
-
-
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05), ("L2", 0.27)])
-def test_ce_and_dlr_together_are_autoattacks_rand(classifier, norm, eps):
+def test_rand_is_autoattacks_and_both_its_halves(classifier, norm, eps):
     """On a deterministic classifier, where nothing but the composition can make a difference."""
     images = load_split("digits", "validation").first(60)
     x, y = images.x[-24:], images.y[-24:].clone()
     y[0] = (y[0] + 1) % 10  # one that is wrong before any attack
     expected = rand_of_autoattack(classifier, x, y, norm, eps, n_iter=10, eot_iter=2)
-    ours, ce, dlr = rand_of_ours(classifier, x, y, norm, eps, n_iter=10, eot=2)
-    assert torch.equal(ours, expected)
-    assert 0 < expected.sum() < 24 and not ours[0]
-    assert expected.sum() <= min(ce.sum(), dlr.sum())
+    settings = {"norm": norm, "eps": eps, "n_iter": 10}
+    singly = [
+        attack("rand", **settings)(classifier, *image) for image in zip(x.split(1), y.split(1), strict=True)
+    ]
+    assert torch.equal(torch.cat([result.robust for result in singly]), expected)
+    assert 0 < expected.sum() < 24 and not expected[0]
+    rand, ce, dlr = (attack(name, **settings)(classifier, x, y) for name in ("rand", "apgd-ce", "apgd-dlr"))
+    assert torch.equal(rand.robust, ce.robust & dlr.robust)
+    first = ce.robust.reshape(-1, 1, 1, 1)
+    assert torch.equal(rand.x_adv, torch.where(first, dlr.x_adv, ce.x_adv))
+
+
+class Unsure(nn.Module):
+    """Says 0, each time and of each image, with probability 0.9, by a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+        self.eval()
+
+    def forward(self, x):
+        wrong = torch.rand(len(x), generator=self.generator) > 0.9
+        other = F.one_hot(torch.randint(1, 10, (len(x),), generator=self.generator), 10)
+        right = F.one_hot(torch.zeros(len(x), dtype=torch.int64), 10)
+        return 5 * torch.where(wrong[:, None], other, right) + 1e-3 * x.flatten(1)[:, :10]
+
+
+DRAWS = dict.fromkeys(ATTACKS, 2) | {"rand": 3, "standard": 5}  # in which an image has to be right
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_count_has_one_clean_draw_and_one_for_each_attack(name):
+    """Of 4000 images that are right with probability 0.9 in every draw, 0.9^draws are counted: ± 4 σ."""
+    n, share = 4000, 0.9 ** DRAWS[name]
+    grey, zeros = torch.full((n, 1, 5, 5), 0.5), torch.zeros(n, dtype=torch.int64)
+    tolerance = 4 * (share * (1 - share) / n) ** 0.5
+    ours = attack(name, n_iter=2, square_queries=2)(Unsure(), grey, zeros).robust
+    assert abs(float(ours.float().mean()) - share) < tolerance
+    if name in ("rand", "square", "standard"):
+        version = {"version": "custom", "attacks": [name]} if name == "square" else {"version": name}
+        suite = pyautoattack.AutoAttack(Unsure(), norm="Linf", eps=0.15, seed=1, **version)
+        for part in (suite.apgd, suite.apgd_targeted, suite.fab):
+            part.n_iter = 2
+        suite.fab.n_target_classes = suite.apgd_targeted.n_target_classes = 3
+        suite.apgd.eot_iter, suite.square.n_queries = 2, 2
+        labels = suite.run_standard_evaluation(grey, zeros, batch_size=n)[1]
+        assert abs(float((labels == zeros).float().mean()) - share) < tolerance
+
+
+def test_the_records_of_rands_halves_have_one_clean_draw(results_folder, monkeypatch):
+    """So that the halves' counts, multiplied, are rand's."""
+    forward, drawn, first = Purified.forward, [], []
+
+    def noted(self, x, seeds=None):
+        drawn.append(forward(self, x, seeds))
+        return drawn[-1]
+
+    monkeypatch.setattr(Purified, "forward", noted)
+    evaluation = Evaluation(Config(n_images=4, n_iter=2, eot=2), verbose=False)
+    for name in ("apgd-ce", "apgd-dlr"):
+        drawn.clear()
+        evaluation.attack(Source(name, "coup"))
+        first.append(drawn[0])
+    assert torch.equal(*first) and not torch.equal(first[0], drawn[-1])
+
+
+# --- in parts ---
+
+
+class Grainy(nn.Module):
+    """A classifier of 8×8 digits on noise that it draws image by image, one after the other.
+
+    It counts how many images are differentiated at once. What it gives for an image is to the bit the same in
+    whatever batch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weights", torch.randn(10, 64, generator=generator))
+        self.generator = torch.Generator().manual_seed(1)
+        self.largest = self.most = self.open = 0
+        self.eval()
+
+    def forward(self, x):
+        noise = torch.stack([torch.randn(64, generator=self.generator) for _ in x])
+        logits = ((x.flatten(1) + 0.1 * noise)[:, None] * self.weights).sum(2)
+        self.largest = max(self.largest, len(x))
+        if logits.requires_grad:
+            self.open += len(x)
+            self.most = max(self.most, self.open)
+            logits.register_hook(lambda _: setattr(self, "open", self.open - len(x)))
+        return logits
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05), ("L2", 0.3)])
+def test_results_do_not_depend_on_max_batch_which_bounds_every_call(digits, name, norm, eps):
+    settings = {"norm": norm, "eps": eps, "eot": 1}  # sums over draws would be rounded otherwise
+    y = Grainy()(digits.x).argmax(1)
+    whole = attack(name, **settings)(Grainy(), digits.x, y)
+    assert 0 < whole.robust.sum() < 16
+    for max_batch in (5, 1):
+        model = Grainy()
+        parts = attack(name, max_batch=max_batch, **settings)(model, digits.x, y)
+        assert torch.equal(parts.x_adv, whole.x_adv) and torch.equal(parts.robust, whole.robust)
+        assert model.largest == max_batch and model.most <= max_batch
+
+
+def test_a_purifier_draws_the_same_noise_in_parts(digits, classifier):
+    models = defended(classifier), InParts(defended(classifier), 5)
+    torch.testing.assert_close(*(torch.cat([model(digits.x), model(digits.x)]) for model in models))
 
 
 def test_the_original_package_is_used_where_it_is_there(digits, classifier, monkeypatch):
@@ -300,8 +408,8 @@ def test_an_image_that_was_wrong_at_first_is_not_robust(digits, classifier):
 
 
 def test_an_unknown_attack_is_refused():
-    with pytest.raises(ValueError, match=r"attack: expected one of clean, noise, fgsm, .*; got 'rand'"):
-        Attack("rand", "Linf", 0.1)
+    with pytest.raises(ValueError, match=r"attack: expected one of clean, noise, fgsm, .*; got 'cw'"):
+        Attack("cw", "Linf", 0.1)
 
 
 # --- noise, FGSM, PGD, starts ---
@@ -321,6 +429,7 @@ def test_noise_is_on_the_surface_of_the_ball(classifier, norm, eps):
 @pytest.mark.parametrize(("norm", "eps"), THREATS)
 def test_fgsm_is_one_step_of_eps(norm, eps):
     _, classifier, x = small_problem()
+    classifier.eval()
     y = torch.arange(5) % 3
     at = x.clone().requires_grad_()
     slope = torch.autograd.grad(F.cross_entropy(classifier(at), y, reduction="sum"), at)[0]
@@ -342,7 +451,7 @@ class Bumpy(nn.Module):
 def test_pgd_is_its_steps_and_keeps_the_highest_loss(norm, eps, landscape):
     """Written out on images of four pixels, every loss along the way looked at."""
     _, classifier, x = small_problem()
-    classifier = Bumpy() if landscape == "bumpy" else classifier
+    classifier = (Bumpy() if landscape == "bumpy" else classifier).eval()
     y, point = torch.arange(5) % 2, x.clone()
     points, losses = [], []
     for _ in range(9):
@@ -381,18 +490,40 @@ def test_the_margin_attack_raises_the_margin(digits, classifier):
 @pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize(("norm", "eps"), THREATS)
 def test_the_first_gradient_is_taken_at_the_start(digits, classifier, name, norm, eps):
+    """APGD's to the bit, where the start is in the ball; also on its surface, as attacks leave it."""
     generator = torch.Generator().manual_seed(5)
-    start = project(
+    inside = project(
         digits.x + eps * torch.randn(digits.x.shape, generator=generator), digits.x, norm, 0.9 * eps
     )
+    surface = attack("apgd-ce", norm=norm, eps=eps)(classifier, digits.x, digits.y).x_adv
     spy = Spy(classifier)
-    attack(name, norm=norm, eps=eps, eot=1)(spy, digits.x, digits.y, start=start)
-    assert torch.equal(spy.seen[0], digits.x)  # whether the images were right at first
-    torch.testing.assert_close(spy.seen[1], start)
+    for start in (inside, surface):
+        spy.seen.clear()
+        attack(name, norm=norm, eps=eps, eot=1)(spy, digits.x, digits.y, start=start)
+        assert torch.equal(spy.seen[0], digits.x)  # whether the images were right at first
+        torch.testing.assert_close(spy.seen[1], start)
+        assert name == "pgd" or torch.equal(spy.seen[1], start)
     spy.seen.clear()
     attack(name, norm=norm, eps=eps, eot=1)(spy, digits.x, digits.y)
     assert (distance(spy.seen[1], digits.x, norm) > 0).all()  # without one, at a random point
-    assert (distance(spy.seen[1], start, norm) > 0).all()
+    assert (distance(spy.seen[1], inside, norm) > 0).all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(("norm", "eps"), THREATS)
+def test_images_are_in_the_ball_wherever_the_attack_was_started(digits, classifier, name, norm, eps):
+    """Some far outside it, some out of [0, 1], one inside, which alone is left where it is."""
+    start = digits.x + 0.6
+    start[::2] = (1 - digits.x[::2]).clamp(0, 1)
+    start[3] = digits.x[3]
+    spy = Spy(classifier)
+    result = attack(name, norm=norm, eps=eps, n_iter=2, eot=1)(spy, digits.x, digits.y, start=start)
+    assert float(distance(result.x_adv, digits.x, norm).max()) <= eps * (1 + 1e-5)
+    assert float(result.x_adv.min()) >= 0 and float(result.x_adv.max()) <= 1
+    if name in STARTED:
+        torch.testing.assert_close(spy.seen[1], project(start, digits.x, norm, eps))
+        assert torch.equal(spy.seen[1][3], start[3])
+    assert any("takes no start" in text for text in result.warnings) == (name not in STARTED)
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd-ce"])
@@ -438,3 +569,158 @@ def test_nothing_in_the_ball_is_nearer_than_the_projection(norm):
 def test_margin_by_hand():
     logits = torch.tensor([[2.0, 5.0, 1.0], [2.0, 5.0, 1.0], [-3.0, -3.0, -4.0]])
     assert margin(logits, torch.tensor([1, 2, 0])).tolist() == [-3.0, 4.0, 0.0]
+
+
+# --- what is refused, and what is told ---
+
+
+class Flat(nn.Module):
+    """Linear in the pixels of images (n, 1, 8, 8), with so many classes; its weights are no parameters."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.weights = torch.randn(64, classes, generator=torch.Generator().manual_seed(0))
+        self.eval()
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weights
+
+
+@pytest.mark.parametrize("norm", ["linf", "Linf", "LINF", "l2", "L2"])
+def test_norms_are_known_in_any_case_and_eps_as_a_fraction(norm):
+    made = Attack("pgd", norm, "8/255")
+    assert (made.norm, made.eps) == ({"linf": "Linf", "l2": "L2"}[norm.lower()], 8 / 255)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(project(x + 1, x, norm, 0.1), project(x + 1, x, made.norm, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"norm": "l1"}, "norm: expected one of linf, l2; got 'l1'"),
+        ({"norm": 2}, "norm: expected one of linf, l2; got '2'"),
+        ({"eps": 0}, "eps: expected a number greater than 0; got 0"),
+        ({"eps": "8/0"}, "eps: expected a number or a fraction such as \"8/255\"; got '8/0'"),
+        ({"eps": None}, 'eps: expected a number or a fraction such as "8/255"; got None'),
+        ({"n_iter": 0}, "n_iter: expected a number greater than 0; got 0"),
+        ({"eot": 1.5}, "eot: expected a whole number; got 1.5"),
+        ({"n_targets": 0}, "n_targets: expected a number greater than 0; got 0"),
+        ({"square_queries": "many"}, "square_queries: expected a number .*; got 'many'"),
+        ({"max_batch": 0}, "max_batch: expected a number greater than 0; got 0"),
+        ({"seed": -1}, "seed: expected a number greater than -1 and at most .*; got -1"),
+        ({"seed": None}, "seed: expected a number .*; got None"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        attack("pgd", **given)
+
+
+def test_an_eot_that_cannot_be_is_refused(classifier):
+    for given, message in (((0, 5), "eot: expected"), ((5, 0), "max_batch: expected")):
+        with pytest.raises(ValueError, match=message):
+            BatchedEOT(classifier, *given, cross_entropy)
+    with pytest.raises(ValueError, match="norm: expected one of linf, l2; got 'lsup'"):
+        project(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 2, 2), "Lsup", 0.1)
+
+
+X, Y = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
+LABELS = r"y: expected one label per image, shape \(4,\), torch.int64, on cpu; got "
+STARTS = r"start: expected images like x, shape \(4, 1, 8, 8\), torch.float32, on cpu; got "
+
+
+class Constant(Flat):
+    """Gives the same in any case."""
+
+    def __init__(self, given):
+        super().__init__(10)
+        self.given = given
+
+    def forward(self, x):
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": F.relu}, "model: expected a torch.nn.Module; got builtins.function"),
+        ({"model": Flat(10).train()}, "model: is in train mode"),
+        ({"model": nn.Linear(8, 8, device="meta").eval()}, "model: expected on cpu, where the images are"),
+        ({"model": Constant([1])}, "the model's logits: expected a torch.Tensor; got builtins.list"),
+        ({"model": Constant(torch.rand(4))}, r"the model's logits: expected shape \(4, K\).*; got \(4,\)"),
+        (
+            {"model": Constant(torch.rand(4, 1))},
+            r"the model's logits: expected .* two classes.*; got \(4, 1\)",
+        ),
+        ({"model": Constant(torch.rand(3, 10))}, r"the model's logits: .*; got \(3, 10\)"),
+        ({"x": X.numpy()}, "x: expected a torch.Tensor; got numpy.ndarray"),
+        ({"x": X[0]}, r"x: expected at least one image, \(B, C, H, W\), .*; got shape \(1, 8, 8\)"),
+        ({"x": (255 * X).to(torch.uint8)}, r"x: expected .* in floating point; got shape .*, torch.uint8"),
+        ({"x": X[:0]}, r"x: expected at least one image"),
+        ({"x": 255 * X}, r"x: expected values in \[0, 1\]; got 127.5 to 127.5"),
+        ({"x": X * torch.nan}, r"x: expected values in \[0, 1\]; got nan to nan"),
+        ({"y": Y.numpy()}, "y: expected a torch.Tensor; got numpy.ndarray"),
+        ({"y": Y.int()}, LABELS + r"shape \(4,\), torch.int32, on cpu"),
+        ({"y": Y[:3]}, LABELS + r"shape \(3,\), torch.int64, on cpu"),
+        ({"y": Y.to("meta")}, LABELS + r"shape \(4,\), torch.int64, on meta"),
+        ({"y": Y + 10}, "y: expected labels among the model's classes, 0 to 9; got 10 to 10"),
+        ({"y": Y - 1}, "y: expected labels among the model's classes, 0 to 9; got -1 to -1"),
+        ({"start": X.numpy()}, "start: expected a torch.Tensor; got numpy.ndarray"),
+        ({"start": X[:2]}, STARTS + r"shape \(2, 1, 8, 8\), torch.float32, on cpu"),
+        ({"start": X.double()}, STARTS + r"shape \(4, 1, 8, 8\), torch.float64, on cpu"),
+        ({"start": X * torch.nan}, "start: expected finite values; got NaN or infinity"),
+    ],
+)
+def test_what_cannot_be_attacked_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        attack("pgd")(**{"model": Flat(10), "x": X, "y": Y} | given)
+
+
+def test_a_model_that_gives_nan_is_refused():
+    with pytest.raises(FloatingPointError, match="NaN or infinity from the model"):
+        attack("pgd")(Constant(torch.full((4, 10), torch.nan)), X, Y)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes_are_met(name, classes, digits):
+    """DLR compares three logits and targeted DLR four; targets are no more than the wrong classes."""
+    model = Flat(classes)
+    y = model(digits.x).argmax(1)
+    if (name, classes) == ("apgd-dlr", 2):
+        with pytest.raises(ValueError, match="attack: apgd-dlr compares 3 classes; the model has 2"):
+            attack(name)(model, digits.x, y)
+        return
+    result = attack(name, n_targets=9)(model, digits.x, y)
+    assert float(distance(result.x_adv, digits.x, "Linf").max()) <= 0.15 * (1 + 1e-5)
+    left_out = {("rand", 2): "apgd-dlr", ("standard", 2): "apgd-t", ("standard", 3): "apgd-t"}.get(
+        (name, classes)
+    )
+    told = [text for text in result.warnings if "left out" in text]
+    assert bool(told) == bool(left_out) and all(left_out in text for text in told)
+    assert not any("target classes" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_probabilities_are_told_of(name, digits, classifier, recwarn):
+    usual = attack(name)(classifier, digits.x, digits.y)
+    assert not recwarn.list and not any("probabilities" in text for text in usual.warnings)
+    with pytest.warns(UserWarning, match="the model returns probabilities, not logits"):
+        result = attack(name)(nn.Sequential(classifier, nn.Softmax(1)).eval(), digits.x, digits.y)
+    assert any("probabilities" in text for text in result.warnings)
+
+
+def test_a_warning_is_of_this_model_not_of_one_before(digits, classifier):
+    """AutoAttack keeps in mind that it once saw a defence that asks for gradients."""
+    attack("square")(defended(classifier), digits.x, digits.y)
+    assert attack("square")(classifier, digits.x, digits.y).warnings == ()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_inference_mode_makes_no_difference(name, digits, classifier):
+    expected = attack(name)(classifier, digits.x, digits.y)
+    with torch.inference_mode():
+        x, y = digits.x.clone(), digits.y.clone()
+        result = attack(name)(classifier, x, y, start=x.clone() if name in STARTED else None)
+    if name not in STARTED:
+        assert torch.equal(result.x_adv, expected.x_adv)
