@@ -11,6 +11,7 @@ from coup_lib.config import Config
 from coup_lib.evaluate import planning
 from coup_lib.outcomes import Accuracy, Difference
 from coup_lib.report import Gap, Line
+from coup_lib.stats import ratio_interval
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -39,14 +40,10 @@ def test_levels_are_not_compared():
 
 
 def test_what_is_kept_of_a_classifiers_own_accuracy():
-    """Two thirds of 60 right images; the interval counts two more of the larger residuals."""
     own, right = np.repeat([1.0, 0.0], [60, 40]), np.repeat([1.0, 0.0], [40, 60])
     found = Accuracy.kept(right, own)
-    spread = 1.96 * np.sqrt(40 * (1 / 3) ** 2 + (20 + 2) * (2 / 3) ** 2) / 102 / 0.6
     assert found.value == pytest.approx(100 * 2 / 3)
-    assert (found.low, found.high) == pytest.approx(
-        (100 * (2 / 3 - spread), 100 * (2 / 3 + spread)), abs=0.01
-    )
+    assert (found.low, found.high) == pytest.approx([100 * end for end in ratio_interval(right, own)])
     with pytest.raises(ValueError, match="right on some image; got one that is on none"):
         Accuracy.kept(right, np.zeros(100))
     line = report.kept("Table 1", "COUP", "93.70", right, own)
