@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.config import NORM_LABELS, NORMS, choice, count, number
-from coup_lib.purify import check_images, check_network
+from coup_lib.purify import ROUNDING, check_images, check_network
 
 APGD_LOSSES = ("ce", "dlr", "margin")
 STARTED = ("pgd", *(f"apgd-{loss}" for loss in APGD_LOSSES), "rand")  # those that begin where they are told
@@ -22,7 +22,6 @@ ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the fewest that a loss compares, where they are more than two
 PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
-ROUNDING = 1e-6  # an image this near to the ball, pixel by pixel, is in it
 
 Loss = Callable[..., Tensor]  # logits (n, K), labels (n,), targets (n,) if there are any → (n,), to be raised
 
@@ -362,8 +361,8 @@ def _evaluate(suite: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _check(model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> None:
     """ValueError for what cannot be attacked, as far as that is seen before the model is called."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module; got {_kind(model)}")
-    check_images(_tensor("x", x))
+        raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    check_images(x)
     check_network("model", model, x)
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if (got := _described(_tensor("y", y))) != (expected := _described(labels)):
@@ -379,12 +378,8 @@ def _check(model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> None
 def _tensor(name: str, value: Any) -> Tensor:
     """The value if it is a tensor; else a ValueError."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a torch.Tensor; got {_kind(value)}")
+        raise ValueError(f"{name}: expected a tensor; got {type(value).__name__}")
     return value
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__name__}"
 
 
 def _described(values: Tensor) -> str:

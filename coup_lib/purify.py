@@ -199,6 +199,7 @@ class FixedNoise(nn.Module):
     def __init__(self, purified: Purified, seed: int) -> None:
         super().__init__()
         self.purified, self.seed = purified, seed
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the purified x."""

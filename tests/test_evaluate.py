@@ -107,7 +107,7 @@ def test_sources_that_are_the_same_are_one():
     ("given", "message"),
     [
         (("apgd-ce", "gan"), "defence: expected one of none, diffpure, reverse, coup, .*; got 'gan'"),
-        (("rand", "coup"), "attack: expected one of clean, noise, .*; got 'rand'"),
+        (("cw", "coup"), "attack: expected one of clean, noise, .*; got 'cw'"),
         (("pgd", "coup", "numeric"), "gradient: expected one of exact, .*; got 'numeric'"),
         (("pgd", "coup", "exact", 0), "n_iter: expected a number greater than 0; got 0"),
         (("pgd", "coup", "exact", 3, 1.5), "eot: expected a whole number; got 1.5"),
