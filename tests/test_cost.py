@@ -26,10 +26,13 @@ def cost():
     ("source", "gflop"),
     [
         # 100 iterations of 20 draws, each two walks of a path, one back, and the decision with its gradient
-        (Source("apgd-ce", "coup"), 2000 * (STEPS * (37.1 + 74.8 + 21.0 + 41.9) + 21.0)),
-        (Source("apgd-ce", "coup", "first_order"), 2000 * (STEPS * (37.1 + 74.8 + 2 * 21.0) + 21.0)),
-        (Source("apgd-ce", "reverse"), 2000 * (STEPS * (37.1 + 74.8) + 21.0)),
+        (Source("apgd-ce", "coup"), 2000 * (STEPS * 3 * (37.1 + 21.0) + 21.0)),
+        (Source("apgd-ce", "coup", "first_order"), 2000 * (STEPS * (3 * 37.1 + 2 * 21.0) + 21.0)),
+        (Source("apgd-ce", "reverse"), 2000 * (STEPS * 3 * 37.1 + 21.0)),
         (Source("apgd-ce", "coup", "bpda"), 2000 * (STEPS * (37.1 + 21.0) + 10.5)),
+        # guidance by the gradient of what the classifier makes of the score's own estimate
+        (Source("apgd-ce", "denoised"), 2000 * (STEPS * 3 * (3 * 37.1 + 21.0) + 21.0)),
+        (Source("apgd-ce", "averaged", n_steps=50), 4 * 2000 * (50 * 3 * 37.1 + 21.0)),
         (Source("apgd-ce", "none"), 2000 * 21.0),
         (Source("clean", "none"), 0),
     ],
@@ -38,7 +41,18 @@ def test_an_attack_is_counted_as_by_hand(cost, source, gflop):
     config = Config(profile="cifar10", budget="full", subset="first", n_images=4, n_steps=STEPS)
     scored = DRAWS * (STEPS * (37.1 + 21.0) + 10.5)
     job = Job(config, WRN, source, ("coup",), record="", done=False)
-    assert cost["cost"](job) == pytest.approx((gflop + scored) / 1000)
+    attack, scores = cost["cost"](job)
+    assert attack.sum() == pytest.approx(gflop / 1000) and scores.sum() == pytest.approx(scored / 1000)
+
+
+def test_hours_and_days_are_those_of_the_operations(cost):
+    frame = cost["table"](512)
+    all_of_them = frame.loc["all of them"]
+    by_hand = all_of_them["PFLOP"] * 1000 / (0.5 * 67) / 3600
+    assert all_of_them["GPU hours, float32"] == pytest.approx(by_hand)
+    assert all_of_them["GPU hours, TF32"] < all_of_them["GPU hours, bfloat16"] < by_hand
+    days = cost["days"](frame).loc["all of them, float32"]
+    assert list(days) == pytest.approx([by_hand / 24 / n for n in (1, 4, 8)])
 
 
 def test_the_committed_page_is_what_the_command_prints(cost):

@@ -1,13 +1,21 @@
 """The plan before a run: what is counted, and that nothing is computed for it."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from coup_lib import estimate, evaluate, paths
+from coup_lib import estimate, evaluate, paths, purify
 from coup_lib.config import Config
-from coup_lib.defences import PURIFIERS
-from coup_lib.evaluate import CLEAN, Evaluation, Source, calls, planning
+from coup_lib.defences import DEFENCES, PURIFIERS
+from coup_lib.evaluate import CLEAN, Evaluation, Job, Source, calls, planning
+from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import gradient_of, log_confidence
 
 
@@ -61,32 +69,66 @@ def test_planning_lists_what_a_run_would_do_and_computes_nothing(results, monkey
     assert not list(results.iterdir())
 
 
-def test_a_decision_of_several_purifications_is_counted_as_such(results, monkeypatch):
-    def row(defence):
-        source = Source("apgd-ce", defence)
-        run = estimate.Notebook(({},), lambda config: Evaluation(config).run({defence: [source]}))
-        monkeypatch.setitem(estimate.NOTEBOOKS, defence, run)
-        return estimate.estimate(defence, Config(n_images=2, n_iter=1, eot=1, n_steps=2))
+def plan(defence, **settings):
+    """The jobs of an attack on this defence and of scoring it there."""
+    with planning() as jobs:
+        Evaluation(Config(**settings)).run({defence: [Source("apgd-ce", defence)]})
+    return jobs
 
-    one, four = row("reverse"), row("averaged")
+
+def test_a_decision_of_several_purifications_is_counted_as_such(results):
+    one, four = (
+        estimate.estimate(plan(defence, n_images=2, n_iter=1, eot=1)) for defence in ("reverse", "averaged")
+    )
     for head in ("purifications", "network calls"):
         assert four[head] == PURIFIERS["averaged"].draws * one[head] > 0
     assert four["gradients"] == one["gradients"]
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("defence", DEFENCES)
+def test_network_calls_are_those_that_are_made(monkeypatch, defence, replayed):
+    """Each call and each derivative takes a network's operations once; a counter sees no more and no less."""
+    if replayed:
+        monkeypatch.setattr(purify, "solve_with_gradient", partial(solve_with_gradient, activation_budget=0))
+    config, (x, y) = Config(n_steps=10), (torch.rand(1, 1, 8, 8), torch.tensor([3]))
+    classifier = config.classifier
+    flop = estimate._score_network(config).flop, estimate._classifier_flop("digits", classifier)
+    gradients = ("exact", "first_order", "adjoint")
+    if defence == "none" or PURIFIERS[defence].through_score or replayed:
+        gradients = gradients[:2]  # no SDE, or a second derivative that torchsde cannot take
+    for gradient in (None, *gradients):
+        job = Job(config, classifier, Source("apgd-ce", defence, gradient or "exact"), (), "")
+        model = Evaluation(config).defence(defence, gradient or "exact")
+        with estimate.FlopCounter() as counter:
+            if gradient:
+                torch.autograd.grad(F.cross_entropy(model(x.requires_grad_()), y), x)
+            else:
+                with torch.no_grad():
+                    model(x)
+        counted = estimate.network_calls(job, defence, gradient, replayed=replayed) @ flop
+        assert counted == pytest.approx(counter.total, rel=0.03 if gradient is None else 0.15), gradient
+
+
 @pytest.mark.parametrize("name", estimate.NOTEBOOKS)
 def test_every_notebook_has_a_row(results, name):
-    row = estimate.estimate(name, *estimate._configs(name, {}))
+    row = estimate.estimate(estimate.jobs(name, *estimate._configs(name, {})))
     assert set(row) == set(estimate.TABLE_HEAD) and row["images"] == 4
     assert row["gradients"] > 0 and row["network calls"] > row["gradients"] and row["hours"] > 0
     assert not list(results.iterdir())
 
 
+SMALLEST = {"n_images": 2, "n_iter": 1, "eot": 1, "n_steps": 2, "n_draws": 1}
+
+
 @pytest.mark.parametrize("name", ["03_sweeps", "04_autoattack", "05_bpda", "07_stronger_attacks"])
-def test_a_plan_is_in_step_with_the_run(results, capsys, name):
+def test_a_plan_is_in_step_with_the_run(results, monkeypatch, capsys, name):
     """What a notebook's run leaves is what was planned; then nothing is left to do."""
-    configs = estimate._configs(name, {})
+    configs = estimate._configs(name, SMALLEST)
     planned = estimate.jobs(name, *configs)
+    estimate.show(name, *configs)
+    assert capsys.readouterr().out == "", "this is short work"
+    monkeypatch.setattr(estimate, "SHORT", 0)
     estimate.show(name, *configs)
     assert "hours" in capsys.readouterr().out
     estimate.NOTEBOOKS[name].run(*configs)
@@ -101,7 +143,9 @@ def test_a_plan_is_in_step_with_the_run(results, capsys, name):
 def test_an_attack_that_many_settings_read_is_counted_once(results):
     """Without guidance, λ changes nothing; without a purifier, neither does t*."""
     configs = estimate._configs("03_sweeps", {"n_images": 5, "n_iter": 7, "eot": 1})
-    row = estimate.estimate("03_sweeps", *configs, t_stars=[0.05, 0.3], guidance_weights=[0, 2])
+    row = estimate.estimate(
+        estimate.jobs("03_sweeps", *configs, t_stars=[0.05, 0.3], guidance_weights=[0, 2])
+    )
     # Undefended; reverse-only at three t*; COUP at these and at another λ, exact and first-order.
     on_validation = 1 + 3 + 2 * (3 + 1)
     on_test = 1 + 1 + 2
@@ -125,43 +169,109 @@ def test_a_notebooks_own_parameters_count(results, name, fewer, more):
 
 def test_purifications_count(results):
     few, many = (
-        estimate.estimate("05_bpda", *estimate._configs("05_bpda", {}), purifications=n) for n in (2, 3)
+        estimate.estimate(estimate.jobs("05_bpda", *estimate._configs("05_bpda", {}), purifications=n))
+        for n in (2, 3)
     )
     assert many["purifications"] > few["purifications"]
 
 
-def test_longer_paths_cost_more(results):
-    def flop(n_steps):
-        config = Config(n_steps=n_steps)
-        job = evaluate.Job(config, config.classifier, Source("apgd-ce", "reverse"), ("reverse",), "", False)
-        return estimate.unit(job, "reverse", "exact").flop
-
-    short, long, longer = flop(10), flop(20), flop(30)
-    assert longer - long == pytest.approx(long - short) and long > 1.5 * short
-
-
-@pytest.mark.parametrize("defence", ["reverse", "coup"])
-def test_paths_that_are_replayed_are_gone_twice(results, monkeypatch, defence):
-    config = Config()
-    job = evaluate.Job(config, config.classifier, Source("apgd-ce", defence), (defence,), "", False)
-    kept, forward = estimate.unit(job, defence, "exact").flop, estimate.unit(job, defence, None).flop
+def test_paths_whose_activations_do_not_fit_are_replayed(results, monkeypatch):
+    monkeypatch.setattr(estimate, "ACTIVATION_BUDGET", 10**9)
+    kept = estimate.estimate(plan("coup", n_images=2))["network calls"]
     monkeypatch.setattr(estimate, "ACTIVATION_BUDGET", 0)
-    decision = estimate.unit(job, "none", None).flop
-    assert estimate.unit(job, defence, "exact").flop == pytest.approx(kept + forward - decision)
+    config = Config(n_images=2)
+    again = config.n_images * config.n_iter * config.eot * config.n_steps
+    assert estimate.estimate(plan("coup", n_images=2))["network calls"] == kept + again
+
+
+def test_in_lower_precision_only_what_is_lowered_is_faster():
+    speeds = {"float32": 1.0, "tf32": 10.0, "bfloat16": 20.0}
+    attack, scores = np.array([100.0, 40.0]), np.array([7.0, 3.0])
+    expected = {"float32": 150, "tf32": 10 + 4 + 10, "bfloat16": 5 + 40 + 10}
+    for precision, seconds in expected.items():
+        assert estimate.seconds(attack, scores, precision, speeds) == pytest.approx(seconds)
+
+
+def test_a_run_asks_for_the_networks_that_it_takes(monkeypatch, tmp_path):
+    """Of five files Table 1 takes two, and only 02 the one that has to be fetched by hand."""
+    monkeypatch.delenv("COUP_SMOKE")
+    monkeypatch.setenv("COUP_MODELS", str(tmp_path))
+    given, taken = {"profile": "cifar10", "subset": "first"}, {}
+    for name in estimate.NOTEBOOKS:
+        planned = estimate.jobs(name, *estimate._configs(name, given))
+        taken[name] = set(estimate._networks(planned, estimate.missing))
+    linf, l2 = (f"cifar10/{norm}/Wang2023Better_WRN-28-10" for norm in ("Linf", "L2"))
+    two = {"cifar10/Linf/Standard", "ddpmpp-deep"}
+    more = {
+        "02_ablation": {"wrn-70-16-dropout"},
+        "06_adversarial_training": {linf, l2},
+        "08_beyond": {linf},
+    }
+    assert taken == {name: two | more.get(name, set()) for name in estimate.NOTEBOOKS}
+
+
+def test_data_and_networks_are_looked_for_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    def refuse(*args, **settings):
+        raise AssertionError("a network was built")
+
+    monkeypatch.delenv("COUP_SMOKE")
+    monkeypatch.setattr(estimate, "load_score", refuse)
+    monkeypatch.setattr(estimate, "load_classifier", refuse)
+    monkeypatch.setenv("COUP_MODELS", str(tmp_path))
+    monkeypatch.setenv("COUP_DATA", str(tmp_path / "a file"))
+    (tmp_path / "a file").touch()
+    given = {"profile": "cifar10", "subset": "first"}
+    configs = estimate._configs("02_ablation", given)
+    with pytest.raises(FileNotFoundError, match="no cifar10 at"):
+        estimate.show("02_ablation", *configs)
+    monkeypatch.setattr(estimate, "load_split", lambda *which: None)
+    with pytest.raises(FileNotFoundError, match="wrn-70-16-dropout"):
+        estimate.show("02_ablation", *configs)
+    with pytest.raises(SystemExit, match="wrn-70-16-dropout"):
+        estimate.main(["--profile", "cifar10", "--subset", "first", "--obtain", "02_ablation"])
+    estimate.main(["--obtain", "04_autoattack"])  # digits and its networks are in this repository
+    assert capsys.readouterr().out == ""
 
 
 def test_the_command_line(results, capsys):
     estimate.main(["02_ablation", "05_bpda"])
     out = capsys.readouterr().out
-    for part in ("| 02_ablation |", "| all of them |", "images fit into one call", "All networks are here."):
-        assert part in out
+    assert out.startswith("Data and networks are here.\n\n| notebook | images |")
+    for part in ("| 02_ablation |", "| all of them |", "images fit into one call"):
+        assert out.count(part) == 1
     rows = [line.split("|")[5] for line in out.splitlines() if line.startswith("| 02_ablation |")]
     estimate.main(["--classifier", "cnn-small", "02_ablation"])
     alone = capsys.readouterr().out
+    assert "all of them" not in alone
     rows += [line.split("|")[5] for line in alone.splitlines() if line.startswith("| 02_ablation |")]
     assert int(rows[1].replace(",", "")) < int(rows[0].replace(",", ""))
-    with pytest.raises(ValueError, match=r"expected a notebook out of 01_case_study, .*; got '99'"):
+    with pytest.raises(SystemExit, match=r"notebook: expected one of 01_case_study, .*; got '99'"):
         estimate.main(["99"])
+
+
+PAPERS_TIER = """
+import resource, sys, time
+from coup_lib import estimate
+estimate.main(["--profile", "cifar10", "--budget", "full"])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(peak / 2**30, time.process_time())
+"""
+
+
+def test_the_papers_tier_is_estimated_in_seconds_and_little_memory(tmp_path):
+    """At full size, DDPM++ deep and WRN-70-16: by one call of the first, and none of the second."""
+    environment = {name: value for name, value in os.environ.items() if name != "COUP_SMOKE"}
+    environment |= {"COUP_DATA": str(tmp_path), "COUP_MODELS": str(tmp_path), "COUP_RESULTS": str(tmp_path)}
+    run = subprocess.Popen(
+        [sys.executable, "-c", PAPERS_TIER], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    absent = run.stdout.readline()
+    assert absent.startswith("Still to be fetched: cifar10, ") and "wrn-70-16-dropout" in absent
+    *table, taken = run.communicate(timeout=300)[0].splitlines()
+    rows = [line.split(" | ")[0] for line in table if line.startswith("| ")]
+    assert rows == [f"| {name}" for name in ("notebook", "---", *estimate.NOTEBOOKS, "all of them")]
+    peak, seconds = map(float, taken.split())
+    assert peak < 2 and seconds < 60
 
 
 def test_memory_running_out_halves_the_batch(results, capsys, monkeypatch):
@@ -182,7 +292,7 @@ def test_memory_running_out_halves_the_batch(results, capsys, monkeypatch):
     torch.manual_seed(0)
     small = Small().eval().requires_grad_(False)
     monkeypatch.setattr(evaluate, "load_classifier", lambda dataset, name, trained: small)
-    config = Config(n_images=20, n_iter=3, eot=2)
+    config = Config(n_images=20, n_iter=3, eot=2, n_draws=2)
     shares = []
     for limit in (1000, 8):
         Small.limit = limit

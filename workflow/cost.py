@@ -1,50 +1,38 @@
 """What the whole paper costs, by counting: `python workflow/cost.py > workflow/cost.md`; nothing is measured.
 
-`python -m coup_lib.estimate` measures it on a machine, one notebook's batch at a time.
+`python -m coup_lib.estimate` measures on a machine how fast that is done.
 """
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from coup_lib.config import Config
-from coup_lib.defences import MAXIMISERS, is_guided, purifications
-from coup_lib.estimate import NOTEBOOKS, jobs
+from coup_lib.estimate import NOTEBOOKS, jobs, seconds, work
 from coup_lib.evaluate import Job
 from coup_lib.tables import markdown
 
-# GFLOP of one image, a multiply-add counting two: the call, with its derivative in the image, and for
-# classifiers the gradient of the confidence and that with its Hessian-vector product.
-SCORE = {"call": 37.1, "derivative": 74.8}
-CLASSIFIERS = {"wrn-28-10": (10.5, 21.0, 41.9), "wrn-70-16-dropout": (77.5, 155.0, 310.0)}
-SUSTAINED = 100.0  # TFLOP/s, about a fifth of what one large GPU of 2022 does in bfloat16, a half in TF32
-MAXIMISER_STEPS = 5
+# GFLOP of a call on one image, a multiply-add counting two.
+SCORE, CLASSIFIERS = 37.1, {"wrn-28-10": 10.5, "wrn-70-16-dropout": 77.5}
+# TFLOP/s of an H100 (SXM) by its data sheet, without sparsity, and the share of it that we assume, not
+# measured: between 3 × 3 convolutions of 128 to 640 channels on 32 × 32 pixels these networks have
+# normalisations that wait for memory, and the faster the products are, the more of the time goes there.
+PEAK = {"float32": 67.0, "tf32": 495.0, "bfloat16": 989.0}
+UTILISATION = {"float32": 0.5, "tf32": 0.25, "bfloat16": 0.2}
+SUSTAINED = {name: UTILISATION[name] * peak for name, peak in PEAK.items()}
+LABELS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
+GPUS = (1, 4, 8)
 SIZES = (512, 10_000)
 NORM = {"02_ablation": ("linf",), "03_sweeps": ("linf",), "06_adversarial_training": ("linf",)}
+PAPER, ALL = "the paper: 01 to 06", "all of them"
 
 
-def teraflop(job: Job, defence: str, gradient: str | None) -> float:
-    """Of one purification and decision, or with a gradient of that."""
-    call, confidence, curvature = CLASSIFIERS.get(job.classifier, CLASSIFIERS["wrn-28-10"])
-    decision = call if gradient is None else confidence
-    if defence == "none":
-        return decision / 1000
-    steps = MAXIMISER_STEPS if defence in MAXIMISERS else job.config.n_steps
-    step = SCORE["call"] + (confidence if is_guided(defence) else 0)
-    if gradient not in (None, "bpda"):  # a replay: forward again, and back
-        step += SCORE["derivative"]
-        if is_guided(defence):
-            step += confidence if gradient == "first_order" else curvature
-    return purifications(defence) * (steps * step + decision) / 1000
-
-
-def cost(job: Job) -> float:
-    """TFLOP of an attack and of scoring what it found, for one image."""
-    gradients, forwards = job.calls
-    source, gradient = job.source.defence, job.source.gradient
-    attack = gradients * teraflop(job, source, gradient) + forwards * teraflop(job, source, None)
-    scores = sum(2 * job.config.n_draws * teraflop(job, target, None) for target in job.targets)
-    return attack + scores
+def cost(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """TFLOP in the score network and in the classifier, (2,): of an attack, and of scoring what it found."""
+    call = np.array([SCORE, CLASSIFIERS.get(job.classifier, CLASSIFIERS["wrn-28-10"])]) / 1000
+    attack, scores = work(job, replayed=True)
+    return attack * call, scores * call
 
 
 def planned(name: str, n_images: int) -> Iterable[Job]:
@@ -59,44 +47,70 @@ def planned(name: str, n_images: int) -> Iterable[Job]:
 
 
 def table(n_images: int) -> pd.DataFrame:
-    """A row for each notebook, and their sum."""
-    rows = {}
+    """A row for each notebook, and their sums."""
+    rows: dict[str, dict[str, float]] = {}
     for name in NOTEBOOKS:
-        found = list(planned(name, n_images))
-        petaflop = sum(job.config.n_images * cost(job) for job in found) / 1000
-        attacks = [job for job in found if job.makes_images]
-        stored = sum(job.config.n_images for job in attacks) * 3 * 32 * 32 * 4 / 2**30
-        rows[name] = {
-            "attacks": len(attacks),
-            "PFLOP": petaflop,
-            "GPU hours": petaflop * 1000 / SUSTAINED / 3600,
-            "GiB": stored,
-        }
+        row = rows[name] = dict.fromkeys(("attacks", "PFLOP", *map(hours, SUSTAINED), "GiB"), 0.0)
+        for job in planned(name, n_images):
+            n, (attack, scores) = job.config.n_images, cost(job)
+            row["attacks"] += job.makes_images
+            row["PFLOP"] += n * (attack + scores).sum() / 1000
+            for precision in SUSTAINED:
+                row[hours(precision)] += n * seconds(attack, scores, precision, SUSTAINED) / 3600
+            row["GiB"] += n * job.makes_images * 3 * 32 * 32 * 4 / 2**30
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
-    frame.loc["the paper: 01 to 06"] = frame.loc[:"06_adversarial_training"].sum()
-    frame.loc["all of them"] = frame.loc[list(NOTEBOOKS)].sum()
-    return frame.map(lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.2g}")
+    frame.loc[PAPER] = frame.loc[:"06_adversarial_training"].sum()
+    frame.loc[ALL] = frame.loc[list(NOTEBOOKS)].sum()
+    return frame
+
+
+def hours(precision: str) -> str:
+    """The heading of its column."""
+    return f"GPU hours, {LABELS[precision]}"
+
+
+def days(frame: pd.DataFrame) -> pd.DataFrame:
+    """Days on several GPUs, of the paper and of all notebooks."""
+    rows = {
+        f"{what}, {LABELS[precision]}": {
+            f"{n} GPU{'s' * (n > 1)}": frame.loc[what, hours(precision)] / 24 / n for n in GPUS
+        }
+        for what in (PAPER, ALL)
+        for precision in SUSTAINED
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("days")
+
+
+def written(frame: pd.DataFrame) -> str:
+    """Markdown."""
+    return markdown(frame.map(lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.2g}"))
 
 
 def page() -> str:
     """Markdown."""
-    call, confidence, curvature = CLASSIFIERS["wrn-28-10"]
-    coup = SCORE["call"] + SCORE["derivative"] + confidence + curvature
+    call = CLASSIFIERS["wrn-28-10"]
+    assumed = "; ".join(
+        f"{LABELS[name]} {SUSTAINED[name]:.0f} ({UTILISATION[name]:.0%} of {peak:g})"
+        for name, peak in PEAK.items()
+    )
     parts = [
         "# What the whole paper costs",
         "By `python workflow/cost.py > workflow/cost.md`: counted, not measured. Profile `cifar10`, budget "
         "`full`, every notebook at the same number of images (07 and 08 take fewer by default), 100 steps at "
         "L∞ and 75 at L2: all attacks that the notebooks plan, and 20 fresh purifications of each image that "
         "they found, for every defence that is scored on it.",
-        f"GFLOP of one image: a call of DDPM++ deep {SCORE['call']}, with its derivative "
-        f"{SCORE['derivative']}; WRN-28-10 {call}, the gradient of its confidence {confidence}, with a "
-        f"Hessian-vector product {curvature}. An exact gradient walks the path twice and back once: for COUP "
-        f"100 × {coup:.1f} GFLOP.",
-        f"GPU hours at {SUSTAINED:.0f} TFLOP/s sustained; at another speed they go with its inverse. GiB: "
-        "the adversarial images of every attack, float32.",
+        f"GFLOP of a call on one image: DDPM++ deep {SCORE}, WRN-28-10 {call}; a derivative takes as much "
+        "again. An exact gradient walks the path twice and back once, guidance is a call and its "
+        f"derivative: for COUP 100 × (3 × {SCORE} + 6 × {call}) = {100 * (3 * SCORE + 6 * call):,.0f} GFLOP.",
+        f"**The speed is an assumption**, in TFLOP/s, by the data sheet of an H100 (SXM): {assumed}. Hours "
+        "go with its inverse; `python -m coup_lib.estimate` measures it on a machine. float32 is the "
+        "default. `-p precision tf32` is for all that is under attack, `-p precision bfloat16` for the score "
+        "network there; what an attack found is scored in float32.",
+        "GiB: the adversarial images of every attack, float32.",
     ]
     for n_images in SIZES:
-        parts += [f"## {n_images:,} images", markdown(table(n_images))]
+        frame = table(n_images)
+        parts += [f"## {n_images:,} images", written(frame), written(days(frame))]
     return "\n\n".join(parts)
 
 
