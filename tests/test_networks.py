@@ -17,7 +17,7 @@ from coup_lib.networks import NETWORKS, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
 from coup_lib.profiles import PROFILES
 from coup_lib.sde import VPSDE
-from coup_lib.train import right, flops, main, model_card, train
+from coup_lib.train import flops, main, model_card, right, train
 from coup_lib.train_digits import deformed, redrawable, redrawn, train_classifier
 
 NUMBER = r"\d+\.?\d*"
