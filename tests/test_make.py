@@ -1,4 +1,4 @@
-"""How the tests are run. `make test`: every part runs whatever the others find, and the end says which of them failed."""
+"""How tests are run: every part of `make test`, whatever the others find, and the end says which failed."""
 
 import os
 import runpy
