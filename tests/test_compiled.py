@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from coup_lib import compiled, evaluate, paths
+from coup_lib import compiled, evaluate
 from coup_lib.compiled import LEAST, Compiled, compiled_score
 from coup_lib.config import GRADIENTS, Config
 from coup_lib.data import SHAPES, load_split
@@ -44,9 +44,8 @@ def score():
 
 
 @pytest.fixture
-def quick(tmp_path, monkeypatch):
+def quick(monkeypatch):
     """Traced and split into forward and backward as ever, but left to PyTorch's own kernels: seconds."""
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
     monkeypatch.setattr(compiled, "Compiled", partial(Compiled, backend="aot_eager"))
     compiled_score.cache_clear()
     yield

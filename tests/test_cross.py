@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from coup_lib import cross, paths, tables
+from coup_lib import cross, tables
 from coup_lib.config import NORMS, Config
 
 N = 100
@@ -70,12 +70,11 @@ def test_tables_and_figure_show_all(found):
     plt.close(figure)
 
 
-def test_every_classifier_is_measured_in_every_norm(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+def test_every_classifier_is_measured_in_every_norm(results_folder):
     configs = {norm: Config(norm=norm, n_images=4, n_draws=2) for norm in NORMS}
     found = cross.measure(configs)
     assert {training for panel in found.values() for training in panel} == {"linf", "l2", "standard"}
-    records = {path.name.rsplit("-", 1)[0] for path in tmp_path.rglob("cnn-*.json")}
+    records = {path.name.rsplit("-", 1)[0] for path in results_folder.rglob("cnn-*.json")}
     assert {f"cnn-small-{norm}-{norm}-apgd-ce-coup-exact" for norm in NORMS} < records
     assert {"cnn-small-linf-l2-apgd-ce-coup-exact", "cnn-small-l2-linf-apgd-ce-coup-exact"} < records
     for panel in found.values():

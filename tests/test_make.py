@@ -1,6 +1,7 @@
-"""`make test`: every part runs whatever the others find, and the end says which of them failed."""
+"""How tests are run: every part of `make test`, whatever the others find, and the end says which failed."""
 
 import os
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,3 +55,14 @@ def test_every_part_runs_and_those_that_failed_are_named(make, fails, named):
 def test_lint_too(make):
     run = make("lint", "mypy")
     assert run.returncode != 0 and run.stdout == "\n".join([*LINTERS, "Failed:", "  .venv/bin/mypy", ""])
+
+
+def test_only_the_first_process_of_a_run_empties_the_folder_of_smoke_results(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "build" / "smoke").mkdir(parents=True)
+    for worker in ("gw0", None):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker) if worker else monkeypatch.delenv(
+            "PYTEST_XDIST_WORKER"
+        )
+        runpy.run_path(str(tmp_path / "conftest.py"))
+        assert (tmp_path / "build" / "smoke").exists() == bool(worker)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 
-from coup_lib import evaluate, paths
+from coup_lib import evaluate
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.config import Config
 from coup_lib.data import load_split
@@ -16,11 +16,6 @@ from coup_lib.zoo import load_score
 
 LOWERED = Config(n_images=8, n_iter=2, eot=1, precision="bfloat16")
 FULL = dataclasses.replace(LOWERED, precision="float32")
-
-
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
 
 
 def gradient(config, name):

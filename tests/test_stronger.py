@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coup_lib import paths, stronger
+from coup_lib import stronger
 from coup_lib.config import Config
 from coup_lib.evaluate import Evaluation
 from coup_lib.outcomes import Score
@@ -93,8 +93,7 @@ def test_failures_are_named_with_their_meaning():
     assert stronger.check_lines([check for check in found if check.holds]).startswith("All ")
 
 
-def test_columns_shares_and_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+def test_columns_shares_and_tables():
     config = Config(purpose="probe", n_images=3, n_iter=1, eot=1, square_queries=3, n_draws=2)
     evaluation = Evaluation(config, verbose=False)
     columns = stronger.columns(evaluation, ("none", "reverse", "coup"))
