@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import keyword
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -21,6 +23,20 @@ NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
 NORM_NAMES = {"linf": "L∞", "l2": "L2"}  # as people do
 NORMS = tuple(NORM_LABELS)
 GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
+# What parameters are called in the paper and elsewhere.
+OTHER_NAMES = {
+    "lambda": "guidance_weight",
+    "λ": "guidance_weight",
+    "weight": "guidance_weight",
+    "t": "t_star",
+    "t*": "t_star",
+    "ε": "eps",
+    "epsilon": "eps",
+    "n": "n_images",
+    "N": "n_steps",
+    "iterations": "n_iter",
+    "steps": "n_steps",
+}
 
 
 def choice(name: str, value: Any, known: Any) -> Any:
@@ -86,9 +102,9 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
     given = {name: namespace[name] for name in fields if name in namespace}
     for name in _assigned_names(namespace.get("In", [])):
         if name not in (*fields, *own):
-            raise ValueError(
-                f"unknown parameter {name!r}; this notebook knows {', '.join(sorted((*fields, *own)))}"
-            )
+            known = sorted((*fields, *own))
+            listed = f"this notebook knows {', '.join(known)}"
+            raise ValueError(f"unknown parameter {name!r}; {listed}{_meant(name, known)}")
     result = settings(**given, **fixed)
     for name, default in fields.items():
         if name in given and given[name] != default:
@@ -96,6 +112,33 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
     if is_smoke():
         print(f"{SMOKE_VARIABLE} is set: smallest sizes, the numbers mean nothing")
     return result
+
+
+def check_names(lines: list[str]) -> list[str]:
+    """The lines of a cell, unless a parameter in it has a name that Python cannot read.
+
+    An input transformer of IPython: `get_ipython().input_transformers_cleanup.append(check_names)`. What
+    papermill writes for `-p lambda 2` would else end in a SyntaxError, before `from_notebook` is asked.
+
+    Raises:
+        ValueError: naming the unknown parameter, and the one that it may be meant for.
+    """
+    cell = "".join(lines)
+    if cell.startswith("# Parameters"):
+        try:
+            ast.parse(cell)
+        except SyntaxError as error:
+            name = lines[(error.lineno or 1) - 1].split("=")[0].strip()
+            if keyword.iskeyword(name) or not name.isidentifier():
+                known = [field.name for field in dataclasses.fields(Config)]
+                raise ValueError(f"unknown parameter {name!r}{_meant(name, known)}") from None
+    return lines
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """A question that names the known parameter nearest to this one; "" if none is near."""
+    near = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _assigned_names(cells: list[str]) -> list[str]:

@@ -1,8 +1,11 @@
 """Settings are checked before any network is loaded; messages name what was expected and what came."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from coup_lib import checkpoints
 from coup_lib.config import (
@@ -12,6 +15,7 @@ from coup_lib.config import (
     PURPOSES,
     SMOKE_STEPS,
     Config,
+    check_names,
     count,
     from_notebook,
     number,
@@ -167,6 +171,53 @@ def test_from_notebook_refuses_an_unknown_parameter():
     known = "budget, classifier, compiled, device, eot"
     with pytest.raises(ValueError, match=f"unknown parameter 'normm'; this notebook knows {known}"):
         from_notebook(Config, notebook("# Parameters\nnormm = 'l2'", norm="linf", normm="l2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("normm", "norm"),
+        ("epsilon", "eps"),
+        ("tstar", "t_star"),
+        ("λ", "guidance_weight"),
+        ("weight", "guidance_weight"),
+        ("n", "n_images"),
+        ("N", "n_steps"),
+        ("steps", "n_steps"),
+        ("iterations", "n_iter"),
+        ("square_querys", "square_queries"),
+        ("shards", "shard"),
+    ],
+)
+def test_a_mistaken_parameter_is_told_what_may_be_meant(name, meant):
+    with pytest.raises(ValueError, match=f"unknown parameter '{name}'; .*; did you mean {meant}\\?$"):
+        from_notebook(Config, notebook(f"# Parameters\n{name} = 2"))
+    with pytest.raises(ValueError, match=r"did you mean guidance_weights\?$"):  # what this notebook knows
+        given = notebook("# Parameters\nweight = 2")
+        from_notebook(Config, given, own=("guidance_weights",), guidance_weight=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("lambda", "guidance_weight"), ("t*", "t_star"), ("n-images", "n_images")]
+)
+def test_a_parameter_that_is_no_name_in_python_is_told_so_too(name, meant):
+    shell = TransformerManager()
+    shell.cleanup_transforms.append(check_names)
+    cell = f"# Parameters\nnorm = 'l2'\n{name} = 2\n"
+    with pytest.raises(ValueError, match=rf"^unknown parameter '.*'; did you mean {meant}\?$") as error:
+        shell.transform_cell(cell)
+    assert repr(name) in str(error.value)
+    for other in ("# Parameters\nnorm = 'l2'\n", f"# Another\n{name} = 2\n", "# Parameters\nx = )\n"):
+        assert shell.transform_cell(other) == other
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_every_notebook_checks_names_before_its_parameters(path):
+    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert "input_transformers_cleanup.append(check_names)" in "".join(code[0]["source"])
+    assert code[1]["source"][0] == "# Parameters\n"
 
 
 def test_from_notebook_can_be_run_again_after_other_cells():
