@@ -46,6 +46,8 @@ class Between(Guided):
 
     def __init__(self, guided: Guided, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__(guided.score, guided.classifier, guided.weight)
+        if not low <= high:
+            raise ValueError(f"low, high: expected low <= high; got {low} and {high}")
         self.guided, self.low, self.high = guided, low, high
 
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def images_kept(
 ) -> int:
     """How many images like x fit with all activations of their paths, so that none needs to be replayed."""
     measured = _step_bytes.setdefault(score, {})
-    kind = gradient, x.shape[1:], x.dtype, x.device
+    kind = gradient, x.shape[1:], x.dtype, x.device, tuple(times.tolist())
     if kind not in measured:
         followed = _followed(score, gradient)
         with unchanged(generators(score, x.device)):

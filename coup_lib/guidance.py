@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coup_lib.config import number
 from coup_lib.frozen import frozen_layers
 from coup_lib.score import sde_of
 from coup_lib.sde import check_like
+
+WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance with its sign flipped
 
 _constant = ContextVar("guidance is a constant", default=False)
 
@@ -71,7 +74,8 @@ class Guided(nn.Module):
 
     def __init__(self, score: nn.Module, classifier: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
-        self.score, self.classifier, self.weight = score, classifier, weight
+        self.score, self.classifier = score, classifier
+        self.weight = number("guidance_weight", weight, *WEIGHTS)
         self.sde = sde_of(score)
 
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from coup_lib.config import choice, count, number
 from coup_lib.gradients import replayed
-from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
-from coup_lib.purify import Purified, StochasticPurifier, check_network, frozen, standard_normal
+from coup_lib.guidance import WEIGHTS, Guided, gradient_of, log_confidence, to_image, to_state
+from coup_lib.purify import Purified, StochasticPurifier, check_network, freeze, standard_normal
 from coup_lib.sde import check_like
 from coup_lib.solver import Callback
 
@@ -83,11 +83,12 @@ class LikelihoodMaximiser(StochasticPurifier):
     ) -> None:
         choice("gradient (there is no SDE, so no adjoint)", gradient, LIKELIHOOD_GRADIENTS)
         super().__init__(gradient, seed)
-        self.denoiser = frozen("denoiser", denoiser)
-        self.guide = None if guide is None else frozen("guide", guide)
+        self.denoiser = freeze("denoiser", denoiser)
+        self.guide = None if guide is None else freeze("guide", guide)
         if gradient == "first_order" and any(isinstance(part, Guided) for part in denoiser.modules()):
             raise ValueError("gradient: first_order holds the guide constant, not guidance in the denoiser")
-        self.guidance_weight, self.n_steps = guidance_weight, count("n_steps", n_steps)
+        self.guidance_weight = number("guidance_weight", guidance_weight, *WEIGHTS)
+        self.n_steps = count("n_steps", n_steps)
         self.lr, self.adam_eps = number("lr", lr, 0), number("adam_eps", adam_eps, 0)
         self.sigma = sigma
         if not 0 < sigma[0] <= sigma[1]:

@@ -109,7 +109,7 @@ class Purifier(StochasticPurifier):
         seed: int | None = None,
     ) -> None:
         super().__init__(gradient, seed)
-        self.score, self.sde = frozen("score", score), agreed_sde(score, sde)
+        self.score, self.sde = freeze("score", score), agreed_sde(score, sde)
         check_compiled(gradient, score)
         self.t_star = number("t_star (DiffPure's 100 is 0.1 here)", t_star, T_END, 1)
         self.n_steps = count("n_steps", n_steps)
@@ -172,7 +172,7 @@ class Purified(nn.Module):
 
     def __init__(self, classifier: nn.Module, purifier: StochasticPurifier) -> None:
         super().__init__()
-        self.classifier = frozen("classifier", classifier)
+        self.classifier = freeze("classifier", classifier)
         self.purifier: Any = purifier  # what more it can do than purify depends on its kind
         self.eval()
 
@@ -232,7 +232,7 @@ def coup(classifier: nn.Module, score: nn.Module, guidance_weight: float = 1.0, 
     return Purified(classifier, Purifier(Guided(score, classifier, guidance_weight), **settings))
 
 
-def frozen(name: str, network: nn.Module) -> nn.Module:
+def freeze(name: str, network: nn.Module) -> nn.Module:
     """The network itself, put into eval mode and its weights frozen. ValueError for what is no network."""
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name}: expected a torch.nn.Module; got {type(network).__name__}")
@@ -243,7 +243,7 @@ def check_images(x: Tensor, margin: float = ROUNDING) -> None:
     """ValueError for what is no batch of images (B, C, H, W) in [0, 1], give or take the margin."""
     if not isinstance(x, Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
         got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: expected a tensor of images, (B, C, H, W), in floating point; got {got}")
+        raise ValueError(f"x: expected at least one image, (B, C, H, W), in floating point; got {got}")
     low, high = torch.stack(x.detach().aminmax()).tolist()
     if not (low >= -margin and high <= 1 + margin):  # NaN is neither
         raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")

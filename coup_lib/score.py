@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from coup_lib.config import count
+from coup_lib.config import count, number
 from coup_lib.sde import VPSDE, check_like, per_image
 
 DISCRETE_LEVELS = 999.0  # score_sde's continuous VP networks are labelled with t·999
@@ -38,15 +38,16 @@ class NoiseScore(nn.Module):
         super().__init__()
         self.network = network
         self.sde = sde or VPSDE()
-        self.time_scale = time_scale
+        self.time_scale = number("time_scale", time_scale, 0)
         self.n_levels = None if n_levels is None else count("n_levels", n_levels)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """s(x, t) for x (B, C, H, W) and t of shape () or (B,), in (0, 1]."""
         label, std = self._level(t)
+        std = per_image(std, x)
         # Never in half precision: bfloat16 has no number between 99 and 99.5.
         labels = label.to(torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        return -self._noise(x, labels) / per_image(std, x)
+        return -self._noise(x, labels) / std
 
     def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The label of t and the std that the network takes it for, each the shape of t."""

@@ -171,6 +171,22 @@ def test_every_gradient_has_the_same_forward_pass(name, gradient):
     torch.testing.assert_close(other(x, seeds=SEEDS), reference(x, seeds=SEEDS), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", PURIFIERS)
+def test_inference_mode_changes_nothing_but_that_nothing_is_differentiated(name):
+    defence, x = made(name)
+    expected = defence(x, seeds=SEEDS)
+    with torch.inference_mode():
+        assert torch.equal(defence(x, seeds=SEEDS), expected)
+        inside = x.clone()
+        assert torch.equal(defence(inside, seeds=SEEDS), expected)
+        if name in GUIDED:  # a score is of use in another sampler, too
+            guided, t = defence.purifier.score, T.clone()
+            scored = guided(to_state(inside), t)
+    assert torch.equal(defence(inside, seeds=SEEDS), expected)
+    if name in GUIDED:
+        assert torch.equal(guided(to_state(x), T), scored)
+
+
 @pytest.mark.parametrize("name", GUIDED)
 def test_no_weight_is_no_guidance(name):
     recipe = PURIFIERS[name]
@@ -183,6 +199,18 @@ def test_no_weight_is_no_guidance(name):
 
 
 # --- guidance ---
+
+
+def test_settings_of_candidates_are_checked():
+    score, classifier, _ = small_problem()
+    with pytest.raises(ValueError, match=r"low, high: expected low <= high; got 0\.5 and 0\.1"):
+        Between(Guided(score, classifier), 0.5, 0.1)
+    for make in (
+        lambda: Smoothed(classifier, 0.1, draws=0),
+        lambda: Averaged(classifier, Purifier(score), 0),
+    ):
+        with pytest.raises(ValueError, match="draws: expected a number greater than 0; got 0"):
+            make()
 
 
 def test_denoised_guidance_is_by_the_denoised_image():

@@ -18,6 +18,7 @@ from coup_lib.config import GRADIENTS, Config
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.mechanism import SmoothEvaluation
 from coup_lib.score import NoiseScore
 from coup_lib.zoo import load_score
@@ -80,6 +81,19 @@ def test_fewer_images_go_through_the_score_itself(score):
     for n in (1, LEAST - 1, LEAST):
         fast(x[:n], t)
     assert seen == [LEAST]
+
+
+@pytest.mark.parametrize("n", [LEAST - 1, LEAST])
+def test_guidance_inside_of_what_is_compiled_is_differentiated_or_held_as_asked(score, n):
+    """PyTorch's compiled code would leave its second derivative out without a word."""
+    torch.manual_seed(1)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval().requires_grad_(False)
+    guided = Guided(score, classifier)
+    fast, x, t = Compiled(guided, SHAPE, "aot_eager"), torch.randn(n, *SHAPE), torch.tensor(0.1)
+    exact, held = (slope(way(guided), x, t) for way in (nn.Identity(), FirstOrder))
+    assert not torch.allclose(exact, held, rtol=1e-2)
+    torch.testing.assert_close(slope(fast, x, t), exact)
+    torch.testing.assert_close(slope(FirstOrder(fast), x, t), held, rtol=1e-4, atol=1e-4)
 
 
 def without_gradient(graph, examples):

@@ -390,7 +390,9 @@ def test_grey_images_are_refused_by_a_colour_model(build):
         (lambda x: x / 0, r"values in \[0, 1\]; got nan to nan"),
         (lambda x: x[0], r"at least one image, \(B, C, H, W\).*; got shape \(1, 8, 8\)"),
         (lambda x: x[:0], r"at least one image, .*; got shape \(0, 1, 8, 8\)"),
-        (lambda x: (255 * x).byte(), r"torch\.float32 .*; got torch\.uint8"),
+        (lambda x: (255 * x).byte(), r"in floating point; got shape \(3, 1, 8, 8\), torch\.uint8"),
+        (lambda x: 0.3 * (2 * x - 1), r"values in \[0, 1\]; got -0\.3 to 0\.3"),
+        (lambda x: x.numpy(), r"at least one image, .*; got ndarray"),
         (lambda x: x.half(), r"torch\.float32 like the classifier's weights; got torch\.float16"),
         (lambda x: x.double(), r"torch\.float32 like the classifier's weights; got torch\.float64"),
     ],
@@ -443,6 +445,25 @@ def test_a_network_that_is_put_back_into_train_mode_is_refused(who):
         defence(x)
     defence.eval()
     assert defence(x).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("who", "part"),
+    [("classifier", "0"), ("classifier", "2"), ("score", "score.norm"), ("score", "classifier.0")],
+)
+def test_one_part_that_is_put_back_into_train_mode_is_found_and_named(who, part):
+    """Its batch statistics would drift, and answers with them."""
+    score, _, x = small_problem()
+    score.norm = nn.BatchNorm2d(1)
+    classifier = in_train_mode(x)
+    defence = coup(classifier, score, n_steps=3)
+    {"classifier": defence.classifier, "score": defence.purifier.score}[who].get_submodule(part).train()
+    with pytest.raises(
+        ValueError, match=rf"^(score\.)?{who}\.{part.removeprefix('classifier.')}: is in train"
+    ):
+        defence(x)
+    with pytest.raises(ValueError, match=r": is in train mode"):
+        defence.purifier.trajectory(x, lambda i, t, state: None)
 
 
 @pytest.mark.parametrize("who", ["classifier", "score"])

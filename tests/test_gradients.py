@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from closed_forms import small_problem
+import torch.nn.functional as F
+from closed_forms import SmoothClassifier, small_problem
+from torch import nn
 
 from coup_lib import gradients
-from coup_lib.guidance import Guided, to_image, to_state
+from coup_lib.candidates import Between
+from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
 from coup_lib.purify import Purifier, coup, diffpure, reverse_only, standard_normal
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, time_grid
@@ -98,6 +101,150 @@ def test_the_second_order_term_matters_and_is_the_only_difference():
     for gradient in ("first_order", "exact"):
         reverse, _ = build("reverse", gradient)
         assert relative_error(input_gradient(reverse, x), plain_gradient(reverse, x)) < 1e-9
+
+
+class Wrapped(nn.Module):
+    """What a user puts around a score: as a module of its own, or where no walk over modules finds it."""
+
+    def __init__(self, score, hidden=False):
+        super().__init__()
+        self.scores = [score] if hidden else nn.ModuleList([score])
+
+    def forward(self, x, t):
+        return self.scores[0](x, t)
+
+
+WRAPPINGS = {
+    "once": Wrapped,
+    "twice": lambda guided: Wrapped(Wrapped(guided)),
+    "out of sight": lambda guided: Wrapped(guided, hidden=True),
+    "between times": Between,
+    "between times, wrapped": lambda guided: Wrapped(Between(guided)),
+    "as a score to be guided": lambda guided: Guided(guided, guided.classifier, 0.0),
+    "compiled": lambda guided: torch.compile(guided, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_first_order_and_exact_are_what_they_are_however_the_score_is_wrapped(wrapping, activations):
+    score, classifier, x = small_problem()
+    guided = Guided(score, classifier)
+
+    def gradient_by(score, gradient):
+        purifier = Purifier(score, n_steps=4, gradient=gradient)
+        at = x.clone().requires_grad_()
+        return torch.autograd.grad(purifier(at, SEEDS).square().sum(), at)[0]
+
+    bare, exact = (gradient_by(guided, gradient) for gradient in ("first_order", "exact"))
+    assert relative_error(bare, exact) > 1e-2
+    wrapped = WRAPPINGS[wrapping](guided)
+    assert relative_error(gradient_by(wrapped, "first_order"), bare) < 1e-12
+    if wrapping != "compiled":
+        assert relative_error(gradient_by(wrapped, "exact"), exact) < 1e-12
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_first_order_refuses_a_gradient_of_which_it_cannot_tell_what_it_is(late, activations):
+    """Guidance that somebody wrote anew, on the whole path or on its last step only."""
+    score, classifier, x = small_problem()
+
+    class Own(nn.Module):
+        def forward(self, x, t):
+            if late and t > 0.03:
+                return score(x, t)
+            return score(x, t) + gradient_of(lambda x: log_confidence(classifier, x), x)
+
+    purifier = Purifier(Own(), n_steps=4, gradient="first_order")
+    assert purifier(x, SEEDS).shape == x.shape
+    with pytest.raises(ValueError, match=r"first_order cannot tell guidance from score.*Guided takes a grad"):
+        purifier(x.requires_grad_(), SEEDS)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "adjoint"])
+def test_guidance_in_compiled_code_is_refused_where_it_is_to_be_differentiated(gradient):
+    """PyTorch leaves its second derivative out there, without a word."""
+    score, classifier, _ = small_problem()
+    compiled, inside = torch.compile(Guided(score, classifier)), Guided(torch.compile(score), classifier)
+    for wrapped in (compiled, Wrapped(compiled)):
+        with pytest.raises(ValueError, match=f"inside of guidance, not around it, for gradient='{gradient}'"):
+            Purifier(wrapped, gradient=gradient)
+        assert Purifier(wrapped, gradient="bpda").score is wrapped
+    assert Purifier(inside, gradient=gradient).score is inside
+    guided = Guided(score, classifier)
+    guided.compile()
+    with pytest.raises(ValueError, match="inside of guidance"):
+        Purifier(guided, gradient=gradient)
+
+
+# --- networks that draw random numbers ---
+
+
+class Dropping(SmoothClassifier):
+    """MC dropout: random in eval mode, too."""
+
+    def forward(self, x):
+        flat, first, activation, last = self.layers
+        return last(F.dropout(activation(first(flat(4 * x))), 0.5, training=True))
+
+
+class NoisyScore(nn.Module):
+    """A score with noise in it, from a generator of its own."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score, self.source = score, torch.Generator()
+
+    def forward(self, x, t):
+        noise = torch.randn(x.shape, generator=self.source, dtype=x.dtype)
+        return self.score(x, t) * (1 + 0.5 * noise)
+
+
+def random_problem(name, gradient="exact"):
+    score, _, x = small_problem()
+    classifier = Dropping().double()
+    settings = {"n_steps": 6, "gradient": gradient}
+    return BUILDERS[name](classifier, NoisyScore(score), **settings), x
+
+
+def afresh(defence):
+    """All random numbers but the purifier's own noise begin anew."""
+    torch.manual_seed(5)
+    next(m for m in defence.modules() if isinstance(m, NoisyScore)).source.manual_seed(6)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("gradient", ["exact", "first_order"])
+def test_random_networks_are_differentiated_as_they_were(name, gradient, activations):
+    """Kept or replayed: the gradient at the random numbers of the forward pass, and none drawn besides."""
+    defence, x = random_problem(name, gradient)
+    afresh(defence)
+    found = input_gradient(defence, x)
+    after = torch.rand(3)
+    defence.purifier.gradient = "exact"
+    if gradient == "first_order":
+        defence.purifier.score = gradients.FirstOrder(defence.purifier.score)
+    afresh(defence)
+    assert relative_error(found, plain_gradient(defence, x)) < 1e-9
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_pulling_back_draws_no_random_numbers(activations):
+    defence, x = random_problem("coup")
+    x = x.requires_grad_()
+    logits = defence(x, seeds=SEEDS)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = torch.autograd.grad(logits.sum(), x, retain_graph=True)[0]
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.autograd.grad(logits.sum(), x)[0], first)
+
+
+def test_adjoint_refuses_random_networks():
+    defence, x = random_problem("coup", "adjoint")
+    assert defence(x, seeds=SEEDS).shape == (5, 3)
+    with pytest.raises(ValueError, match="draws random numbers, which adjoint cannot draw again"):
+        input_gradient(defence, x)
 
 
 def test_adjoint_converges_to_exact_as_the_step_shrinks():
@@ -196,6 +343,15 @@ def test_unknown_gradient_is_refused():
     score, _, _ = small_problem()
     with pytest.raises(ValueError, match="expected one of exact, first_order, adjoint, bpda; got 'exakt'"):
         Purifier(score, gradient="exakt")
+    with pytest.raises(ValueError, match="gradient: expected one of exact, first_order, adjoint; got 'bpda'"):
+        gradients.solve_with_gradient("bpda", score, VPSDE(), torch.zeros(1, 4), time_grid(0.1, 2), None)
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 1, 2, 2), (4, 1, 1, 2, 2), (3, 5, 1, 2, 2), (4, 5, 4)])
+def test_noise_of_another_shape_is_refused(shape):
+    score, _, x = small_problem()
+    with pytest.raises(ValueError, match=r"^noise: expected shape \(4, 5, 1, 2, 2\).*; got \("):
+        solve(score, VPSDE(), x, time_grid(0.1, 4), torch.zeros(shape))
 
 
 def test_images_of_the_purifier_stay_in_range():

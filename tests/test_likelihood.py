@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from closed_forms import SmoothClassifier
+from closed_forms import SmoothClassifier, small_problem
 from torch import nn
 
 from coup_lib import likelihood as module
-from coup_lib.guidance import log_confidence, to_image, to_state
+from coup_lib.guidance import Guided, log_confidence, to_image, to_state
 from coup_lib.likelihood import PER_PIXEL, LikelihoodMaximiser, adam_step, denoising_error, likelihood
 from coup_lib.purify import FixedNoise
+from coup_lib.score import ScoreDenoiser
 
 SEEDS = torch.tensor([11, 22, 33, 44, 55])
 GRADIENTS = module.LIKELIHOOD_GRADIENTS
@@ -218,6 +219,52 @@ def test_a_graph_can_be_pulled_back_twice_and_keeps_the_states_only():
     assert torch.equal(torch.autograd.grad(purified.sum(), x)[0], first)
 
 
+class Dropping(SmoothClassifier):
+    """MC dropout: random in eval mode, too."""
+
+    def forward(self, x):
+        flat, first, activation, last = self.layers
+        return last(nn.functional.dropout(activation(first(flat(4 * x))), 0.5, training=True))
+
+
+def test_a_random_guide_is_differentiated_as_it_was():
+    """At the masks of the forward pass, as autograd through all steps does; and none is drawn besides."""
+    denoiser, _, x = problem()
+    purifier = LikelihoodMaximiser(denoiser, Dropping().double(), guidance_weight=UNIT, adam_eps=0.1)
+    torch.manual_seed(0)
+    ours, weights = pulled(purifier, x)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    x = x.requires_grad_()
+    state = torch.stack([to_state(x), torch.zeros_like(x), torch.zeros_like(x)])
+    for step, noise in enumerate(purifier._draw(x, SEEDS), 1):
+        state = adam_step(state, purifier.slope(state[0], noise), step, 0.1, 0.1)
+    (theirs,) = torch.autograd.grad((to_image(state[0]) * weights).sum(), x)
+    assert relative_error(ours, theirs) < 1e-12
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_first_order_refuses_guidance_in_the_denoiser():
+    """To hold that constant would change the objective itself."""
+    score, classifier, _ = small_problem()
+    denoiser = ScoreDenoiser(Guided(score, classifier))
+    assert LikelihoodMaximiser(denoiser).denoiser is denoiser
+    with pytest.raises(ValueError, match="first_order holds the guide constant, not guidance in the denois"):
+        LikelihoodMaximiser(denoiser, classifier, gradient="first_order")
+
+
+@pytest.mark.parametrize("who", ["denoiser", "guide"])
+def test_networks_that_are_trained_or_elsewhere_are_refused(who):
+    purifier, x = build(guided=True)
+    getattr(purifier, who).train()
+    with pytest.raises(ValueError, match=f"^{who}: is in train mode"):
+        purifier(x)
+    purifier.eval()
+    getattr(purifier, who).to("meta")
+    with pytest.raises(ValueError, match=f"^{who}: expected on cpu, where the images are; it is on meta"):
+        purifier(x)
+
+
 def test_guidance_raises_confidence():
     denoiser, classifier, x = problem()
     plain, guided = (
@@ -305,6 +352,7 @@ def test_it_is_a_classifier_like_any_other():
         ({"gradient": "adjoint"}, "no SDE, so no adjoint.*expected one of exact, .*got 'adjoint'"),
         ({"sigma": (0.6, 0.4)}, r"sigma: expected \(low, high\) with 0 < low <= high; got \(0.6, 0.4\)"),
         ({"n_steps": 0}, "n_steps: expected a number greater than 0; got 0"),
+        ({"guidance_weight": float("nan")}, "guidance_weight: expected a number .*; got nan"),
         ({"lr": 0}, "lr: expected a number greater than 0; got 0"),
         ({"adam_eps": -1e-8}, "adam_eps: expected a number greater than 0; got -1e-08"),
     ],

@@ -1,11 +1,13 @@
-"""The purifiers' randomness and the contract of the wrapped classifier."""
+"""The purifiers' randomness, their settings, and the contract of the wrapped classifier."""
 
 import pytest
 import torch
 from closed_forms import small_problem
+from torch import nn
 
+from coup_lib.candidates import Averaged
 from coup_lib.guidance import to_state
-from coup_lib.purify import coup, diffpure, reverse_only, standard_normal
+from coup_lib.purify import ROUNDING, Purified, Purifier, coup, diffpure, reverse_only, standard_normal
 
 BUILDERS = {"diffpure": diffpure, "reverse": reverse_only, "coup": coup}
 
@@ -62,6 +64,17 @@ def test_reseeding_repeats_the_run(name):
     assert not torch.equal(*first)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_two_purifiers_draw_different_noise_unless_told_otherwise(name):
+    (one, x), (other, _) = build(name), build(name)
+    assert not torch.allclose(one(x), other(x))
+    one.purifier.reseed()
+    other.purifier.reseed()
+    assert not torch.allclose(one(x), other(x))
+    (one, _), (other, _) = build(name, seed=3), build(name, seed=3)
+    assert torch.equal(one(x), other(x))
+
+
 def test_no_weight_is_no_guidance_bit_for_bit():
     guided, x = build("coup", guidance_weight=0.0)
     plain, _ = build("reverse")
@@ -106,8 +119,95 @@ def test_steps_shorter_than_the_end_time_are_refused():
         build("coup", t_star=1e-3, n_steps=100)
 
 
-@pytest.mark.parametrize("n", [1, 4, 6])
-def test_there_is_one_seed_per_image(n):
-    defence, x = build("coup")
-    with pytest.raises(ValueError, match=rf"seeds: expected one per image, shape \(5,\); got \({n},\)"):
-        defence(x, seeds=torch.arange(n))
+@pytest.mark.parametrize("t_star", [100, 5, 1.01, 1e-5, 0, -0.1, float("nan"), "a lot"])
+def test_a_t_star_that_is_no_time_of_the_sde_is_refused(t_star):
+    with pytest.raises(
+        ValueError, match=rf"^t_star \(DiffPure's 100 is 0\.1 here\): expected .*; got .*{t_star}"
+    ):
+        build("diffpure", t_star=t_star)
+    assert build("diffpure", t_star=1, n_steps=3)[0].purifier.t_star == 1
+
+
+@pytest.mark.parametrize("n_steps", [0, -1, 2.5, True])
+def test_a_number_of_steps_that_is_none_is_refused(n_steps):
+    with pytest.raises(ValueError, match=rf"^n_steps: expected .*; got {n_steps}"):
+        build("coup", n_steps=n_steps)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e4, None])
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(ValueError, match=rf"^guidance_weight: expected .*; got {weight}"):
+        build("coup", guidance_weight=weight)
+
+
+def test_what_is_no_network_is_refused():
+    score, classifier, _ = small_problem()
+    with pytest.raises(ValueError, match=r"^classifier: expected a torch\.nn\.Module; got function"):
+        reverse_only(lambda x: x, score)
+    with pytest.raises(ValueError, match=r"^score: expected a torch\.nn\.Module; got function"):
+        reverse_only(classifier, lambda x, t: x)
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda x: x.flatten(1)[:, :1], r"shape \(5, 1\)"),
+        (lambda x: x[:1].flatten(1), r"shape \(1, 4\)"),
+        (lambda x: x, r"shape \(5, 1, 2, 2\)"),
+        (lambda x: {"logits": x.flatten(1)}, "dict"),
+    ],
+)
+@pytest.mark.parametrize("builder", [reverse_only, coup])
+def test_what_are_no_logits_is_refused(builder, answer, got):
+    """Of one class, guidance would be zero without a word."""
+
+    class Classifier(nn.Module):
+        def forward(self, x):
+            return answer(x)
+
+    score, _, x = small_problem()
+    with pytest.raises(
+        ValueError, match=rf"^classifier: expected logits \(5, K\) of two classes.*; got {got}"
+    ):
+        builder(Classifier(), score, n_steps=2)(x)
+
+
+@pytest.mark.parametrize("seeds", [torch.arange(n) for n in (1, 4, 6)] + [torch.rand(5), [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("kind", [Purified, Averaged])
+def test_there_is_one_seed_per_image(kind, seeds):
+    score, classifier, x = small_problem()
+    got = type(seeds).__name__ if isinstance(seeds, list) else rf"\({len(seeds)},\), {seeds.dtype}"
+    with pytest.raises(ValueError, match=rf"seeds: expected one per image, shape \(5,\); got {got}"):
+        kind(classifier, Purifier(score, n_steps=2))(x, seeds)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_images_lie_in_0_1_but_for_rounding_unless_a_study_says_otherwise(name):
+    defence, x = build(name)
+    middling = 0.4 * (2 * x - 1)  # of mid contrast, scaled to [-1, 1]
+    for wrong in (middling, 1.002 * x / x.max(), x - x.min() - 0.002):
+        with pytest.raises(ValueError, match=r"^x: expected values in \[0, 1\]; got "):
+            defence(wrong)
+        with pytest.raises(ValueError, match=r"^x: expected values in \[0, 1\]; got "):
+            defence.purifier.trajectory(wrong, lambda i, t, state: None)
+    assert defence((1 + 0.9 * ROUNDING) * x.round()).isfinite().all()
+    assert defence(x.round() - 0.9 * ROUNDING).isfinite().all()
+    defence.purifier.margin = 0.5
+    assert defence(middling).isfinite().all()
+    assert build(name)[0].purifier.margin == ROUNDING
+
+
+@pytest.mark.parametrize("kind", [Purified, Averaged])
+def test_a_numpy_array_is_no_tensor(kind):
+    score, classifier, x = small_problem()
+    with pytest.raises(ValueError, match=r"^x: expected at least one image, .*; got ndarray$"):
+        kind(classifier, Purifier(score, n_steps=2))(x.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_in_half_precision_are_looked_at(dtype):
+    score, classifier, x = small_problem()
+    defence = reverse_only(classifier.to(dtype), score.to(dtype), n_steps=2)
+    assert defence(x.to(dtype)).shape == (5, 3)
+    with pytest.raises(ValueError, match=r"values in \[0, 1\]; got -"):
+        defence(-x.to(dtype))

@@ -69,6 +69,13 @@ def test_drift_is_eq_5():
     torch.testing.assert_close(reverse_drift(Guided(score, classifier, weight), sde, state, t), expected)
 
 
+def test_each_image_may_have_a_time_of_its_own_in_the_drift():
+    score, _, x = small_problem()
+    sde, x, times = VPSDE(), to_state(x)[:2], torch.tensor([0.02, 0.1], dtype=torch.float64)
+    alone = [reverse_drift(score, sde, x[i : i + 1], times[i]) for i in (0, 1)]
+    torch.testing.assert_close(reverse_drift(score, sde, x, times), torch.cat(alone))
+
+
 def test_mixture_score_is_the_gradient_of_its_log_density():
     score, _, x = small_problem()
     x = to_state(x).requires_grad_()
