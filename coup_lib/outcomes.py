@@ -135,25 +135,37 @@ class Score:
 class WorstCase:
     """Each image against its worst source.
 
-    right (n,): the share of right draws among those that are reported. suspicion (n,): that among those by
-    which the source was chosen, as in `Score`. n_sources: among how many.
+    right (n,): the share of right draws among those that are reported. expected (n,): what was expected of it
+    when the source was chosen, on average never above what any source showed. n_sources: among how many.
     """
 
     right: np.ndarray
-    suspicion: np.ndarray
+    expected: np.ndarray
     n_sources: int
 
 
 def worst_case(scores: Sequence[Score]) -> WorstCase:
     """The worst source of each image, chosen by one set of draws and reported by another.
 
-    To choose and report by the same draws would count luck as the attacker's skill. By luck a single source
-    can therefore be reported a little below the worst case.
+    To choose and report by the same draws would count luck as the attacker's skill. And to choose by each
+    image's few draws alone would make luck a bad adviser, worse than to stay with the strongest source: so
+    the draws of an image are shrunk towards what image and source show on average, by as much as noise
+    explains (empirical Bayes; Efron and Morris, J. Am. Stat. Assoc. 70 (1975) 311).
     """
-    suspicion = np.stack([score.suspicion for score in scores])
-    right = np.stack([score.right for score in scores])
-    chosen = suspicion.argmin(0), np.arange(suspicion.shape[1])
-    return WorstCase(right[chosen], suspicion[chosen], len(scores))
+    seen, right = (np.stack([getattr(score, name) for score in scores]) for name in ("suspicion", "right"))
+    draws = np.array([score.report.shape[1] for score in scores])
+    expected = _shrunk(seen, draws)
+    chosen = expected.argmin(0), np.arange(seen.shape[1])
+    return WorstCase(right[chosen], expected[chosen], len(scores))
+
+
+def _shrunk(seen: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Shares of right draws (S, n), of so many draws (S,), without the part that is noise."""
+    additive = seen.mean(0, keepdims=True) + seen.mean(1, keepdims=True) - seen.mean()
+    rest, share = seen - additive, seen.clip(0, 1)
+    noise = float((share * (1 - share) / np.maximum(draws - 1, 1)[:, None]).mean())
+    spread = float((rest**2).sum()) / max((len(seen) - 1) * (seen.shape[1] - 1), 1)
+    return additive + rest * max(0.0, 1 - noise / spread if spread else 0.0)
 
 
 def worst_of(scores: Sequence[Score]) -> np.ndarray:
