@@ -423,11 +423,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n-images", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--obtain", action="store_true", help="only see that data and networks are here")
-    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 04_autoattack; all of them")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="04_autoattack, 04_autoattack@l2 …")
     given = vars(parser.parse_args(arguments))
-    only_obtain, names = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
+    only_obtain, runs = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
     try:
-        plans = {name: jobs(name, *_configs(name, given), **_own(name, given)) for name in names}
+        plans = {run: _planned(run, given) for run in runs}
         if only_obtain:
             obtain(chain(*plans.values()))
             return
@@ -435,14 +435,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from None
     print(_absent(list(chain(*plans.values()))), end="\n\n", flush=True)
     rows: dict[str, dict[str, float]] = {}
-    for name, planned in plans.items():
-        rows[name] = estimate(planned)
-        print(*_lines(name, rows[name])[2 if len(rows) > 1 else 0 :], sep="\n", flush=True)
+    for run, planned in plans.items():
+        rows[run] = estimate(planned)
+        print(*_lines(run, rows[run])[2 if len(rows) > 1 else 0 :], sep="\n", flush=True)
     total = {head: sum(row[head] for row in rows.values()) for head in TABLE_HEAD}
     total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
     if len(rows) > 1:
         print(_lines("all of them", total)[-1])
     print(f"\n{suggestion(Config(**given), total['GiB'])}")
+
+
+def _planned(run: str, given: dict[str, Any]) -> list[Job]:
+    """The jobs of a notebook, or with @l2 behind its name of the notebook in that norm."""
+    name, _, norm = run.partition("@")
+    given = given | ({"norm": norm} if norm else {})
+    return jobs(name, *_configs(name, given), **_own(name, given))
 
 
 def _configs(name: str, given: dict[str, Any]) -> list[Config]:

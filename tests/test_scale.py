@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 
 from coup_lib import merge, records
@@ -17,16 +20,15 @@ from coup_lib.config import Config
 
 ROOT = Path(__file__).parents[1]
 
-SHARD = """
-    import sys, time
+SHARDS = """
+    import multiprocessing, sys
     from dataclasses import replace
     from pathlib import Path
-    from coup_lib import config as settings
-    from coup_lib.evaluate import Evaluation, Source
+    from coup_lib import config, paths
+    from coup_lib.evaluate import Evaluation
     from coup_lib.records import ChunkedRecord
 
-    shard, count = map(int, sys.argv[1:])
-    settings.PROFILES["digits"] = replace(settings.PROFILES["digits"], chunk_size=2)
+    config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
     made, compute = [], ChunkedRecord._compute
 
     def counted(self, index, journal):
@@ -34,34 +36,26 @@ SHARD = """
         compute(self, index, journal)
         made.append(len(journal.parts()) - before)
 
+    def work(shard, count, ready):
+        tiny = {"n_images": 14, "n_iter": 1, "eot": 1, "n_draws": 1, "n_steps": 2}
+        evaluation = Evaluation(config.Config(**tiny, shard=shard, num_shards=count), verbose=False)
+        evaluation.classifier, evaluation.score_network, evaluation.images
+        ready.wait()
+        evaluation.columns(["coup", "reverse"])
+        Path(f"{count}", f"{shard}.made").write_text(str(sum(made)))
+
     ChunkedRecord._compute = counted
-    tiny = {"n_images": 14, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
-    evaluation = Evaluation(settings.Config(**tiny, shard=shard, num_shards=count), verbose=False)
-    evaluation.classifier, evaluation.score_network
-    Path(f"ready{shard}").touch()
-    while len(list(Path().glob("ready*"))) < count:
-        time.sleep(0.01)
-    evaluation.columns(["coup", "reverse"])
-    print(sum(made))
+    fork = multiprocessing.get_context("fork")  # PyTorch takes seconds to be imported: once is enough
+    for count in map(int, sys.argv[1:]):
+        paths.RESULTS = Path(f"{count}", "results").absolute()
+        paths.RESULTS.mkdir(parents=True)
+        ready = fork.Barrier(count)
+        shards = [fork.Process(target=work, args=(shard, count, ready)) for shard in range(count)]
+        for shard in shards:
+            shard.start()
+        for shard in shards:
+            shard.join()
 """
-
-
-def share(folder, count):
-    """Run `count` shards at once; what their records say, and how many chunks each of them made."""
-    folder.mkdir()
-    environment = os.environ | {"COUP_RESULTS": str(folder / "results"), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SHARD), str(shard), str(count)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for shard in range(count)
-    ]
-    made = [int(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
-    return numbers(folder / "results"), made
 
 
 def numbers(folder):
@@ -76,11 +70,15 @@ def numbers(folder):
 
 
 def test_one_two_and_seven_shards_make_the_same_records(tmp_path):
-    alone, _ = share(tmp_path / "1", 1)
+    command = [sys.executable, "-c", textwrap.dedent(SHARDS), "1", "2", "7"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=600)
+    alone = numbers(tmp_path / "1" / "results")
     assert len(alone) > 10
     for count in (2, 7):
-        together, made = share(tmp_path / str(count), count)
-        assert together == alone
+        assert numbers(tmp_path / f"{count}" / "results") == alone
+        made = [int(path.read_text()) for path in (tmp_path / f"{count}").glob("*.made")]
+        assert len(made) == count, "one of the shards did not reach its end"
         assert sum(chunks > 0 for chunks in made) > 1, f"one of the shards did it all: {made}"
 
 
@@ -191,44 +189,63 @@ def test_without_gpus_and_under_slurm_the_command_just_runs(extra):
     assert process.returncode == 3
 
 
-def snakemake(folder, *options, **kwargs):
+def snakemake(folder, *options, root=ROOT, **kwargs):
     pytest.importorskip("snakemake", reason="the extra `scale` wants Python 3.11")
-    line = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")]
-    return subprocess.Popen([*line, "--directory", str(folder), *options], text=True, **kwargs)
+    line = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "workflow" / "Snakefile")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*line, "--directory", str(folder), *options], text=True, **pipes, **kwargs)
 
 
 @pytest.mark.parametrize("profile", ["laptop", "multi-gpu", "slurm"])
 def test_every_profile_plans_shards_then_the_merge_then_figures(tmp_path, profile):
     options = ["--profile", str(ROOT / "workflow" / "profiles" / profile), "--dry-run", "--printshellcmds"]
-    run = snakemake(
-        tmp_path, *options, "--config", "shards=7", "norm", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert "expected" in run.communicate(timeout=120)[0] and run.returncode != 0
-    run = snakemake(
-        tmp_path, *options, "--config", "shards=7", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    plan = run.communicate(timeout=120)[0]
+    run = snakemake(tmp_path, *options, "--config", "shards=7", "parameters=-p classifier cnn-large")
+    plan = run.communicate(timeout=600)[0]
     assert run.returncode == 0, plan
-    counts = dict(re.findall(r"^(shard|merge|figures|report) +(\d+)$", plan, re.MULTILINE))
-    assert counts == {"shard": "63", "merge": "1", "figures": "9", "report": "1"}
+    counts = dict(re.findall(r"^(needed|shard|merge|figures|report) +(\d+)$", plan, re.MULTILINE))
+    assert counts == {"needed": "1", "shard": "63", "merge": "1", "figures": "9", "report": "1"}
     assert re.search(r"papermill .*04_autoattack.ipynb.* -p norm l2 -p shard 6 -p num_shards 7", plan)
+    assert re.search(r"estimate --obtain .* --classifier cnn-large 04_autoattack 04_autoattack@l2 ", plan)
+
+
+def test_an_unknown_setting_is_refused(tmp_path):
+    run = snakemake(tmp_path, "--dry-run", "--config", "norm=l2")
+    assert "--config: expected profile, budget, " in run.communicate(timeout=600)[0] and run.returncode
+
+
+# In the place of the project's notebooks: work of some seconds, in parts that are killed alone.
+WORK = """
+import time
+from coup_lib.records import ChunkedRecord, Worker
+
+for index in range(20):
+    ChunkedRecord(
+        "digits", f"work-{index}", {}, range(4), lambda at: time.sleep(0.1) or {"at": at},
+        lambda parts: {"at": [part["at"] for part in parts]}, Worker(shard, num_shards)
+    ).finish()
+"""
+BROKEN = "raise ValueError('eps: expected a number greater than 0; got -1')"
+
+
+def workflow(folder, code):
+    """A copy of the workflow whose notebook 02 runs this code."""
+    shutil.copytree(ROOT / "workflow", folder / "workflow")
+    parameters = nbformat.v4.new_code_cell(
+        "profile = 'digits'\nbudget = 'quick'\nshard = 0\nnum_shards = 1", metadata={"tags": ["parameters"]}
+    )
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    (folder / "notebooks").mkdir()
+    nbformat.write(notebook, folder / "notebooks" / "02_ablation.ipynb")
+    return folder
 
 
 def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
     results = tmp_path / "results"
-    environment = os.environ | {
-        "COUP_SMOKE": "1",
-        "COUP_RESULTS": str(results),
-        "COUP_FIGURES": str(tmp_path / "f"),
-    }
+    environment = os.environ | {"COUP_RESULTS": str(results)}
     options = ["--cores", "2", "--retries", "2", "--config", "shards=2", "runs=02_ablation"]
     run = snakemake(
-        tmp_path,
-        *options,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        tmp_path, *options, root=workflow(tmp_path, WORK), env=environment, start_new_session=True
     )
     try:
         killed = kill_one(run.pid, results, "-p shard 1 ")
@@ -239,16 +256,33 @@ def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
     assert run.returncode == 0, said
     assert killed and "Trying to restart job" in said
     assert (tmp_path / "build" / "scale" / "02_ablation.ipynb").exists()
-    alone = tmp_path / "alone"
-    line = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(ROOT / "notebooks" / "02_ablation.ipynb"),
-        str(tmp_path / "o.ipynb"),
-    ]
-    subprocess.run(line, env=environment | {"COUP_RESULTS": str(alone)}, check=True, capture_output=True)
-    assert numbers(alone) == numbers(results)
+    made = [record["result"] for record in numbers(results).values()]
+    assert made == [{"at": [0, 1, 2, 3]}] * 20
+
+
+def test_a_shard_that_fails_says_why(tmp_path):
+    options = ["--cores", "2", "--config", "shards=1", "runs=02_ablation"]
+    run = snakemake(tmp_path, *options, root=workflow(tmp_path, BROKEN))
+    said = run.communicate(timeout=600)[0]
+    assert run.returncode
+    assert "02_ablation, shard 0, failed; the end of its log:" in said
+    assert "ValueError: eps: expected a number greater than 0; got -1\n" in said
+
+
+def test_missing_networks_are_named_once_before_any_shard_starts(tmp_path):
+    images = {f"x_{part}": np.zeros((40, 3, 32, 32), dtype=np.uint8) for part in ("train", "test")}
+    images |= {f"y_{part}": np.zeros(40, dtype=int) for part in ("train", "test")}
+    np.savez(tmp_path / "cifar10_exact_subset.npz", **images, idx_train=np.arange(40))
+    environment = {name: value for name, value in os.environ.items() if name != "COUP_SMOKE"}
+    environment |= {"COUP_DATA": str(tmp_path), "COUP_MODELS": str(tmp_path / "none")}
+    config = ["profile=cifar10", "shards=36", "runs=02_ablation", "parameters=-p subset first"]
+    run = snakemake(
+        tmp_path, "--cores", "2", "--retries", "2", "--keep-going", "--config", *config, env=environment
+    )
+    said = run.communicate(timeout=600)[0]
+    assert run.returncode and "rule shard" not in said
+    assert said.count("wrn-70-16-dropout.pt") == 1
+    assert all(name in said for name in ("cifar10/Linf/Standard.pt", "cifar10/score/checkpoint_8.pth"))
 
 
 def kill_one(group, results, line):
