@@ -77,7 +77,7 @@ failed=; run() { "$$@" || failed="$$failed$$(printf '\n  ')$$*"; }; $(1); \
 endef
 
 test: setup
-	@unset COUP_RESULTS COUP_FIGURES; export OMP_NUM_THREADS=1; $(call all,$(LINT); \
+	@export OMP_NUM_THREADS=1; $(call all,$(LINT); \
 		run $(PYTEST) --nbval-lax notebooks tests; run $(OLDER) $(PYTEST) $(NUMERICAL))
 
 lint: setup

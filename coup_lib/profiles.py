@@ -40,7 +40,7 @@ class Profile:
 PURPOSES = ("report", "compare", "sweep", "search", "probe", "clean")
 BUDGETS = ("smoke", "quick", "full")
 SMOKE_STEPS = 3
-SMOKE = Budget(n_images=4, n_iter=2, eot=2, n_targets=1, square_queries=5)
+SMOKE = Budget(4, n_iter=2, eot=2, n_targets=1, square_queries=5, n_draws=2, bpda_eot=(1, 2))
 FULL = {
     "report": Budget(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000),
     "compare": Budget(n_images=512, n_iter=20, eot=5, n_targets=9, square_queries=2000),

@@ -57,12 +57,16 @@ def test_lint_too(make):
     assert run.returncode != 0 and run.stdout == "\n".join([*LINTERS, "Failed:", "  .venv/bin/mypy", ""])
 
 
-def test_only_the_first_process_of_a_run_empties_the_folder_of_smoke_results(tmp_path, monkeypatch):
-    shutil.copy(ROOT / "conftest.py", tmp_path)
-    (tmp_path / "build" / "smoke").mkdir(parents=True)
-    for worker in ("gw0", None):
-        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker) if worker else monkeypatch.delenv(
-            "PYTEST_XDIST_WORKER"
-        )
-        runpy.run_path(str(tmp_path / "conftest.py"))
-        assert (tmp_path / "build" / "smoke").exists() == bool(worker)
+def test_runs_have_folders_of_their_own_and_the_processes_of_one_share_it(monkeypatch):
+    def folder():
+        kept.append(runpy.run_path(str(ROOT / "conftest.py")))
+        return os.environ["COUP_RESULTS"], os.environ["COUP_FIGURES"]
+
+    kept = []  # a run's folder goes with it
+    for name in ("COUP_RESULTS", "COUP_FIGURES"):
+        monkeypatch.setenv(name, "a user's")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    runs = [folder(), folder()]
+    assert len({*runs[0], *runs[1], "a user's"}) == 5
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    assert folder() == runs[1]

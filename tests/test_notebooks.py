@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_papermill_ends_with_what_is_wrong(tmp_path):
     assert "ValueError: unknown parameter 'normm'; this notebook knows budget, " in run.stderr
 
 
+def test_outputs_lie_beside_the_notebooks_whatever_folder_they_are_run_from(tmp_path, monkeypatch):
+    for name in ("COUP_RESULTS", "COUP_FIGURES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for smoke, outputs in (("1", ROOT / "build" / "smoke"), ("", ROOT)):
+        monkeypatch.setenv("COUP_SMOKE", smoke)
+        found = runpy.run_path(paths.__file__)
+        assert (found["RESULTS"], found["FIGURES"]) == (outputs / "results", outputs / "figures")
+
+
 @pytest.fixture(scope="module")
 def cifar_root(tmp_path_factory):
     """Real images where COUP_DATA has them; else random pixels in the same layout."""
@@ -118,6 +129,7 @@ def test_the_papers_tier_runs_the_same_notebooks_from_any_folder(
     monkeypatch.setenv("COUP_DATA", str(cifar_root))
     monkeypatch.setenv("COUP_MODELS", str(tmp_path / "no models"))
     given = {"profile": profile, "subset": "first", "norm": norm, "eps": "4/255"}
+    given |= {"n_images": 2, "n_iter": 1, "eot": 1, "n_steps": 2}
     papermill.execute_notebook(
         ROOT / "notebooks" / f"{notebook}.ipynb", "out.ipynb", given, progress_bar=False
     )
