@@ -30,9 +30,9 @@ COLUMNS = {
     "lent": "Worst of all transfers",
     "worst": "Worst of these attacks, per image",
     "recorded": "Worst case on record, per image",
-    "own_standard": "AutoAttack's own count, standard",
-    "own_rand": "AutoAttack's own count, rand",
-    "autoattack": "AutoAttack's own count, worse of the two",
+    "own_standard": "Counted by AutoAttack: standard",
+    "own_rand": "Counted by AutoAttack: rand",
+    "autoattack": "Counted by AutoAttack: worse of the two",
 }
 OWN_COUNTS = ("own_standard", "own_rand", "autoattack")
 
