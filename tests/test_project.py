@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -55,13 +56,14 @@ def test_the_readmes_attack_runs_and_breaks_images(capsys):
 
 
 def test_the_readmes_own_networks_run():
-    """Its lines with a user's networks in the place of `my_...`: ε(x, 999 t) and logits of colour images."""
+    """Its lines with a user's networks in the place of `my_...`: ε and variances, logits of colour images."""
 
     class Noise(torch.nn.Module):
         def forward(self, x, labels):
-            assert labels.min() > 0.9  # 999 t, not t: the last step starts at t = 0.001
-            return 0.1 * x
+            seen.append(labels)
+            return types.SimpleNamespace(sample=0.1 * torch.cat([x, x], dim=1))  # as diffusers returns it
 
+    seen: list[torch.Tensor] = []
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5))
     names = {"my_noise_network": Noise(), "my_classifier": network}
     exec(readme_blocks()[1], names)
@@ -69,3 +71,5 @@ def test_the_readmes_own_networks_run():
     logits = names["defence"](x)
     assert logits.shape == (2, 5)
     assert torch.autograd.grad(logits.sum(), x)[0].abs().sum() > 0
+    steps = torch.cat(seen)  # 1000 t - 1, from t* = 0.1 to the first step
+    assert (float(steps.min()), float(steps.max())) == pytest.approx((0, 99))
