@@ -45,7 +45,7 @@ def solve_with_gradient(
     """`solver.solve` with the named gradient for x.
 
     Where the activations of all steps take fewer bytes than activation_budget, plain autograd keeps them:
-    that saves one forward pass. Else what is kept are the N + 1 states (and, for the adjoint, the noise):
+    that saves one forward pass. Else what is kept are the N states (and, for the adjoint, the noise):
     every step is replayed from its own stored state, so the memory for activations does not grow with N.
     The noise is additive and drops out of the derivative. Both ways give the same numbers, also of networks
     that draw random ones: a replay draws the same again.

@@ -1,7 +1,7 @@
 """Classifier-confidence guidance (Sec. 4.1.2): a wrapper that adds itself to a score."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -46,13 +46,14 @@ def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """∇ₓ of function, (B, ...) to (B,), at x.
 
     The result can be differentiated again where x asks for a gradient and gradients are on: that is the
-    second-order term of Sec. 4.2.1.
+    second-order term of Sec. 4.2.1. Whether it can or not, its value is the same.
     """
     second_order = torch.is_grad_enabled() and x.requires_grad
     # In inference mode nothing can be differentiated, nor can what was made in it: hence the copy.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        guidance_is_constant(False),
         frozen_layers(x) if second_order else nullcontext(),
     ):
         x = x if second_order else x.detach().clone().requires_grad_()
@@ -99,13 +100,20 @@ class FirstOrder(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """s(x, t) for x (B, ...) and t of shape () or (B,)."""
-        token = _constant.set(True)
-        try:
+        with guidance_is_constant(True):
             return self.score(x, t)
-        finally:
-            _constant.reset(token)
+
+
+@contextmanager
+def guidance_is_constant(whether: bool) -> Iterator[None]:
+    """In here `held` cuts guidance off from its graph, or does not."""
+    token = _constant.set(whether)
+    try:
+        yield
+    finally:
+        _constant.reset(token)
 
 
 def held(x: Tensor) -> Tensor:
-    """Where guidance looks at x: outside of its graph in `FirstOrder`, else x itself."""
+    """The x at which guidance is to be taken: a constant in `FirstOrder`."""
     return x.detach() if _constant.get() else x

@@ -7,7 +7,7 @@ from closed_forms import SmoothClassifier, small_problem
 from torch import nn
 
 from coup_lib import gradients
-from coup_lib.candidates import Between
+from coup_lib.candidates import Between, DenoisedGuided
 from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
 from coup_lib.purify import Purifier, coup, diffpure, reverse_only, standard_normal
 from coup_lib.sde import VPSDE
@@ -141,6 +141,14 @@ def test_first_order_and_exact_are_what_they_are_however_the_score_is_wrapped(wr
     assert relative_error(gradient_by(wrapped, "first_order"), bare) < 1e-12
     if wrapping != "compiled":
         assert relative_error(gradient_by(wrapped, "exact"), exact) < 1e-12
+
+
+def test_guidance_by_what_is_guided_has_the_same_values_whether_held_or_not():
+    """There an inner guidance is differentiated on the way forward: it has to be, in every gradient."""
+    score, classifier, x = small_problem()
+    guided = DenoisedGuided(Guided(score, classifier), classifier)
+    state, t = to_state(x).requires_grad_(), torch.tensor(0.05, dtype=torch.float64)
+    torch.testing.assert_close(gradients.FirstOrder(guided)(state, t), guided(state, t), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("late", [False, True])
