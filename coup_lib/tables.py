@@ -139,8 +139,8 @@ def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequen
     full = config.sizes.budgets["report"]["full"]
     sizes = [f"{getattr(config, name)}/{getattr(full, name)} {what}" for name, what in spent.items()]
     counting = (
-        " Counted by AutoAttack, an image is lost once any of the single draws that it looked at is wrong; the "
-        "two halves of rand, which are records of their own, looked at one and the same."
+        " Counted by AutoAttack, an image is lost once any of the single draws that it looked at is wrong; "
+        "the two halves of rand, which are records of their own, looked at one and the same."
         if "rand" in attacks
         else ""
     )
