@@ -1,0 +1,136 @@
+"""The README's shell blocks, as they would be typed into a fresh clone."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from coup_lib.config import Config
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+# What takes long is only looked at: that its files, folders and options are there.
+PAPERMILL = """
+import json, re, sys, yaml
+from pathlib import Path
+
+source, output, *options = sys.argv[1:]
+(cell,) = [cell for cell in json.loads(Path(source).read_text())["cells"]
+           if "parameters" in cell["metadata"].get("tags", [])]
+known = re.findall(r"^(\\w+):", "".join(cell["source"]), re.MULTILINE)
+given = {}
+while options:
+    flag = options.pop(0)
+    if flag == "-y":
+        given |= yaml.safe_load(options.pop(0))
+    elif flag == "-p":
+        given |= {options.pop(0): yaml.safe_load(options.pop(0))}
+    else:
+        sys.exit(f"papermill: unknown option {flag}")
+if unknown := set(given) - set(known):
+    sys.exit(f"{source}: unknown parameters {unknown}")
+written = {"input_path": source, "parameters": given, "exception": None, "end_time": "now"}
+Path(output).write_text(json.dumps({"metadata": {"papermill": written}}))
+with open("calls", "a") as calls:
+    calls.write(json.dumps(given) + "\\n")
+"""
+TRAIN = """
+import sys
+from pathlib import Path
+
+words, code = sys.argv[3:], Path("coup_lib/train.py").read_text()
+for word, value in zip(words, [*words[1:], ""]):
+    if word.startswith("-") and f'"{word}"' not in code:
+        sys.exit(f"coup_lib.train: unknown option {word}")
+    if word == "--begin-with" and not Path(value).stat().st_size:
+        sys.exit(f"{value}: is empty")
+"""
+PIP = """
+import re, sys
+from pathlib import Path
+
+for extra in re.findall(r"\\[(.*?)\\]", " ".join(sys.argv)):
+    if f"{extra} = [" not in Path("pyproject.toml").read_text():
+        sys.exit(f"pip: no extra {extra}")
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with what git has at the top of this one, and nothing else."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in {line.split("/")[0] for line in tracked.splitlines()}:
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def typed(clone, tmp_path):
+    """Runs lines in the clone; what the commands complain of, those in the background included."""
+    snakemake = importlib.util.find_spec("snakemake")  # the extra `scale` wants Python 3.11
+    stand_ins = {
+        "papermill": f'"{sys.executable}" -c "$PAPERMILL" "$@"',
+        "pip": f'"{sys.executable}" -c "$PIP" "$@"',
+        "make": f'{shutil.which("make")} --dry-run "$@"',
+        "snakemake": f'"{sys.executable}" -m snakemake --dry-run "$@"' if snakemake else "true",
+        "python": f'case "$2" in coup_lib.train) "{sys.executable}" -c "$TRAIN" "$@";;\n'
+        f'*) "{sys.executable}" "$@";; esac',
+    }
+    for name, line in stand_ins.items():
+        file = tmp_path / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'#!/bin/bash\n{line} || {{ echo "{name} $*" >> "{tmp_path}/failed"; exit 1; }}\n')
+        file.chmod(0o755)
+    git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "GIT_DIR": git.stdout.strip(),
+        "COUP_MODELS": str(tmp_path),
+        "COUP_DATA": str(tmp_path),
+        **{"PAPERMILL": PAPERMILL, "TRAIN": TRAIN, "PIP": PIP},
+    }
+
+    def run(lines):
+        command = ["bash", "-euo", "pipefail", "-c", lines]
+        run = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
+        failed = tmp_path / "failed"
+        return run.returncode, (failed.read_text() if failed.exists() else "") + run.stderr * run.returncode
+
+    return run
+
+
+@pytest.mark.parametrize("lines", BLOCKS, ids=lambda lines: lines.split("#")[0].split("\n")[0][:40])
+def test_a_shell_block_runs_in_a_fresh_clone(typed, clone, lines):
+    for commit in re.findall(r"git show (\w+):", lines):
+        if subprocess.run(["git", "cat-file", "-e", commit], cwd=ROOT, capture_output=True).returncode:
+            pytest.skip(f"a shallow clone, without {commit}")
+    assert typed(lines) == (0, "")
+    calls = (clone / "calls").read_text().splitlines() if (clone / "calls").exists() else []
+    assert len(calls) >= lines.count("papermill notebooks/")
+    for given in map(json.loads, calls):  # values that would be refused
+        Config(**{field.name: given[field.name] for field in fields(Config) if field.name in given})
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("papermill notebooks/04_autoattack.ipynb nowhere/out.ipynb & wait", "nowhere/out.ipynb"),
+        ("papermill notebooks/4_autoattack.ipynb out.ipynb", "4_autoattack.ipynb"),
+        ("papermill notebooks/04_autoattack.ipynb out.ipynb -p normm l2", "normm"),
+        ('pip install -e ".[cifer]"', "cifer"),
+        ("python -m coup_lib.train --step 3", "--step"),
+        ("make reproduced", "reproduced"),
+    ],
+)
+def test_a_mistake_in_one_would_be_seen(typed, line, complaint):
+    assert complaint in typed(line)[1]
