@@ -48,7 +48,8 @@ class Attack:
     name: "clean" (no perturbation), "noise" (random, on the surface of the ball), "fgsm" (one step),
         "pgd" (fixed steps of `PGD_STEP`·eps), "apgd-ce", "apgd-dlr", "apgd-margin" (APGD on three losses),
         "rand" (AutoAttack's: apgd-ce, then apgd-dlr), all with `eot` draws per gradient; "square" (black box)
-        and "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each.
+        and "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
+        that begins anew with the same noise are judged on the same noise; those in "rand" are not.
     norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
     seed: of the attack, at most 2³¹; torch's global generator is left as it was.
     n_targets: of APGD-t and FAB-t, which take no more than there are wrong classes.

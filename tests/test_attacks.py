@@ -257,8 +257,17 @@ def test_a_count_has_one_clean_draw_and_one_for_each_attack(name):
         assert abs(float((labels == zeros).float().mean()) - share) < tolerance
 
 
+def test_what_both_halves_leave_is_no_count_of_rand():
+    """Halves that begin with the same noise are judged on the same noise, too: 0.9² are left and not 0.9³."""
+    n, zeros = 4000, torch.zeros(4000, dtype=torch.int64)
+    grey = torch.full((n, 1, 5, 5), 0.5)
+    ce, dlr, rand = (
+        attack(name, n_iter=2)(Unsure(), grey, zeros).robust for name in ("apgd-ce", "apgd-dlr", "rand")
+    )
+    assert abs(float((ce & dlr).float().mean()) - 0.9**2) < 0.025 < float((ce & dlr & ~rand).float().mean())
+
+
 def test_the_records_of_rands_halves_have_one_clean_draw(results_folder, monkeypatch):
-    """So that the halves' counts, multiplied, are rand's."""
     forward, drawn, first = Purified.forward, [], []
 
     def noted(self, x, seeds=None):
