@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -56,6 +57,7 @@ def begin(path, given):
     before = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])) + 1
     sources = [cell.source for cell in cells]
     namespace = {"In": [*sources[:before], f"# Parameters\n{given}", sources[before]]}
+    namespace["get_ipython"] = lambda: SimpleNamespace(input_transformers_cleanup=[])
     for source in namespace["In"]:
         exec(source, namespace)
 
