@@ -1,14 +1,16 @@
 # make reproduce   every notebook at the quick size, from nothing, in about a quarter of an hour on two cores
 # make full        the paper's protocol (512 images, full attack budgets); hours, resumable
 # make benchmarks  what purifications and gradients cost, beside bare networks and the ways of others
-# make test        linters, tests, and every notebook at smoke size; all of them, whatever fails
+# make test        linters, tests, and every notebook at smoke size; all of them, whatever fails. Before a release
+#                  also under the oldest and the newest Python: make test PYTHON=python3.13 VENV=.venv-3.13
 SHELL := /bin/bash -o pipefail
 .DELETE_ON_ERROR:
 .PHONY: setup reproduce full run test lint weights readme benchmarks clean
 
 PYTHON ?= python3
 BUDGET ?= quick
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 DONE := build/done-$(BUDGET)
 # results/, figures/ and notebooks/ hold what is committed. A reproduction computes its own, here, and compares
 # at the end; run it again after a kill and it goes on where it stopped.
@@ -31,12 +33,12 @@ full:
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
 		$(patsubst %,build/notebooks-full/%.ipynb,$(filter-out %@l2,$(NOTEBOOKS)) 09_report)
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
-	@echo "Installing into .venv (PyTorch is several GB; some minutes)"
-	@$(PYTHON) -m venv .venv
+	@echo "Installing into $(VENV) (PyTorch is several GB; some minutes)"
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 

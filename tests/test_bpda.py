@@ -81,7 +81,7 @@ def test_verdicts(results):
     assert "(-5.00 points" in rival and "**holds** (+25.00 points" in rival
     weaker = bpda.attack_lines(results, 20, config)
     assert "- DiffPure: +25.00 points" in weaker and weaker.count("holds") == 2
-    assert "- COUP: +0.00 points [-6.6, +6.6]: is not decided" in weaker
+    assert "- COUP: +0.00 points [-8.8, +8.8]: is not decided" in weaker
     assert "No defence" not in weaker
 
 

@@ -307,7 +307,8 @@ def test_levels_are_uniform_and_every_image_and_step_has_its_own():
     purifier, _ = build(sigma=(0.4, 0.6))
     x = torch.zeros(2000, 1, 2, 2, dtype=torch.float64)
     levels = torch.stack([purifier._level(draw[:, 0]) for draw in purifier._draw(x, torch.arange(2000))])
-    assert levels.unique().numel() == levels.numel() == 10_000
+    # The draws are float32: among so many, how the processor rounds decides whether two coincide.
+    assert levels.numel() == 10_000 and levels.unique().numel() > 9_900
     assert float(levels.min()) >= 0.4 and float(levels.max()) <= 0.6
     quartiles = torch.quantile(levels, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     torch.testing.assert_close(quartiles, torch.tensor([0.45, 0.5, 0.55]).double(), rtol=0, atol=0.005)

@@ -117,15 +117,25 @@ def test_a_record_without_its_arrays_is_made_again(folder):
     assert run(square)["arrays"]["x"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_second_process_on_a_record_waits_and_says_so(folder, capsys):
+@pytest.fixture
+def said(monkeypatch):
+    """Set once a record says that it waits: what it waits for is held until then, however long that takes."""
+    event = threading.Event()
+    monkeypatch.setattr(
+        records, "print", lambda *said, **how: print(*said, **how) or event.set(), raising=False
+    )
+    return event
+
+
+def test_a_second_process_on_a_record_waits_and_says_so(folder, capsys, said):
     path = records.record_path("digits", "work", {"a": 1})
     path.parent.mkdir(parents=True)
-    held, free = threading.Event(), threading.Event()
+    held = threading.Event()
 
     def other():
         with filelock.FileLock(path.with_suffix(".journal.lock")):
             held.set()
-            free.wait(0.5)
+            said.wait(60)
 
     threading.Thread(target=other).start()
     held.wait()
@@ -179,22 +189,22 @@ def test_a_worker_takes_its_own_chunks_first_and_then_those_left_undone():
     assert seen == [1, 4, 2, 0, 3]
 
 
-def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(folder, capsys):
+def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(folder, capsys, said):
     part = work(square, worker=records.Worker(0, 2))
     part.path.parent.mkdir(parents=True)
-    held, free = threading.Event(), threading.Event()
+    held = threading.Event()
 
     def other():
         with filelock.FileLock(records._chunk_path(part.path, 1, "lock")):
             held.set()
-            free.wait(0.5)
+            said.wait(60)
 
     threading.Thread(target=other).start()
     held.wait()
     part.share()
     assert sorted(records.Journal(part.path).parts()) == [0, 2]
     assert part.finish()["result"]["values"] == [0, 1, 4]
-    assert "another process is working on work-" in (said := capsys.readouterr().out) and ".chunk1;" in said
+    assert "another process is working on work-" in (out := capsys.readouterr().out) and ".chunk1;" in out
 
 
 def test_a_record_says_whose_code_made_its_chunks(monkeypatch):
