@@ -223,7 +223,7 @@ def test_data_and_networks_are_looked_for_before_anything_is_measured(monkeypatc
     (tmp_path / "a file").touch()
     given = {"profile": "cifar10", "subset": "first"}
     configs = estimate._configs("02_ablation", given)
-    with pytest.raises(FileNotFoundError, match="no cifar10 at"):
+    with pytest.raises(FileNotFoundError, match="no whole cifar10 at"):
         estimate.show("02_ablation", *configs)
     monkeypatch.setattr(estimate, "load_split", lambda *which: None)
     with pytest.raises(FileNotFoundError, match="wrn-70-16-dropout"):
