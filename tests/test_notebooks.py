@@ -56,10 +56,14 @@ def begin(path, given):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     before = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])) + 1
     sources = [cell.source for cell in cells]
-    namespace = {"In": [*sources[:before], f"# Parameters\n{given}", sources[before]]}
-    namespace["get_ipython"] = lambda: SimpleNamespace(input_transformers_cleanup=[])
-    for source in namespace["In"]:
-        exec(source, namespace)
+    shell = SimpleNamespace(input_transformers_cleanup=[])  # as much of IPython's as the cells ask for
+    namespace = {"get_ipython": lambda: shell, "In": []}
+    for source in [*sources[:before], f"# Parameters\n{given}", sources[before]]:
+        namespace["In"].append(source)
+        lines = source.splitlines(keepends=True)
+        for transform in shell.input_transformers_cleanup:
+            lines = transform(lines)
+        exec("".join(lines), namespace)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
