@@ -16,10 +16,11 @@ import torch.nn.functional as F
 import torchsde
 from torch import Tensor, nn
 
+from coup_lib.adjoint import GridBrownian, ReverseSDE
 from coup_lib.checkpoints import load_network
 from coup_lib.config import device as named_device
 from coup_lib.data import load_split
-from coup_lib.gradients import GridBrownian, ReverseSDE, solve_with_gradient
+from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import to_state
 from coup_lib.paths import is_smoke
 from coup_lib.precision import products

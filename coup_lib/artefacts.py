@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from coup_lib.checkpoints import SUMS, CheckpointError, read_sums, record_sum
+from coup_lib.checks import choice
 from coup_lib.download import WebPage, download
 from coup_lib.paths import MODELS_VARIABLE, model_dir
 
@@ -307,9 +308,7 @@ def _download(name: str, file: Path) -> None:
 
 
 def _artefact(name: str) -> Artefact:
-    if name not in ARTEFACTS:
-        raise ValueError(f"expected an artefact out of {', '.join(ARTEFACTS)}; got {name!r}")
-    return ARTEFACTS[name]
+    return ARTEFACTS[choice("artefact", name, ARTEFACTS)]
 
 
 def _shipped(package: str) -> Path | None:

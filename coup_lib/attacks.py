@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.config import NORM_LABELS, NORMS, choice, count, number
-from coup_lib.purify import ROUNDING, check_images, check_network
+from coup_lib.checks import ROUNDING, check_images, check_network, choice, count, number
 
+NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
+NORMS = tuple(NORM_LABELS)
 APGD_LOSSES = ("ce", "dlr", "margin")
 STARTED = ("pgd", *(f"apgd-{loss}" for loss in APGD_LOSSES), "rand")  # those that begin where they are told
 SUITES = ("square", "standard")  # run by AutoAttack's own object

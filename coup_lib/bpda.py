@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coup_lib import paper, plots, tables
-from coup_lib.config import NORM_NAMES, Config, count, radius
+from coup_lib.checks import count
+from coup_lib.config import NORM_NAMES, Config, radius
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import CLEAN, Source
 from coup_lib.outcomes import Accuracy, Difference, Score

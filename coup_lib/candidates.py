@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from coup_lib.config import count
+from coup_lib.checks import check_images, check_seeds, count
 from coup_lib.guidance import Guided, gradient_of, log_confidence
-from coup_lib.purify import Purified, Purifier, check_images, check_seeds
+from coup_lib.purify import Purified, Purifier
 from coup_lib.score import agreed_sde
 from coup_lib.sde import VPSDE
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from coup_lib.config import NORM_NAMES, Config, number, radius
+from coup_lib.checks import number
+from coup_lib.config import NORM_NAMES, Config, radius
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.guidance import to_image
 from coup_lib.outcomes import Accuracy, Difference

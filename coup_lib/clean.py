@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from coup_lib import paper
-from coup_lib.config import Config, count
+from coup_lib.checks import count
+from coup_lib.config import Config
 from coup_lib.data import split_size
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import CLEAN, Evaluation

@@ -6,12 +6,14 @@ import difflib
 import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
 
+from coup_lib.attacks import NORM_LABELS, NORMS
+from coup_lib.checks import choice, count, number
 from coup_lib.data import SPLITS, split_size, subsets
+from coup_lib.gradients import GRADIENTS
 from coup_lib.paths import SMOKE_VARIABLE, is_smoke
 from coup_lib.precision import PRECISIONS
 from coup_lib.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
@@ -19,10 +21,7 @@ from coup_lib.solver import time_grid
 
 T = TypeVar("T")
 
-NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
 NORM_NAMES = {"linf": "L∞", "l2": "L2"}  # as people do
-NORMS = tuple(NORM_LABELS)
-GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
 # What parameters are called in the paper and elsewhere.
 OTHER_NAMES = {
     "lambda": "guidance_weight",
@@ -39,36 +38,9 @@ OTHER_NAMES = {
 }
 
 
-def choice(name: str, value: Any, known: Any) -> Any:
-    """`value` if it is one of `known`, else a ValueError that names what was expected and what came."""
-    if value not in tuple(known):  # a mapping would ask for its hash, which a list has not
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}; got {value!r}")
-    return value
-
-
-def number(name: str, value: Any, low: float, high: float = float("inf")) -> float:
-    """A float in (low, high] from a number or a string such as "0.1", "1e3" or "8/255"."""
-    try:
-        result = float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, ArithmeticError):  # also 8/0 and 1e999
-        raise ValueError(f'{name}: expected a number or a fraction such as "8/255"; got {value!r}') from None
-    if not low < result <= high or result == float("inf"):
-        upper = "" if high == float("inf") else f" and at most {high:g}"
-        raise ValueError(f"{name}: expected a number greater than {low:g}{upper}; got {value!r}")
-    return result
-
-
 def radius(eps: float) -> str:
     """eps in words: "8/255" where that is shorter than its decimals."""
     return min(f"{eps:g}", f"{round(255 * eps, 6):g}/255", key=len)
-
-
-def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> int:
-    """A whole number in [low, high]; papermill hands over 1e3 as a float and that is fine."""
-    result = number(name, value, low - 1, high)
-    if isinstance(value, bool) or result != int(result):
-        raise ValueError(f"{name}: expected a whole number; got {value!r}")
-    return int(result)
 
 
 def device(name: str) -> torch.device:

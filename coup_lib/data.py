@@ -6,11 +6,10 @@ from functools import cache
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from coup_lib import cifar
+from coup_lib.checks import choice
 from coup_lib.paths import data_dir
 
 _CIFAR = {
@@ -59,9 +58,9 @@ def split_size(dataset: str, split: str, subset: str = "first") -> int:
 
     ValueError for an unknown data set, split or subset.
     """
-    _check("data set", dataset, SIZES)
-    _check("split", split, SPLITS)
-    _check(f"subset of {dataset}", subset, subsets(dataset))
+    choice("data set", dataset, SIZES)
+    choice("split", split, SPLITS)
+    choice(f"subset of {dataset}", subset, subsets(dataset))
     if split == "test" and subset != "first":
         return len(cifar.SUBSETS[subset]())
     return SIZES[dataset][split]
@@ -130,6 +129,9 @@ def _held(dataset: str, split: str, subset: str) -> tuple[cifar.Pixels, np.ndarr
 @cache
 def split_rows() -> dict[str, np.ndarray]:
     """The rows of load_digits() in each split: disjoint, shuffled, with the same share of each digit."""
+    from sklearn.datasets import load_digits  # scikit-learn takes a second to load
+    from sklearn.model_selection import train_test_split
+
     labels, sizes = load_digits().target, SIZES["digits"]
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=sizes["test"], stratify=labels, random_state=SPLIT_SEED
@@ -142,11 +144,8 @@ def split_rows() -> dict[str, np.ndarray]:
 
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
     return x, torch.tensor(digits.target, dtype=torch.int64)
-
-
-def _check(what: str, value: str, known: object) -> None:
-    if value not in known:  # type: ignore[operator]
-        raise ValueError(f"expected a {what} out of {', '.join(known)}, got {value!r}")  # type: ignore[arg-type]

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.checkpoints import load_state
+from coup_lib.checks import check_like
 from coup_lib.ddpmpp import check_inputs, check_sizes, group_norm, time_embedding
 from coup_lib.score import DISCRETE_LEVELS
-from coup_lib.sde import VPSDE, check_like, per_image
+from coup_lib.sde import VPSDE, per_image
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]  # c_skip, c_out, c_in, c_noise of Karras et al., Eq. 7
 Preconditioning = Callable[[Tensor], Coefficients]

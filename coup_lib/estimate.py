@@ -34,8 +34,10 @@ from coup_lib import (
     stronger,
     sweeps,
 )
+from coup_lib.attacks import NORMS
 from coup_lib.checkpoints import CheckpointError
-from coup_lib.config import NORMS, Config, choice
+from coup_lib.checks import choice
+from coup_lib.config import Config
 from coup_lib.data import SHAPES, is_here, load_split
 from coup_lib.defences import PAPER, PURIFIERS, SWITCH, is_guided, purifications
 from coup_lib.evaluate import Evaluation, Job, Source, planning

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.attacks import ATTACKS, Attack
+from coup_lib.checks import choice, count
 from coup_lib.compiled import compiled_score
-from coup_lib.config import GRADIENTS, Config, choice, count
+from coup_lib.config import Config
 from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided, purifications
+from coup_lib.gradients import GRADIENTS
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
 from coup_lib.outcomes import Score, WorstCase, worst_case
 from coup_lib.precision import check_precision, products

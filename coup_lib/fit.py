@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from coup_lib.config import choice
+from coup_lib.checks import choice
 from coup_lib.files import write_atomically
 
 PRECISIONS = ("float32", "bfloat16")

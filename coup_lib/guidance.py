@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.config import number
+from coup_lib.checks import check_like, check_logits, number
 from coup_lib.frozen import frozen_layers
 from coup_lib.score import sde_of
-from coup_lib.sde import check_like
 
 WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance with its sign flipped
 
@@ -32,14 +30,6 @@ def to_state(image: Tensor) -> Tensor:
 def log_confidence(classifier: nn.Module, x: Tensor) -> Tensor:
     """log max_y p(y|x), (B,), at the state x (B, C, H, W) in [-1, 1]; the classifier sees it in [0, 1]."""
     return F.log_softmax(check_logits(classifier(to_image(x)), x), dim=1).amax(dim=1)
-
-
-def check_logits(logits: Any, x: Tensor) -> Tensor:
-    """What a classifier answered to images x (B, ...), if it is logits (B, K), K ≥ 2; else a ValueError."""
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:1] or logits.shape[-1] < 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"classifier: expected logits ({len(x)}, K) of two classes or more; got {got}")
-    return logits
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

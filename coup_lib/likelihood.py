@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_lib.config import choice, count, number
+from coup_lib.checks import check_like, check_network, choice, count, number
 from coup_lib.gradients import replayed
 from coup_lib.guidance import WEIGHTS, Guided, gradient_of, log_confidence, to_image, to_state
-from coup_lib.purify import Purified, StochasticPurifier, check_network, freeze, standard_normal
-from coup_lib.sde import check_like
+from coup_lib.purify import Purified, StochasticPurifier, freeze, standard_normal
 from coup_lib.solver import Callback
 
 LIKELIHOOD_GRADIENTS = ("exact", "first_order", "bpda")

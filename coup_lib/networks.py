@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coup_lib.checks import choice
 from coup_lib.ddpmpp import DDPMpp
 from coup_lib.resnet import cifar_resnet
 from coup_lib.score import DISCRETE_LEVELS
@@ -159,8 +160,5 @@ NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 
 def build_network(dataset: str, name: str) -> nn.Module:
     """An untrained network of a profile; ValueError, with the known ones, for an unknown data set or name."""
-    if dataset not in NETWORKS:
-        raise ValueError(f"expected a data set out of {', '.join(NETWORKS)}, got {dataset!r}")
-    if name not in NETWORKS[dataset]:
-        raise ValueError(f"expected a network out of {', '.join(NETWORKS[dataset])}, got {name!r}")
-    return NETWORKS[dataset][name]()
+    known = NETWORKS[choice("data set", dataset, NETWORKS)]
+    return known[choice("network", name, known)]()

@@ -5,14 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_lib.config import GRADIENTS, choice, count, number
-from coup_lib.gradients import THROUGH_STEPS, check_compiled, images_kept, solve_with_gradient
-from coup_lib.guidance import Guided, check_logits, to_image, to_state
+from coup_lib.checks import (
+    ROUNDING,
+    check_images,
+    check_logits,
+    check_network,
+    check_seeds,
+    choice,
+    count,
+    number,
+)
+from coup_lib.gradients import GRADIENTS, THROUGH_STEPS, check_compiled, images_kept, solve_with_gradient
+from coup_lib.guidance import Guided, to_image, to_state
 from coup_lib.score import agreed_sde
 from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import Callback, solve, time_grid
-
-ROUNDING = 1e-6  # how far beyond [0, 1] an image may lie
 
 
 class StochasticPurifier(nn.Module):
@@ -22,7 +29,7 @@ class StochasticPurifier(nn.Module):
     from torch's global one: attacks reseed that, and would freeze the defence's noise.
 
     Args:
-        gradient: one of `config.GRADIENTS`.
+        gradient: one of `gradients.GRADIENTS`.
         seed: of the purifier's generator; None: fresh entropy, so that no two purifiers draw the same.
 
     Attributes:
@@ -87,7 +94,7 @@ class Purifier(StochasticPurifier):
         score: s(x, t) on states.
         t_star: where the reverse SDE starts, in (1e-5, 1]; DiffPure's "100" is 0.1.
         n_steps: N Euler steps (paper: t*/1e-3).
-        gradient: one of `config.GRADIENTS`.
+        gradient: one of `gradients.GRADIENTS`.
         sde: that of the score; None: what the score says itself, or else the paper's.
         seed: of the purifier's generator, as in `StochasticPurifier`.
 
@@ -237,38 +244,6 @@ def freeze(name: str, network: nn.Module) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name}: expected a torch.nn.Module; got {type(network).__name__}")
     return network.eval().requires_grad_(False)
-
-
-def check_images(x: Tensor, margin: float = ROUNDING) -> None:
-    """ValueError for what is no batch of images (B, C, H, W) in [0, 1], give or take the margin."""
-    if not isinstance(x, Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
-        got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: expected at least one image, (B, C, H, W), in floating point; got {got}")
-    low, high = torch.stack(x.detach().aminmax()).tolist()
-    if not (low >= -margin and high <= 1 + margin):  # NaN is neither
-        raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")
-
-
-def check_network(name: str, network: nn.Module, x: Tensor) -> None:
-    """ValueError for a network with a part in train mode, or one that does not lie where the images x do."""
-    for place, module in network.named_modules():
-        if module.training:
-            part = f"{name}.{place}".rstrip(".")
-            raise ValueError(f"{part}: is in train mode, which its random layers are for; call eval()")
-    for weights in (*network.parameters(), *network.buffers()):
-        if weights.device != x.device:
-            raise ValueError(
-                f"{name}: expected on {x.device}, where the images are; it is on {weights.device}"
-            )
-
-
-def check_seeds(seeds: Tensor, x: Tensor) -> None:
-    """ValueError unless seeds are whole numbers (B,), one per image of x (B, ...)."""
-    if not isinstance(seeds, Tensor) or seeds.shape != x.shape[:1] or seeds.dtype != torch.int64:
-        got = f"{tuple(seeds.shape)}, {seeds.dtype}" if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise ValueError(
-            f"seeds: expected one per image, shape ({len(x)},); got {got} (torch.int64 is meant)"
-        )
 
 
 def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:

@@ -24,7 +24,9 @@ from coup_lib import (
     toy,
     toy_figures,
 )
-from coup_lib.config import NORM_NAMES, NORMS, Config, choice
+from coup_lib.attacks import NORMS
+from coup_lib.checks import choice
+from coup_lib.config import NORM_NAMES, Config
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluate import Evaluation
 from coup_lib.files import write_atomically

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from coup_lib.config import count, number
-from coup_lib.sde import VPSDE, check_like, per_image
+from coup_lib.checks import check_like, count, number
+from coup_lib.sde import VPSDE, per_image
 
 DISCRETE_LEVELS = 999.0  # score_sde's continuous VP networks are labelled with t·999
 

@@ -1,7 +1,6 @@
 """The variance-preserving SDE of Eq. 3 and 6, and its closed forms."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +82,3 @@ def per_image(value: Tensor, x: Tensor) -> Tensor:
     if value.ndim and value.shape != x.shape[:1]:
         raise ValueError(f"expected a number, or one per image, ({len(x)},); got shape {tuple(value.shape)}")
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
-
-
-def check_like(name: str, answer: Any, x: Tensor) -> Tensor:
-    """What a network answered to x, if it has the shape of x; else a ValueError: it would be broadcast."""
-    if not isinstance(answer, Tensor) or answer.shape != x.shape:
-        got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise ValueError(f"{name}: expected an answer of its input's shape, {tuple(x.shape)}; got {got}")
-    return answer

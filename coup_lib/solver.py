@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_lib.sde import T_END, VPSDE, check_like, per_image
+from coup_lib.checks import check_like
+from coup_lib.sde import T_END, VPSDE, per_image
 
 Callback = Callable[[int, float, Tensor], None]
 

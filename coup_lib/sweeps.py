@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coup_lib import plots, tables
-from coup_lib.config import Config, number
+from coup_lib.checks import number
+from coup_lib.config import Config
 from coup_lib.defences import LABELS
 from coup_lib.evaluate import OF, Evaluation, Source
 from coup_lib.outcomes import Accuracy, Difference

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coup_lib.config import count, is_smoke, number
+from coup_lib.checks import count, number
+from coup_lib.config import is_smoke
 from coup_lib.sde import VPSDE
 
 DTYPE = torch.float64

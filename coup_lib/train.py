@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coup_lib import train_cifar, train_digits
 from coup_lib.artefacts import file_digest
-from coup_lib.attacks import PGD_STEP, Attack
+from coup_lib.attacks import NORM_LABELS, PGD_STEP, Attack
 from coup_lib.checkpoints import load_network, load_state, save_network, weights_path
-from coup_lib.config import NORM_LABELS, choice, count
+from coup_lib.checks import choice, count
 from coup_lib.config import device as named_device
 from coup_lib.data import SHAPES, SIZES, SPLIT_SEED, Images, load_split
 from coup_lib.denoising import denoising_loss

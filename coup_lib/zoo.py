@@ -13,7 +13,7 @@ from torch import nn
 
 from coup_lib import artefacts
 from coup_lib.checkpoints import CheckpointError, load_network, load_state, read_sums
-from coup_lib.config import choice
+from coup_lib.checks import choice
 from coup_lib.ddpmpp import DEEP, DDPMpp, load_score_sde
 from coup_lib.edm import Denoiser, EDMNetwork, edm_cifar, load_edm
 from coup_lib.networks import NETWORKS

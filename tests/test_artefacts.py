@@ -501,7 +501,7 @@ def test_offline_the_message_lists_all_that_is_still_missing(folder, register, m
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected an artefact out of ddpmpp-deep, .*; got 'ddpm'"):
+    with pytest.raises(ValueError, match=r"artefact: expected one of ddpmpp-deep, .*; got 'ddpm'"):
         used("ddpm")
 
 

@@ -14,10 +14,11 @@ from torch._inductor import config as inductor
 
 from coup_lib import compiled, evaluate
 from coup_lib.compiled import LEAST, Compiled, compiled_score
-from coup_lib.config import GRADIENTS, Config
+from coup_lib.config import Config
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PURIFIERS
 from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.gradients import GRADIENTS
 from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.mechanism import SmoothEvaluation
 from coup_lib.score import NoiseScore

@@ -8,17 +8,16 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from coup_lib import checkpoints
+from coup_lib.attacks import NORM_LABELS
+from coup_lib.checks import count, number
 from coup_lib.config import (
     BUDGETS,
-    NORM_LABELS,
     PROFILES,
     PURPOSES,
     SMOKE_STEPS,
     Config,
     check_names,
-    count,
     from_notebook,
-    number,
     radius,
 )
 from coup_lib.tables import settings_caption

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from coup_lib import cross, tables
-from coup_lib.config import NORMS, Config
+from coup_lib.attacks import NORMS
+from coup_lib.config import Config
 
 N = 100
 CONFIGS = {norm: Config(norm=norm, n_images=N) for norm in NORMS}

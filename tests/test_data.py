@@ -51,15 +51,13 @@ def test_a_changed_copy_leaves_the_data_alone():
 
 
 def test_refusals_name_both_sides():
-    with pytest.raises(
-        ValueError, match=r"expected a data set out of digits, cifar10, cifar100, got 'mnist'"
-    ):
+    with pytest.raises(ValueError, match=r"data set: expected one of digits, cifar10, cifar100; got 'mnist'"):
         load_split("mnist", "test")
-    with pytest.raises(ValueError, match=r"expected a split out of train, validation, test, got 'val'"):
+    with pytest.raises(ValueError, match=r"split: expected one of train, validation, test; got 'val'"):
         load_split("digits", "val")
     with pytest.raises(ValueError, match=r"got n = 513"):
         load_split("digits", "test").first(513)
-    with pytest.raises(ValueError, match=r"expected a subset of digits out of first, got 'paper'"):
+    with pytest.raises(ValueError, match=r"subset of digits: expected one of first; got 'paper'"):
         load_split("digits", "test", "paper")
 
 

@@ -30,11 +30,12 @@ from torch import nn
 
 from coup_lib import checkpoints, config, evaluate, paths, records, zoo
 from coup_lib.checkpoints import load_network
-from coup_lib.config import GRADIENTS, Config
+from coup_lib.config import Config
 from coup_lib.data import load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build
 from coup_lib.evaluate import Evaluation, Source
 from coup_lib.files import write_atomically
+from coup_lib.gradients import GRADIENTS
 from coup_lib.purify import coup, reverse_only
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
 

@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coup_lib import train_digits
-from coup_lib.attacks import Attack, AttackResult
+from coup_lib.attacks import NORM_LABELS, Attack, AttackResult
 from coup_lib.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
-from coup_lib.config import NORM_LABELS
 from coup_lib.data import load_split
 from coup_lib.denoising import denoising_loss
 from coup_lib.networks import NETWORKS, NoiseNet, build_network
@@ -101,9 +100,9 @@ def test_twice_differentiable(name, validation):
 
 
 def test_loading_refuses(tmp_path):
-    with pytest.raises(ValueError, match=r"out of digits, cifar10, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"one of digits, cifar10; got 'mnist'"):
         load_network("mnist", "score")
-    with pytest.raises(ValueError, match=rf"out of {', '.join(NETWORKS['digits'])}, got 'resnet'"):
+    with pytest.raises(ValueError, match=rf"one of {', '.join(NETWORKS['digits'])}; got 'resnet'"):
         load_network("digits", "resnet")
     with pytest.raises(FileNotFoundError, match=r"no weights at .*cnn-small\.safetensors"):
         load_network("digits", "cnn-small", folder=tmp_path)

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_thread import one_thread  # noqa: F401
 
-from coup_lib.attacks import ATTACKS
-from coup_lib.config import GRADIENTS, NORMS, PROFILES, PURPOSES, Config, from_notebook
+from coup_lib.attacks import ATTACKS, NORMS
+from coup_lib.config import PROFILES, PURPOSES, Config, from_notebook
 from coup_lib.data import SIZES, SPLITS
 from coup_lib.defences import DEFENCES
 from coup_lib.evaluate import Evaluation, Source
+from coup_lib.gradients import GRADIENTS
 from coup_lib.guidance import Guided, to_state
 from coup_lib.profiles import BUDGETS
 from coup_lib.purify import coup, diffpure, reverse_only, standard_normal

@@ -8,9 +8,8 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file
 
 from coup_lib import train, train_cifar
-from coup_lib.attacks import Attack
+from coup_lib.attacks import NORM_LABELS, Attack
 from coup_lib.checkpoints import SUMS, load_network, read_sums, save_network
-from coup_lib.config import NORM_LABELS
 from coup_lib.data import Images, is_here, load_split
 from coup_lib.denoising import denoising_loss, noise_error
 from coup_lib.networks import NETWORKS, T_MAX, PatchedDDPMpp

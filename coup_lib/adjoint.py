@@ -1,0 +1,103 @@
+"""The paper's gradient: the augmented SDE of Sec. 4.2.1, solved backwards by torchsde."""
+
+from typing import Any
+
+import torch
+import torchsde
+from torch import Tensor, nn
+
+from coup_lib.sde import VPSDE
+from coup_lib.solver import reverse_drift
+
+
+def adjoint(
+    score: nn.Module,
+    sde: VPSDE,
+    states: tuple[Tensor, ...],
+    times: Tensor,
+    noise: Tensor | None,
+    v: Tensor,
+) -> Tensor:
+    """vᵀ ∂x_N/∂x_0 by the paper's augmented SDE, which rebuilds the path backwards from its end.
+
+    torchsde walks from 0 to t* - t_N with the grid's step; only the state at the end is handed over (as
+    DiffPure and the COUP release do), so the rebuilt path drifts from the true one unless the step is small.
+    Networks must be frozen: their parameters would otherwise join the adjoint state.
+    """
+    x = states[0].detach().flatten(1)
+    path = GridBrownian(times, noise, states[0])
+    ends = torch.tensor([0.0, float(times[0] - times[-1])], dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        x.requires_grad_()
+        walked = torchsde.sdeint_adjoint(
+            ReverseSDE(score, sde, float(times[0]), states[0].shape, noisy=noise is not None),
+            x,
+            ends,
+            bm=path,
+            method="euler",
+            adjoint_method="euler",
+            dt=float(times[0] - times[1]),
+            adjoint_params=(),
+        )
+        (gradient,) = torch.autograd.grad(walked[-1], x, v.flatten(1))
+    return gradient.reshape(states[0].shape)
+
+
+class ReverseSDE(nn.Module):
+    """The reverse SDE as torchsde wants it: flat states, a time s = t* - t that grows."""
+
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(
+        self, score: nn.Module, sde: VPSDE, t_star: float, shape: torch.Size, *, noisy: bool
+    ) -> None:
+        super().__init__()
+        self.score, self.sde, self.t_star, self.shape, self.noisy = score, sde, t_star, shape, noisy
+
+    def f(self, s: Tensor, x: Tensor) -> Tensor:
+        return -reverse_drift(self.score, self.sde, x.reshape(self.shape), self.t_star - s).flatten(1)
+
+    def g(self, s: Tensor, x: Tensor) -> Tensor:
+        scale = self.sde.diffusion(self.t_star - s) if self.noisy else torch.zeros_like(s)
+        return scale * torch.ones_like(x)
+
+
+class GridBrownian(torchsde.BaseBrownian):
+    """The Brownian path whose increments on our grid are √dt·noise, linear in between."""
+
+    def __init__(self, times: Tensor, noise: Tensor | None, like: Tensor) -> None:
+        flat = like.flatten(1)
+        self._like = flat
+        self._times = (times[0] - times).to(like.device)
+        increments = torch.zeros(len(times), *flat.shape, dtype=torch.float64, device=like.device)
+        if noise is not None:
+            roots = (times[:-1] - times[1:]).sqrt().to(like.device)
+            increments[1:] = roots[:, None, None] * noise.flatten(2)
+        self._path = increments.cumsum(0)
+
+    def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Tensor:
+        return (self._at(tb) - self._at(ta)).to(self._like.dtype)
+
+    def _at(self, s: Any) -> Tensor:
+        index = min(max(int(torch.searchsorted(self._times, float(s))) - 1, 0), len(self._times) - 2)
+        left, right = float(self._times[index]), float(self._times[index + 1])
+        return torch.lerp(self._path[index], self._path[index + 1], (float(s) - left) / (right - left))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._like.shape
+
+    @property
+    def levy_area_approximation(self) -> str:
+        return "none"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(steps={len(self._times) - 1})"

@@ -1,0 +1,84 @@
+"""What inputs have to be: every error names what was expected and what came."""
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROUNDING = 1e-6  # how far beyond [0, 1] an image may lie
+
+
+def choice(name: str, value: Any, known: Any) -> Any:
+    """`value` if it is one of `known`, else a ValueError that names what was expected and what came."""
+    if value not in tuple(known):  # a mapping would ask for its hash, which a list has not
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}; got {value!r}")
+    return value
+
+
+def number(name: str, value: Any, low: float, high: float = float("inf")) -> float:
+    """A float in (low, high] from a number or a string such as "0.1", "1e3" or "8/255"."""
+    try:
+        result = float(Fraction(value)) if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, ArithmeticError):  # also 8/0 and 1e999
+        raise ValueError(f'{name}: expected a number or a fraction such as "8/255"; got {value!r}') from None
+    if not low < result <= high or result == float("inf"):
+        upper = "" if high == float("inf") else f" and at most {high:g}"
+        raise ValueError(f"{name}: expected a number greater than {low:g}{upper}; got {value!r}")
+    return result
+
+
+def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> int:
+    """A whole number in [low, high]; papermill hands over 1e3 as a float and that is fine."""
+    result = number(name, value, low - 1, high)
+    if isinstance(value, bool) or result != int(result):
+        raise ValueError(f"{name}: expected a whole number; got {value!r}")
+    return int(result)
+
+
+def check_images(x: Tensor, margin: float = ROUNDING) -> None:
+    """ValueError for what is no batch of images (B, C, H, W) in [0, 1], give or take the margin."""
+    if not isinstance(x, Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
+        got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected at least one image, (B, C, H, W), in floating point; got {got}")
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    if not (low >= -margin and high <= 1 + margin):  # NaN is neither
+        raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")
+
+
+def check_network(name: str, network: nn.Module, x: Tensor) -> None:
+    """ValueError for a network with a part in train mode, or one that does not lie where the images x do."""
+    for place, module in network.named_modules():
+        if module.training:
+            part = f"{name}.{place}".rstrip(".")
+            raise ValueError(f"{part}: is in train mode, which its random layers are for; call eval()")
+    for weights in (*network.parameters(), *network.buffers()):
+        if weights.device != x.device:
+            raise ValueError(
+                f"{name}: expected on {x.device}, where the images are; it is on {weights.device}"
+            )
+
+
+def check_seeds(seeds: Tensor, x: Tensor) -> None:
+    """ValueError unless seeds are whole numbers (B,), one per image of x (B, ...)."""
+    if not isinstance(seeds, Tensor) or seeds.shape != x.shape[:1] or seeds.dtype != torch.int64:
+        got = f"{tuple(seeds.shape)}, {seeds.dtype}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise ValueError(
+            f"seeds: expected one per image, shape ({len(x)},); got {got} (torch.int64 is meant)"
+        )
+
+
+def check_logits(logits: Any, x: Tensor) -> Tensor:
+    """What a classifier answered to images x (B, ...), if it is logits (B, K), K ≥ 2; else a ValueError."""
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:1] or logits.shape[-1] < 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"classifier: expected logits ({len(x)}, K) of two classes or more; got {got}")
+    return logits
+
+
+def check_like(name: str, answer: Any, x: Tensor) -> Tensor:
+    """What a network answered to x, if it has the shape of x; else a ValueError: it would be broadcast."""
+    if not isinstance(answer, Tensor) or answer.shape != x.shape:
+        got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"{name}: expected an answer of its input's shape, {tuple(x.shape)}; got {got}")
+    return answer
