@@ -168,6 +168,7 @@ class Evaluation:
         self.verbose = verbose
         self.max_batch = config.sizes.max_batch
         self._attacks: dict[Source, dict[str, Any]] = {}
+        self._images: dict[Source, np.ndarray] = {}
 
     @cached_property
     def images(self) -> Images:
@@ -344,7 +345,7 @@ class Evaluation:
         return list(dict.fromkeys(text for record in said for text in record["result"]["warnings"]))
 
     def attack(self, source: Source, progress: Progress | None = None) -> dict[str, Any]:
-        """The record of a source: AutoAttack's verdicts and warnings, and the images under "arrays"."""
+        """The record of a source: AutoAttack's verdicts and warnings under "result"."""
         if source not in self._attacks:  # every target asks for it again
             self._attacks[source] = self._attack_record(source).finish(progress)
         return self._attacks[source]
@@ -389,7 +390,7 @@ class Evaluation:
             }
 
         name, settings = self.attack_settings(source)
-        return self._record(name, settings, compute, combine)
+        return replace(self._record(name, settings, compute, combine), apart=True)
 
     def _record(
         self,
@@ -410,8 +411,10 @@ class Evaluation:
         return self.x_adv(source)[start:stop]
 
     def x_adv(self, source: Source) -> Tensor:
-        """The source's images (n, C, H, W), on the configured device."""
-        return torch.from_numpy(self.attack(source)["arrays"]["x_adv"]).to(self.config.torch_device)
+        """The source's images (n, C, H, W), on the configured device; made again where they are not here."""
+        if source not in self._images:  # every target asks for them again
+            self._images[source] = self._attack_record(source).arrays()["x_adv"]
+        return torch.from_numpy(self._images[source]).to(self.config.torch_device)
 
     def _fitting(self, compute: Callable[[int], T]) -> Callable[[int], T]:
         """compute, done again with half the batch as long as memory runs out."""

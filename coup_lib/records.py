@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from coup_lib import paths
 from coup_lib.files import write_atomically
 from coup_lib.precision import products
 
+APART = "images"  # the folder beside the records for arrays that can be made again
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
 
@@ -78,6 +79,8 @@ class ChunkedRecord:
         compute: one chunk to a JSON-able dict. NumPy arrays in it go to the record's .npz, not to the JSON.
         combine: all chunks' dicts, in order, to the record's "result".
         worker: which of the processes this is that share the chunks.
+        apart: the arrays can be made again and are large, so the record is whole without them. They lie in
+            a folder of their own, which is not committed, see `arrays`.
     """
 
     profile: str
@@ -87,6 +90,7 @@ class ChunkedRecord:
     compute: Callable[[Any], Values]
     combine: Callable[[list[Values]], Values]
     worker: Worker = Worker()
+    apart: bool = False
 
     @property
     def path(self) -> Path:
@@ -124,6 +128,20 @@ class ChunkedRecord:
             self._await_and_write()
         return read(self.path)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that are kept apart; where they are not here they are made again, and this says so."""
+        kept, whole = self.finish()["result"], self._with_arrays()
+        if not is_complete(whole.path):
+            print(f"{self.name}: its arrays are not here; they are made again from the seed", flush=True)
+        made = whole.finish()
+        if made["result"] != kept:
+            print(f"{self.name}: what was made again is not to the bit what is on record", flush=True)
+        return made["arrays"]
+
+    def _with_arrays(self) -> "ChunkedRecord":
+        """This record with its arrays beside it, in the folder where they are kept apart."""
+        return replace(self, profile=f"{self.profile}/{APART}", apart=False)
+
     def _await_and_write(self) -> None:
         journal = Journal(self.path, self.worker)
         for index in range(len(self.chunks)):
@@ -154,8 +172,15 @@ class ChunkedRecord:
         others.pop(repr(_code(made)), None)
         made |= {"seconds": round(sum(part.values.pop("seconds") for part in parts), 3)}
         made |= {"peak_memory_mib": _peak_memory()} | ({"also": list(others.values())} if others else {})
-        arrays, result = _split(self.combine([part.values for part in parts]))
-        if arrays:
+        self._put(*_split(self.combine([part.values for part in parts])), made)
+
+    def _put(self, arrays: Values, result: Values, made: dict[str, Any]) -> None:
+        """Write the record, its arrays first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.apart:
+            self._with_arrays()._put(arrays, result, made)
+            arrays = {}
+        elif arrays:
             _write_arrays(self.path.with_suffix(".npz"), arrays)
         document = {
             "name": self.name,

@@ -1,6 +1,7 @@
 """Sources × targets on a few digits, and how draws become accuracies."""
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -250,7 +251,7 @@ def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypa
     monkeypatch.setattr(evaluate.Attack, "__call__", noted)
     evaluation = Evaluation(Config(**TINY | {"n_images": 7}), verbose=False)
     source = Source("noise", "none")
-    x_adv = torch.from_numpy(evaluation.attack(source)["arrays"]["x_adv"])
+    x_adv = evaluation.x_adv(source)
     begun.clear()
     evaluation.attack(Source("pgd", "none", start=source))
     assert [len(x) for x, _ in begun] == [3, 3, 1]
@@ -342,9 +343,27 @@ def test_an_attack_is_never_made_twice(results_folder, monkeypatch):
     first = evaluation.attack(source)
     monkeypatch.setattr(evaluate, "Attack", None)
     assert evaluation.attack(source) is first
-    again = Evaluation(Config(**TINY), verbose=False).attack(source)
-    assert (again["arrays"]["x_adv"] == first["arrays"]["x_adv"]).all()
+    again = Evaluation(Config(**TINY), verbose=False)
+    assert again.attack(source) == first and (again.x_adv(source) == evaluation.x_adv(source)).all()
     evaluation.scores({target: {"it": source} for target in ("none", "coup")})
+
+
+def test_a_new_target_has_the_attack_run_again_where_its_images_are_gone(results_folder, monkeypatch, capsys):
+    """Scores that are on record are read back without images."""
+    source, config = Source("pgd", "reverse", start=Source("pgd", "none")), Config(**TINY)
+    rows = {target: {"it": source} for target in ("reverse", "coup")}
+    there = Evaluation(config, verbose=False).scores(rows)
+    shutil.rmtree(results_folder / "digits" / records.APART)
+    assert (
+        Evaluation(config, verbose=False).scores(rows)["coup"]["it"].report == there["coup"]["it"].report
+    ).all()
+    assert not (results_folder / "digits" / records.APART).exists()
+    for path in results_folder.glob("digits/score-coup-*.json"):
+        path.unlink()
+    again = Evaluation(config, verbose=False).scores(rows)
+    assert (again["coup"]["it"].report == there["coup"]["it"].report).all()
+    said = capsys.readouterr().out
+    assert said.count("they are made again from the seed") == 2 and "not to the bit" not in said
 
 
 def test_scores_do_not_depend_on_the_chunks(results_folder, in_chunks):
@@ -365,7 +384,7 @@ def test_average_is_the_class_of_the_mean_logits(results_folder):
     evaluation = Evaluation(config, verbose=False)
     source = Source("noise", "none")
     found, model = evaluation.score("diffpure", source), evaluation.defence("diffpure")
-    x = torch.from_numpy(evaluation.attack(source)["arrays"]["x_adv"])
+    x = evaluation.x_adv(source)
     seeds = image_seeds(config.seed, evaluate.REPORT, range(12), 5)
     logits = torch.stack([model(x, seeds=seeds[:, draw]) for draw in range(5)])
     assert found.average.tolist() == logits.mean(0).argmax(1).tolist()
@@ -378,14 +397,15 @@ def test_every_defence_is_built_attacked_and_scored(results_folder, name):
     found = evaluation.scores({name: {"clean": CLEAN, "pgd": Source("pgd", name)}})[name]
     assert found["pgd"].report.shape == (4, 2)
     assert found["pgd"].attack_robust.shape == (4,) and found["clean"].attack_robust is None
-    x_adv = evaluation.attack(Source("pgd", name))["arrays"]["x_adv"]
-    assert np.abs(x_adv - evaluation.images.x.numpy()).max() == pytest.approx(0.15, rel=1e-4)
+    x_adv = evaluation.x_adv(Source("pgd", name))
+    assert float((x_adv - evaluation.images.x).abs().max()) == pytest.approx(0.15, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_is_a_source(results_folder, name):
-    record = Evaluation(Config(**TINY), verbose=False).attack(Source(name, "coup"))
-    assert len(record["result"]["robust"]) == 4 and record["arrays"]["x_adv"].shape == (4, 1, 8, 8)
+    evaluation, source = Evaluation(Config(**TINY), verbose=False), Source(name, "coup")
+    assert len(evaluation.attack(source)["result"]["robust"]) == 4
+    assert evaluation.x_adv(source).shape == (4, 1, 8, 8)
 
 
 def test_a_robust_guide_is_part_of_what_names_a_record():

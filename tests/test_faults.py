@@ -93,10 +93,10 @@ def evaluation(folder, index=0, count=1):
 def found(folder):
     """What a run is for: every record but for its provenance, with its arrays byte for byte."""
     there = {}
-    for path in folder.glob("*/*.json"):
+    for path in folder.rglob("*.json"):
         document = json.loads(path.read_text())
         del document["provenance"]
-        there[path.name] = (
+        there[str(path.relative_to(folder))] = (
             document,
             path.with_suffix(".npz").exists() and path.with_suffix(".npz").read_bytes(),
         )

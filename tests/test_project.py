@@ -6,8 +6,11 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from coup_lib import records
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +36,17 @@ def test_the_library_does_not_import_robustbench_or_torchvision():
         "assert not {'robustbench', 'torchvision'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_attacked_images_are_not_committed():
+    files = subprocess.run(
+        ["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert files and not [name for name in files if f"/{records.APART}/" in name]
+    for name in files:
+        if name.endswith(".npz"):
+            with np.load(ROOT / name) as file:
+                assert "x_adv" not in file.files, name
 
 
 def test_readme_is_in_step_with_the_committed_tables():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -115,6 +116,25 @@ def test_a_record_without_its_arrays_is_made_again(folder):
     (arrays,) = folder.rglob("*.npz")
     arrays.unlink()
     assert run(square)["arrays"]["x"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_arrays_kept_apart_are_made_again_where_they_are_not_here(folder, capsys):
+    made = replace(work(square), apart=True).finish()
+    assert made["arrays"] == {} and not list(folder.glob("digits/*.npz"))
+    assert replace(work(None), apart=True).arrays()["x"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert capsys.readouterr().out == ""
+
+    def gone():
+        shutil.rmtree(folder / "digits" / records.APART)
+        return replace(work(None), apart=True).finish() == made  # whole without them
+
+    assert gone()
+    assert replace(work(square), apart=True).arrays()["x"].tolist() == [0, 0, 1, 1, 2, 2]
+    said = capsys.readouterr().out
+    assert "made again from the seed" in said and "not to the bit" not in said
+    assert gone()
+    replace(work(lambda chunk: square(chunk) | {"value": -1}), apart=True).arrays()
+    assert "not to the bit what is on record" in capsys.readouterr().out
 
 
 @pytest.fixture
