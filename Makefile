@@ -28,6 +28,7 @@ reproduce: run
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
+	@$(BIN)/python -m coup_lib.store
 	@# Without the cell of parameters that papermill put in: a later run would obey it.
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \

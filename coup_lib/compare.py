@@ -1,13 +1,13 @@
 """Your reproduction beside the committed records: `python -m coup_lib.compare build/reproduced`."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from coup_lib.outcomes import Accuracy
 from coup_lib.paths import ROOT
+from coup_lib.records import is_complete, read
 
 
 def compare(reproduced: Path, committed: Path) -> list[tuple[str, str]]:
@@ -15,9 +15,8 @@ def compare(reproduced: Path, committed: Path) -> list[tuple[str, str]]:
     lines = []
     for path in sorted(reproduced.rglob("score-*.json")):
         other = committed / path.relative_to(reproduced)
-        verdict = (
-            _verdict(_right(path), _right(other)) if other.exists() else "no committed record to compare with"
-        )
+        alone = "no committed record to compare with"
+        verdict = _verdict(_right(path), _right(other)) if is_complete(other) else alone
         lines.append((path.stem, verdict))
     return lines
 
@@ -32,7 +31,7 @@ def _verdict(yours: np.ndarray, theirs: np.ndarray) -> str:
 
 
 def _right(path: Path) -> np.ndarray:
-    result = json.loads(path.read_text())["result"]
+    result = read(path)["result"]
     return (np.array(result["report"]) == np.array(result["labels"])[:, None]).mean(1)
 
 

@@ -1,6 +1,5 @@
 """The worst case on record: over every attack in the store, whichever notebook made it."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from coup_lib import paths
 from coup_lib.config import Config
 from coup_lib.data import fingerprint
 from coup_lib.outcomes import Score
+from coup_lib.records import read
+from coup_lib.store import published
 
 
 def recorded_scores(config: Config, classifier: str, target: str, settings: dict[str, Any]) -> list[Score]:
@@ -24,10 +25,11 @@ def recorded_scores(config: Config, classifier: str, target: str, settings: dict
         settings: what its behaviour depends on, `Evaluation.defence_settings`.
     """
     folder, start = paths.RESULTS / config.profile, f"score-{target}-on-{classifier}"
-    files = [path for kind in ("clean", config.norm) for path in folder.glob(f"{start}-{kind}-*.json")]
+    names = {*published(folder), *(path.stem for path in folder.glob(f"{start}-*.json"))}
+    starts = tuple(f"{start}-{kind}-" for kind in ("clean", config.norm))
     found = []
-    for path in sorted(files):
-        made, result = _read(path)
+    for name in sorted(name for name in names if name.startswith(starts)):
+        made, result = _read(folder / f"{name}.json")
         if made["target"] == settings and _is_of(made["attack"], config):
             shown = {name: values[: config.n_images] for name, values in result.items()}
             found.append(Score(**shown, attack_robust=None))
@@ -48,6 +50,6 @@ _fingerprint = cache(fingerprint)
 
 @cache  # a finished record does not change
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    document = json.loads(path.read_text())
+    document = read(path)
     names = ("labels", "report", "average", "suspicion")
     return document["settings"], {name: np.array(document["result"][name]) for name in names}

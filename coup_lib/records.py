@@ -1,9 +1,9 @@
-"""Results on disk: a JSON record per experiment, a journal while it is being made.
+"""Results of runs: a JSON record per experiment, a journal while it is being made, and reading both back.
 
 Work is a list of chunks. Each finished chunk is appended to `results/<profile>/<name>-<hash>.journal` and
 synced, so a killed run continues behind its last whole chunk. When all are there, the JSON record is moved
 into place in one step and the journal goes. The hash is that of the settings: asking for the same settings
-reads the record back, changed ones are another record.
+reads the record back, from such a file or from the published ones (`store`); changed ones are another record.
 
 Several processes, on one machine or on many with a common folder, may share the chunks of all records: each
 `Worker` has a journal of its own, and a lock for each chunk says what is in work. The numbers do not depend
@@ -33,6 +33,7 @@ import torch
 from coup_lib import paths
 from coup_lib.files import write_atomically
 from coup_lib.precision import products
+from coup_lib.store import Document, published
 
 APART = "images"  # the folder beside the records for arrays that can be made again
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
@@ -196,12 +197,26 @@ class ChunkedRecord:
 
 def is_complete(path: Path) -> bool:
     """Whether the record is there, with the arrays it names (they may have been cleaned away)."""
-    return path.exists() and (not json.loads(path.read_text())["arrays"] or path.with_suffix(".npz").exists())
+    document = _document(path)
+    return document is not None and (not document["arrays"] or path.with_suffix(".npz").exists())
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A finished record; "arrays" holds the arrays of its .npz by name (none: an empty dict)."""
-    document = json.loads(path.read_text())
+def _document(path: Path) -> Document | None:
+    """The record that is, or would be, this file, else the published one; None if there is neither."""
+    if path.exists():
+        return json.loads(path.read_text())
+    return published(path.parent).get(path.stem)
+
+
+def read(path: Path) -> Document:
+    """A finished record; "arrays" holds the arrays of its .npz by name (none: an empty dict).
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    document = _document(path)
+    if document is None:
+        raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
     if document["arrays"]:
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
             document["arrays"] = {name: file[name] for name in document["arrays"]}

@@ -200,7 +200,7 @@ def test_compare_says_what_agrees(tmp_path):
                 result = {"labels": [0] * 100, "report": [[0]] * value + [[1]] * (100 - value)}
                 path = tmp_path / folder / "digits" / f"score-{name}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"result": result}))
+                path.write_text(json.dumps({"result": result, "arrays": []}))
     found = dict(compare.compare(tmp_path / "mine", tmp_path / "theirs"))
     assert found["score-same"] == "identical: 60.00 %"
     assert found["score-close"] == "agrees: 62.00 against 60.00 [49.7, 69.7] %"
