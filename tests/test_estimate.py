@@ -134,7 +134,7 @@ def test_a_plan_is_in_step_with_the_run(results, monkeypatch, capsys, name):
     assert "hours" in capsys.readouterr().out
     estimate.NOTEBOOKS[name].run(*configs)
     assert all(job.done for job in estimate.jobs(name, *configs)) and not any(job.done for job in planned)
-    records = [path for path in results.rglob("*.json") if not path.name.startswith("score-")]
+    records = [path for path in results.glob("*/*.json") if not path.name.startswith("score-")]
     assert len(records) == sum(not job.shared for job in planned)
     capsys.readouterr()
     estimate.show(name, *configs)

@@ -146,13 +146,13 @@ def test_without_guidance_coup_is_reverse_only(results_folder):
 def test_every_weight_faces_what_is_made_against_the_papers(results_folder):
     config = Config(budget="smoke")
     sweeps.measure(config)
-    attacks = {path for path in results_folder.rglob("*.json") if not path.name.startswith("score-")}
+    attacks = {path for path in results_folder.glob("*/*.json") if not path.name.startswith("score-")}
     for weight in (0.0, 4.0):
         row = sweeps.measure(sweeps.at(config, "guidance_weight", weight))
         assert {"worst", "recorded", "lent"} < set(row)
     targets = [path.name.split("-on-")[0] for path in results_folder.rglob("score-*-coup-exact-*.json")]
     assert sorted(targets) == ["score-coup"] * 3 + ["score-reverse"]  # λ = 4 on its own and on λ = 1's
-    made = {path for path in results_folder.rglob("*.json") if not path.name.startswith("score-")} - attacks
+    made = {path for path in results_folder.glob("*/*.json") if not path.name.startswith("score-")} - attacks
     assert (
         sum("-coup-" in path.name for path in made) == 2
     )  # λ = 4's own by both gradients; λ = 1's were there
