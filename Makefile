@@ -1,11 +1,12 @@
 # make reproduce   every notebook at the quick size, from nothing, in about a quarter of an hour on two cores
 # make full        the paper's protocol (512 images, full attack budgets); hours, resumable
+# make figures     every figure as PNG and PDF, from the committed records, under build/figures
 # make benchmarks  what purifications and gradients cost, beside bare networks and the ways of others
 # make test        linters, tests, and every notebook at smoke size; all of them, whatever fails. Before a release
 #                  also under the oldest and the newest Python: make test PYTHON=python3.13 VENV=.venv-3.13
 SHELL := /bin/bash -o pipefail
 .DELETE_ON_ERROR:
-.PHONY: setup reproduce full run test lint weights readme benchmarks clean
+.PHONY: setup reproduce full figures run test lint weights readme benchmarks clean
 
 PYTHON ?= python3
 BUDGET ?= quick
@@ -33,6 +34,9 @@ full:
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
 		$(patsubst %,build/notebooks-full/%.ipynb,$(filter-out %@l2,$(NOTEBOOKS)) 09_report)
+
+figures:
+	@COUP_PDF=1 $(MAKE) --no-print-directory run BUDGET=full FIGURES=build/figures
 
 setup: $(VENV)/installed
 

@@ -11,6 +11,7 @@ ROOT = _checkout if (_checkout / "notebooks").is_dir() else Path.cwd()
 SMOKE_VARIABLE = "COUP_SMOKE"
 DATA_VARIABLE = "COUP_DATA"
 MODELS_VARIABLE = "COUP_MODELS"
+PDF_VARIABLE = "COUP_PDF"  # if set, figures are written as PDFs, too
 
 
 def is_smoke() -> bool:

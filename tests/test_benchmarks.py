@@ -92,7 +92,7 @@ def test_the_page_has_every_number_and_the_readme_its_paragraph(folder):
         "| solver | 25.0 % |",
     ):
         assert text in page
-    assert (folder / "figures" / "benchmarks" / "cpu_cost.pdf").exists()
+    assert (folder / "figures" / "benchmarks" / "cpu_cost.png").exists()
     paragraph = (folder / "figures" / "benchmarks" / "summary.md").read_text()
     assert "COUP, bfloat16: 0.50 times the time, 2 of 128 verdicts changed" in paragraph
     assert "takes 1.50 times as long" in paragraph and "Not measured on a GPU." in paragraph

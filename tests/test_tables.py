@@ -156,11 +156,15 @@ def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_
         heights = container.lines[0].get_ydata()
         np.testing.assert_allclose(heights, [100 * row[name].mean() for name in columns])
     plots.save(figure, "digits", "panel")
+    assert {path.suffix for path in (tmp_path / "digits").iterdir()} == {".png"}
+    monkeypatch.setenv(paths.PDF_VARIABLE, "1")
+    plots.save(figure, "digits", "panel")
     assert {path.suffix for path in (tmp_path / "digits").iterdir()} == {".png", ".pdf"}
 
 
 def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    monkeypatch.setenv(paths.PDF_VARIABLE, "1")
     files = []
     for _ in range(2):
         figure, axes = plt.subplots()
