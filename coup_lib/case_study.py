@@ -71,7 +71,7 @@ class CaseStudy:
     right: treatment → share of right decisions on x_adv (n,); 0 or 1 but for "brownian", a mean over draws.
     p_true, p_adv: path → p(label|x_t) and p(y_adv|x_t), (N + 1, m), at `times` (N + 1,).
     strips: arrays for Fig. 1c: "index" (s,), "columns" (c,) times (NaN: the clean image), "images"
-        (2, s, c, C, H, W), "class" and "confidence" (2, s, c); without and with guidance.
+        (2, s, c, C, H, W) in 0 to 255, "class" and "confidence" (2, s, c); without and with guidance.
     """
 
     eps: float
@@ -195,7 +195,7 @@ def _strips(defences: dict[str, Purified], x: Tensor, x_adv: Tensor, index: Tens
     return {
         "strip_index": index.cpu().numpy(),
         "strip_columns": np.array([float("nan"), *times[kept].tolist()]),
-        "strip_images": torch.stack(images)[:, : len(index)].cpu().numpy(),
+        "strip_images": (255 * torch.stack(images)[:, : len(index)].clamp(0, 1)).round().byte().cpu().numpy(),
         "strip_class": top.indices.cpu().numpy(),
         "strip_confidence": top.values.cpu().numpy(),
     }
@@ -565,10 +565,10 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str
 
 
 def _picture(axes: Axes, image: np.ndarray) -> None:
-    """An image (C, H, W), clipped to [0, 1]; one channel is shown in grey."""
-    picture = np.moveaxis(image.clip(0, 1), 0, -1)
+    """An image (C, H, W) in 0 to 255; one channel is shown in grey."""
+    picture = np.moveaxis(image, 0, -1)
     grey = picture.shape[-1] == 1
-    axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
 def _emphasis(right: bool, final: bool) -> tuple[Any, str]:
