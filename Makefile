@@ -15,12 +15,14 @@ BIN := $(VENV)/bin
 DONE := build/done-$(BUDGET)
 # results/, figures/ and notebooks/ hold what is committed. A reproduction computes its own, here, and compares
 # at the end; run it again after a kill and it goes on where it stopped.
-RESULTS ?= $(if $(filter full,$(BUDGET)),results,build/reproduced/results)
+RESULTS ?= build/$(if $(filter full,$(BUDGET)),full,reproduced)/results
+PUBLISHED ?= $(if $(filter full,$(BUDGET)),results,$(RESULTS))
 FIGURES ?= $(if $(filter full,$(BUDGET)),figures,build/reproduced/figures)
 # Two notebooks run at a time; threads beyond a process's share make small networks slower, not faster.
 THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 export COUP_RESULTS = $(RESULTS)
+export COUP_PUBLISHED = $(PUBLISHED)
 export COUP_FIGURES = $(FIGURES)
 export OMP_NUM_THREADS = $(THREADS)
 
@@ -29,7 +31,7 @@ reproduce: run
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
-	@$(BIN)/python -m coup_lib.store
+	@COUP_RESULTS=build/full/results COUP_PUBLISHED=results $(BIN)/python -m coup_lib.store
 	@# Without the cell of parameters that papermill put in: a later run would obey it.
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
@@ -100,9 +102,9 @@ readme: setup
 # For an idle machine. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.
 benchmarks: setup
 	@mkdir -p build
-	@unset COUP_RESULTS COUP_FIGURES; OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
+	@unset COUP_RESULTS COUP_PUBLISHED COUP_FIGURES; OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
 		$(BIN)/pytest benchmarks --benchmark-json=build/benchmarks.json
-	@unset COUP_RESULTS COUP_FIGURES; $(BIN)/python -m benchmarks.report build/benchmarks.json
+	@unset COUP_RESULTS COUP_PUBLISHED COUP_FIGURES; $(BIN)/python -m benchmarks.report build/benchmarks.json
 
 clean:
 	rm -rf build

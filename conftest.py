@@ -12,4 +12,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="coup-smoke-")
     os.environ["COUP_RESULTS"] = str(Path(_folder.name) / "results")
+    os.environ.pop("COUP_PUBLISHED", None)
     os.environ["COUP_FIGURES"] = str(Path(_folder.name) / "figures")

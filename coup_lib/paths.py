@@ -19,11 +19,14 @@ def is_smoke() -> bool:
     return os.environ.get(SMOKE_VARIABLE, "") not in ("", "0")
 
 
-# What a smoke run writes means nothing and must not take the place of real results.
-_outputs = ROOT / "build" / "smoke" if is_smoke() else ROOT
+# A run writes here; results/ and figures/ change when it is published (`make full`, `store`).
+_outputs = ROOT / "build" / "smoke" if is_smoke() else ROOT / "build"
 WEIGHTS = PACKAGE / "weights"
 FIGURES = Path(os.environ.get("COUP_FIGURES", _outputs / "figures")).absolute()
 RESULTS = Path(os.environ.get("COUP_RESULTS", _outputs / "results")).absolute()
+# The published records stand behind them, but for smoke runs and for runs in a place of their own.
+_behind = RESULTS if is_smoke() or "COUP_RESULTS" in os.environ else ROOT / "results"
+PUBLISHED = Path(os.environ.get("COUP_PUBLISHED", _behind)).absolute()
 
 
 def data_dir() -> Path:

@@ -25,7 +25,8 @@ def recorded_scores(config: Config, classifier: str, target: str, settings: dict
         settings: what its behaviour depends on, `Evaluation.defence_settings`.
     """
     folder, start = paths.RESULTS / config.profile, f"score-{target}-on-{classifier}"
-    names = {*published(folder), *(path.stem for path in folder.glob(f"{start}-*.json"))}
+    names = {path.stem for path in folder.glob(f"{start}-*.json")}
+    names |= {*published(folder), *published(paths.PUBLISHED / config.profile)}
     starts = tuple(f"{start}-{kind}-" for kind in ("clean", config.norm))
     found = []
     for name in sorted(name for name in names if name.startswith(starts)):

@@ -197,15 +197,18 @@ class ChunkedRecord:
 
 def is_complete(path: Path) -> bool:
     """Whether the record is there, with the arrays it names (they may have been cleaned away)."""
-    document = _document(path)
-    return document is not None and (not document["arrays"] or path.with_suffix(".npz").exists())
+    document, place = _document(path)
+    return document is not None and (not document["arrays"] or place.with_suffix(".npz").exists())
 
 
-def _document(path: Path) -> Document | None:
-    """The record that is, or would be, this file, else the published one; None if there is neither."""
+def _document(path: Path) -> tuple[Document | None, Path]:
+    """The record of this file or else the published one, if any, and the file that its arrays lie beside."""
     if path.exists():
-        return json.loads(path.read_text())
-    return published(path.parent).get(path.stem)
+        return json.loads(path.read_text()), path
+    for folder in (path.parent, paths.PUBLISHED / path.parent.name):
+        if document := published(folder).get(path.stem):
+            return document, folder / path.name
+    return None, path
 
 
 def read(path: Path) -> Document:
@@ -214,11 +217,11 @@ def read(path: Path) -> Document:
     Raises:
         FileNotFoundError: where there is none.
     """
-    document = _document(path)
+    document, place = _document(path)
     if document is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
     if document["arrays"]:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+        with np.load(place.with_suffix(".npz"), allow_pickle=False) as file:
             document["arrays"] = {name: file[name] for name in document["arrays"]}
     else:
         document["arrays"] = {}

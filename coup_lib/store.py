@@ -1,9 +1,9 @@
 """Published records, results/<profile>/records.jsonl, and their accuracies in scores.csv: a line for each.
 
-    python -m coup_lib.store     publish what runs have left in results/
+    python -m coup_lib.store     publish what runs have left in build/results/
 
-A run leaves its records as files of their own in results/<profile>/, which git ignores; they stand before
-published ones of the same settings. To publish puts them into the profile's one file.
+A run leaves its records as files of their own in build/results/<profile>/, which stand before published ones
+of the same settings. To publish puts them into the profile's one file.
 
 What many records share (labels, the settings of an attack, the versions of a run's packages) stands once, in
 lines of its own before them. Outcomes of images are strings of digits, one digit an image; what is known to
@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -190,12 +191,15 @@ def main() -> None:
     """Publish every finished record that is a file of its own, profile by profile, and remove that file."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for folder in sorted(path for path in paths.RESULTS.iterdir() if path.is_dir()):
-        files = sorted(folder.glob("*.json"))
+        there, files = paths.PUBLISHED / folder.name, sorted(folder.glob("*.json"))
+        there.mkdir(parents=True, exist_ok=True)
+        for arrays in folder.glob("*.npz"):
+            shutil.move(arrays, there / arrays.name)
         if files:
-            publish(folder, [json.loads(path.read_text()) for path in files])
+            publish(there, [json.loads(path.read_text()) for path in files])
         for path in files:
             path.unlink()
-        print(f"{folder}: {len(files)} records published; {len(published(folder))} there are")
+        print(f"{there}: {len(files)} records published; {len(published(there))} there are")
 
 
 if __name__ == "__main__":

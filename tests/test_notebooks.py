@@ -94,13 +94,16 @@ def test_papermill_ends_with_what_is_wrong(tmp_path):
 
 
 def test_outputs_lie_beside_the_notebooks_whatever_folder_they_are_run_from(tmp_path, monkeypatch):
-    for name in ("COUP_RESULTS", "COUP_FIGURES"):
+    for name in ("COUP_RESULTS", "COUP_PUBLISHED", "COUP_FIGURES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    for smoke, outputs in (("1", ROOT / "build" / "smoke"), ("", ROOT)):
+    for smoke, outputs in (("1", ROOT / "build" / "smoke"), ("", ROOT / "build")):
         monkeypatch.setenv("COUP_SMOKE", smoke)
         found = runpy.run_path(paths.__file__)
         assert (found["RESULTS"], found["FIGURES"]) == (outputs / "results", outputs / "figures")
+        assert found["PUBLISHED"] == (outputs / "results" if smoke else ROOT / "results")
+    monkeypatch.setenv("COUP_RESULTS", str(tmp_path))  # nothing stands behind a place of its own
+    assert runpy.run_path(paths.__file__)["PUBLISHED"] == tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from coup_lib import paths, records, store
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "build")
+    monkeypatch.setattr(paths, "PUBLISHED", tmp_path)
     return tmp_path
 
 
@@ -62,23 +63,23 @@ def document(name="score", seed=0, **result):
 )
 def test_whatever_a_result_holds_comes_back(values):
     made = document(values=values)
-    store.publish(paths.RESULTS / "digits", [made])
-    found = store.published(paths.RESULTS / "digits")[store.key(made)]
+    store.publish(paths.PUBLISHED / "digits", [made])
+    found = store.published(paths.PUBLISHED / "digits")[store.key(made)]
     assert json.dumps(found, sort_keys=True) == json.dumps(made, sort_keys=True)
 
 
 def test_what_is_published_again_replaces_its_record_alone():
     first, second = document("b", 1), document("a", 2)
-    store.publish(paths.RESULTS / "digits", [first, second])
+    store.publish(paths.PUBLISHED / "digits", [first, second])
     changed = first | {"result": {"values": [3] * 9}}
-    store.publish(paths.RESULTS / "digits", [changed])
-    found = store.published(paths.RESULTS / "digits")
+    store.publish(paths.PUBLISHED / "digits", [changed])
+    found = store.published(paths.PUBLISHED / "digits")
     assert list(found) == [store.key(second), store.key(first)]
     assert found[store.key(first)] == changed and found[store.key(second)] == second
 
 
 def test_what_records_share_stands_once(folder):
-    store.publish(paths.RESULTS / "digits", [document(seed=seed) for seed in range(20)])
+    store.publish(paths.PUBLISHED / "digits", [document(seed=seed) for seed in range(20)])
     assert (folder / "digits" / store.FILE).read_text().count("apgd-ce") == 1
     assert not store.published(folder / "cifar10")
 
