@@ -34,7 +34,6 @@ COLUMNS = {
     "own_rand": "Counted by AutoAttack: rand",
     "autoattack": "Counted by AutoAttack: worse of the two",
 }
-OWN_COUNTS = ("own_standard", "own_rand", "autoattack")
 
 
 def shares(
