@@ -190,13 +190,12 @@ def _unpacked(value: Any, shared: dict[str, Any]) -> Any:
 def main() -> None:
     """Publish every finished record that is a file of its own, profile by profile, and remove that file."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for folder in sorted(path for path in paths.RESULTS.iterdir() if path.is_dir()):
+    for folder in sorted({path.parent for path in paths.RESULTS.glob("*/*.json")}):
         there, files = paths.PUBLISHED / folder.name, sorted(folder.glob("*.json"))
         there.mkdir(parents=True, exist_ok=True)
         for arrays in folder.glob("*.npz"):
             shutil.move(arrays, there / arrays.name)
-        if files:
-            publish(there, [json.loads(path.read_text()) for path in files])
+        publish(there, [json.loads(path.read_text()) for path in files])
         for path in files:
             path.unlink()
         print(f"{there}: {len(files)} records published; {len(published(there))} there are")
