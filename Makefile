@@ -104,7 +104,7 @@ benchmarks: setup
 	@mkdir -p build
 	@unset COUP_RESULTS COUP_PUBLISHED COUP_FIGURES; OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
 		$(BIN)/pytest benchmarks --benchmark-json=build/benchmarks.json
-	@unset COUP_RESULTS COUP_PUBLISHED COUP_FIGURES; $(BIN)/python -m benchmarks.report build/benchmarks.json
+	@unset COUP_RESULTS COUP_PUBLISHED; COUP_FIGURES=figures $(BIN)/python -m benchmarks.report build/benchmarks.json
 
 clean:
 	rm -rf build

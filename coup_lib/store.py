@@ -193,8 +193,9 @@ def main() -> None:
     for folder in sorted({path.parent for path in paths.RESULTS.glob("*/*.json")}):
         there, files = paths.PUBLISHED / folder.name, sorted(folder.glob("*.json"))
         there.mkdir(parents=True, exist_ok=True)
-        for arrays in folder.glob("*.npz"):
-            shutil.move(arrays, there / arrays.name)
+        for arrays in (path.with_suffix(".npz") for path in files):  # not those of chunks in work
+            if arrays.exists():
+                shutil.move(arrays, there / arrays.name)
         publish(there, [json.loads(path.read_text()) for path in files])
         for path in files:
             path.unlink()

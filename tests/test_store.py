@@ -102,6 +102,19 @@ def test_published_records_are_read_back_and_a_new_runs_stand_before_them(folder
     assert "1 records published; 1 there are" in capsys.readouterr().out
 
 
+def test_arrays_are_published_with_their_record_and_chunks_in_work_are_left(folder, monkeypatch):
+    def made():
+        return records.record("digits", "work", {"a": 1}, lambda: {"x": np.arange(3)})
+
+    made()
+    chunk = paths.RESULTS / "digits" / "other.chunk0.npz"
+    np.savez(chunk, x=np.zeros(1))
+    monkeypatch.setattr(sys, "argv", ["store"])
+    store.main()
+    assert chunk.exists() and [path.name for path in chunk.parent.iterdir()] == [chunk.name]
+    assert made()["arrays"]["x"].tolist() == [0, 1, 2]
+
+
 def test_the_table_has_a_row_for_each_accuracy(folder):
     made, attack = document(report=[[0] * 4, [1, 1, 0, 0], *([[9] * 4] * 7), [0] * 4]), document()
     del attack["result"]["report"]
