@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coup_lib.outcomes import Accuracy
+from coup_lib.outcomes import Accuracy, right_draws
 from coup_lib.paths import ROOT
 from coup_lib.records import is_complete, read
 
@@ -32,7 +32,7 @@ def _verdict(yours: np.ndarray, theirs: np.ndarray) -> str:
 
 def _right(path: Path) -> np.ndarray:
     result = read(path)["result"]
-    return (np.array(result["report"]) == np.array(result["labels"])[:, None]).mean(1)
+    return right_draws(result["report"], result["labels"])
 
 
 def main() -> None:

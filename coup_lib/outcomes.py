@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class Score:
     @cached_property
     def right(self) -> np.ndarray:
         """The share of right draws per image, (n,)."""
-        return (self.report == self.labels[:, None]).mean(1)
+        return right_draws(self.report, self.labels)
 
     @property
     def majority_right(self) -> np.ndarray:
@@ -129,6 +130,11 @@ class Score:
     def autoattack(self) -> Accuracy:
         """The accuracy by AutoAttack's own count."""
         return Accuracy.of(self.counted)
+
+
+def right_draws(report: Any, labels: Any) -> np.ndarray:
+    """The share of right draws per image, (n,), of predicted classes (n, R) and true ones (n,)."""
+    return (np.asarray(report) == np.asarray(labels)[:, None]).mean(1)
 
 
 @dataclass(frozen=True)

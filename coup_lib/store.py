@@ -25,7 +25,7 @@ import pandas as pd
 
 from coup_lib import paths
 from coup_lib.files import write_atomically
-from coup_lib.outcomes import Accuracy
+from coup_lib.outcomes import Accuracy, right_draws
 
 Document = dict[str, Any]
 FILE, TABLE = "records.jsonl", "scores.csv"
@@ -88,7 +88,7 @@ def scores(there: Mapping[str, Document]) -> pd.DataFrame:
 def _row(document: Document) -> dict[str, Any]:
     settings, result, made = (document[name] for name in ("settings", "result", "provenance"))
     attack = settings["attack"]
-    accuracy = Accuracy.of((np.array(result["report"]) == np.array(result["labels"])[:, None]).mean(1))
+    accuracy = Accuracy.of(right_draws(result["report"], result["labels"]))
     return {
         "target": settings["target"]["name"],
         "classifier": settings["target"]["classifier"],
@@ -182,7 +182,7 @@ def _unpacked(value: Any, shared: dict[str, Any]) -> Any:
     if kind == FLOATS:
         return np.frombuffer(base64.b64decode(text), "<f4").astype(float).tolist()
     if kind == DIGITS:
-        rows = [[int(digit) for digit in row] for row in text.split(" ")]
+        rows = [list(map(int, row)) for row in text.split(" ")]
         return rows if len(rows) > 1 else rows[0]
     return value
 
