@@ -27,11 +27,11 @@ export COUP_FIGURES = $(FIGURES)
 export OMP_NUM_THREADS = $(THREADS)
 
 reproduce: run
-	@$(BIN)/python -m coup_lib.compare $(RESULTS)
+	@$(BIN)/python -m coup_lib.reporting.compare $(RESULTS)
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
-	@COUP_RESULTS=build/full/results COUP_PUBLISHED=results $(BIN)/python -m coup_lib.store
+	@COUP_RESULTS=build/full/results COUP_PUBLISHED=results $(BIN)/python -m coup_lib.evaluation.store
 	@# Without the cell of parameters that papermill put in: a later run would obey it.
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
@@ -56,7 +56,7 @@ run: setup
 	@rm -rf $(DONE) && mkdir -p $(DONE) build/notebooks-$(BUDGET)
 	@$(MAKE) --no-print-directory -j2 $(NOTEBOOKS:%=$(DONE)/%)
 	@$(MAKE) --no-print-directory $(DONE)/09_report
-	@$(if $(filter quick,$(BUDGET)),$(BIN)/python -m coup_lib.readme --times build/notebooks-quick)
+	@$(if $(filter quick,$(BUDGET)),$(BIN)/python -m coup_lib.reporting.readme --times build/notebooks-quick)
 	@echo "Executed notebooks: build/notebooks-$(BUDGET); figures and tables: $(FIGURES); records: $(RESULTS)"
 
 # Of a notebook's output, the progress and whatever went wrong.
@@ -93,11 +93,11 @@ lint: setup
 	@$(call all,$(LINT))
 
 weights: setup
-	$(BIN)/python -m coup_lib.train
+	$(BIN)/python -m training.train
 
 # Puts the committed tables and numbers into README.md.
 readme: setup
-	@$(BIN)/python -m coup_lib.readme
+	@$(BIN)/python -m coup_lib.reporting.readme
 
 # For an idle machine. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.
 benchmarks: setup

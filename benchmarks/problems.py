@@ -17,16 +17,16 @@ import torchsde
 from torch import Tensor, nn
 
 from coup_lib.adjoint import GridBrownian, ReverseSDE
-from coup_lib.checkpoints import load_network
-from coup_lib.config import device as named_device
 from coup_lib.data import load_split
+from coup_lib.evaluation.config import device as named_device
 from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import to_state
+from coup_lib.networks.checkpoints import load_network
+from coup_lib.networks.precision import products
+from coup_lib.networks.zoo import load_classifier, small_ddpmpp
 from coup_lib.paths import is_smoke
-from coup_lib.precision import products
 from coup_lib.purify import Purified, coup, reverse_only, standard_normal
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
-from coup_lib.zoo import load_classifier, small_ddpmpp
 
 DEVICE = named_device("auto")
 DEFENCES = {"reverse": reverse_only, "coup": coup}

@@ -15,11 +15,12 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from coup_lib import paths, plots
+from coup_lib import paths
 from coup_lib.defences import LABELS
 from coup_lib.files import write_atomically
 from coup_lib.paths import ROOT, is_smoke
-from coup_lib.tables import markdown
+from coup_lib.reporting import plots
+from coup_lib.reporting.tables import markdown
 
 Row = dict[str, Any]
 Summary = dict[str, Any]

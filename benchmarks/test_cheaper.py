@@ -13,13 +13,13 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from coup_lib import paths
-from coup_lib.compiled import compiled_score
-from coup_lib.config import Config
 from coup_lib.data import is_here
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.profiles import PROFILES
+from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.networks.compiled import compiled_score
+from coup_lib.networks.precision import products
 from coup_lib.paths import is_smoke
-from coup_lib.precision import products
-from coup_lib.profiles import PROFILES
 
 CHEAPER: dict[str, dict[str, Any]] = {"bfloat16": {"precision": "bfloat16"}, "compiled": {"compiled": True}}
 if DEVICE.type == "cuda":

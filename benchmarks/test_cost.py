@@ -12,8 +12,8 @@ import torch
 from problems import DEVICE, REPLAY, ours, problem, take_turns
 
 from coup_lib.attacks import BatchedEOT, cross_entropy
-from coup_lib.config import Config
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import Evaluation, Source
 from coup_lib.paths import is_smoke
 
 ROUNDS = 5

@@ -25,10 +25,10 @@ from problems import (
     take_turns,
 )
 
-from coup_lib.estimate import FlopCounter
 from coup_lib.guidance import gradient_of, log_confidence
+from coup_lib.networks.wideresnet import wrn_28_10
 from coup_lib.paths import is_smoke
-from coup_lib.wideresnet import wrn_28_10
+from coup_lib.studies.estimate import FlopCounter
 
 BUDGETS = {"kept": KEEP, "replayed": REPLAY}
 ROUNDS = {"digits": 21, "cifar": 5}

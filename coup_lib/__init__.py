@@ -2,10 +2,10 @@
 
 from coup_lib.attacks import Attack
 from coup_lib.guidance import Guided
+from coup_lib.networks.zoo import load_classifier, load_score
 from coup_lib.purify import Purified, coup, diffpure, reverse_only
 from coup_lib.score import NoiseScore
 from coup_lib.sde import VPSDE
-from coup_lib.zoo import load_classifier, load_score
 
 __all__ = [
     "VPSDE",

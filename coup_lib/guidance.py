@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.checks import check_like, check_logits, number
-from coup_lib.frozen import frozen_layers
+from coup_lib.hessian import frozen_layers
 from coup_lib.score import sde_of
 
 WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance with its sign flipped

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from coup_lib import artefacts, checkpoints, download
-from coup_lib.artefacts import ARTEFACTS, Artefact
-from coup_lib.checkpoints import CheckpointError
+from coup_lib.networks import checkpoints, download
+from coup_lib.networks import published as artefacts
+from coup_lib.networks.checkpoints import CheckpointError
+from coup_lib.networks.published import ARTEFACTS, Artefact
 from coup_lib.paths import model_dir
 
 NAME = "small"
@@ -464,7 +465,7 @@ def test_all_that_is_missing_is_listed_at_once_without_the_network(folder, regis
             part in message for part in (str(folder / artefact.place), artefact.source, artefact.amount)
         )
     assert "take weights.pt from the folder" in message
-    assert message.endswith("python -m coup_lib.artefacts ddpmpp-deep cifar10/Linf/Standard")
+    assert message.endswith("python -m coup_lib.networks.published ddpmpp-deep cifar10/Linf/Standard")
     assert "small.pt" not in message and "pyautoattack" not in message
     artefacts.require(["resnet18", NAME])
 

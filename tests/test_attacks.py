@@ -22,10 +22,10 @@ from coup_lib.attacks import (
     margin,
     project,
 )
-from coup_lib.checkpoints import load_network
-from coup_lib.config import Config
 from coup_lib.data import load_split
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.networks.checkpoints import load_network
 from coup_lib.purify import Purified, coup
 from coup_lib.score import NoiseScore
 

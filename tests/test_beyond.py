@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from coup_lib import beyond
-from coup_lib.beyond import Found, Setting
-from coup_lib.config import Config
 from coup_lib.defences import CANDIDATES
-from coup_lib.outcomes import Score, worst_case
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Score, worst_case
+from coup_lib.studies import beyond
+from coup_lib.studies.beyond import Found, Setting
 
 
 def row(**right):

@@ -4,11 +4,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from coup_lib import bpda, paths
-from coup_lib.config import Config
+from coup_lib import paths
 from coup_lib.defences import PAPER
-from coup_lib.evaluate import Evaluation
-from coup_lib.outcomes import Score
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Score
+from coup_lib.evaluation.run import Evaluation
+from coup_lib.studies import bpda
 
 N = 40
 

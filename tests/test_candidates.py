@@ -20,9 +20,9 @@ from coup_lib.defences import (
     build,
     is_guided,
 )
+from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.guidance import FirstOrder, Guided, to_image, to_state
 from coup_lib.likelihood import likelihood
-from coup_lib.profiles import PROFILES
 from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier
 from coup_lib.score import ScoreDenoiser
 from coup_lib.sde import VPSDE

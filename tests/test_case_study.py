@@ -10,11 +10,11 @@ import torch
 from closed_forms import small_problem
 from torch import nn
 
-from coup_lib import case_study as cs
-from coup_lib.config import Config
 from coup_lib.data import CLASSES
+from coup_lib.evaluation.config import Config
 from coup_lib.guidance import to_state
 from coup_lib.purify import coup, reverse_only
+from coup_lib.studies import case_study as cs
 
 SMALL = Config(n_images=12, n_iter=3, eot=2, n_draws=3, eps=0.2)
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from coup_lib import clean
-from coup_lib.config import Config
-from coup_lib.outcomes import Accuracy
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Accuracy
+from coup_lib.studies import ablation as clean
 
 
 def test_the_table_relates_every_defence_to_its_own_classifier():

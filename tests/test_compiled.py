@@ -12,17 +12,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from coup_lib import compiled, evaluate
-from coup_lib.compiled import LEAST, Compiled, compiled_score
-from coup_lib.config import Config
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PURIFIERS
-from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import CLEAN, Evaluation, Source
 from coup_lib.gradients import GRADIENTS
 from coup_lib.guidance import FirstOrder, Guided
-from coup_lib.mechanism import SmoothEvaluation
+from coup_lib.networks import compiled
+from coup_lib.networks.compiled import LEAST, Compiled, compiled_score
+from coup_lib.networks.zoo import load_score
 from coup_lib.score import NoiseScore
-from coup_lib.zoo import load_score
+from coup_lib.studies.mechanism import SmoothEvaluation
 
 SHAPE = SHAPES["digits"]
 SMALL = {"n_images": LEAST, "n_iter": 2, "eot": 1, "n_steps": 2}

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from coup_lib import checkpoints
 from coup_lib.attacks import NORM_LABELS
 from coup_lib.checks import count, number
-from coup_lib.config import (
+from coup_lib.evaluation.config import (
     BUDGETS,
     PROFILES,
     PURPOSES,
@@ -20,7 +19,8 @@ from coup_lib.config import (
     from_notebook,
     radius,
 )
-from coup_lib.tables import settings_caption
+from coup_lib.networks import checkpoints
+from coup_lib.reporting.tables import settings_caption
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from coup_lib.config import Config
-from coup_lib.evaluate import Job, Source
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import Job, Source
 
 ROOT = Path(__file__).parents[1]
 WRN, STEPS, DRAWS = "Standard", 100, 20

@@ -4,9 +4,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from coup_lib import cross, tables
 from coup_lib.attacks import NORMS
-from coup_lib.config import Config
+from coup_lib.evaluation.config import Config
+from coup_lib.reporting import tables
+from coup_lib.studies import adversarial_training as cross
 
 N = 100
 CONFIGS = {norm: Config(norm=norm, n_images=N) for norm in NORMS}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coup_lib.checkpoints import CheckpointError
-from coup_lib.ddpmpp import DEEP, SHALLOW, DDPMpp, load_score_sde, time_embedding
+from coup_lib.networks.checkpoints import CheckpointError
+from coup_lib.networks.ddpmpp import DEEP, SHALLOW, DDPMpp, load_score_sde, time_embedding
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
 from coup_lib.sde import VPSDE
 from coup_lib.solver import reverse_drift, solve

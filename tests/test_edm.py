@@ -13,8 +13,8 @@ import torch
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import Tensor, nn
 
-from coup_lib.checkpoints import CheckpointError
-from coup_lib.edm import (
+from coup_lib.networks.checkpoints import CheckpointError
+from coup_lib.networks.edm import (
     Denoiser,
     EDMNetwork,
     Preconditioning,

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coup_lib import estimate, evaluate, paths, purify
-from coup_lib.config import Config
+from coup_lib import paths, purify
 from coup_lib.defences import DEFENCES, PURIFIERS
-from coup_lib.evaluate import CLEAN, Evaluation, Job, Source, calls, planning
+from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import CLEAN, Evaluation, Job, Source, calls, planning
 from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import gradient_of, log_confidence
+from coup_lib.studies import estimate
 
 
 @pytest.fixture
@@ -252,7 +254,7 @@ def test_the_command_line(results, capsys):
 
 PAPERS_TIER = """
 import resource, sys, time
-from coup_lib import estimate
+from coup_lib.studies import estimate
 estimate.main(["--profile", "cifar10", "--budget", "full"])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(peak / 2**30, time.process_time())

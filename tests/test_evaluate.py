@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from coup_lib import config as settings
-from coup_lib import evaluate, records
 from coup_lib.attacks import ATTACKS, AttackResult
-from coup_lib.config import Config
 from coup_lib.defences import DEFENCES, PURIFIERS
-from coup_lib.evaluate import CLEAN, Evaluation, Source, image_seeds
-from coup_lib.outcomes import Accuracy, Difference, Score, worst_case, worst_of
+from coup_lib.evaluation import config as settings
+from coup_lib.evaluation import records
+from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, worst_case, worst_of
+from coup_lib.evaluation.records import config_hash
+from coup_lib.evaluation.run import CLEAN, Evaluation, Source, image_seeds
 from coup_lib.purify import FixedNoise, Purifier, together
-from coup_lib.records import config_hash
 
 TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
 

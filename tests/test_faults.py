@@ -28,14 +28,17 @@ from one_thread import one_thread  # noqa: F401
 from test_artefacts import Hostile
 from torch import nn
 
-from coup_lib import checkpoints, config, evaluate, paths, records, zoo
-from coup_lib.checkpoints import load_network
-from coup_lib.config import Config
+from coup_lib import paths
 from coup_lib.data import load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluation import config, records
+from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import Evaluation, Source
 from coup_lib.files import write_atomically
 from coup_lib.gradients import GRADIENTS
+from coup_lib.networks import checkpoints, zoo
+from coup_lib.networks.checkpoints import load_network
 from coup_lib.purify import coup, reverse_only
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
 
@@ -43,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 
 # A server that has imported everything and forks when asked: a process to kill costs no seconds to start.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["coup_lib.evaluate", "pytest", "hypothesis"])
+FORKS.set_forkserver_preload(["coup_lib.evaluation.run", "pytest", "hypothesis"])
 
 
 def start(run, *args):

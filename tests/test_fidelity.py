@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coup_lib import fidelity
-from coup_lib.config import Config
-from coup_lib.fidelity import COMPARED, gradient_cosines
+from coup_lib.evaluation.config import Config
+from coup_lib.studies import fidelity
+from coup_lib.studies.fidelity import COMPARED, gradient_cosines
 
 SMALL = Config(n_images=5, n_iter=2, eot=1)
 

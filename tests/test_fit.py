@@ -3,8 +3,8 @@ import torch
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 
-from coup_lib import fit as fitting
-from coup_lib.fit import KernelMuon, average_into, fit
+from training import fit as fitting
+from training.fit import KernelMuon, average_into, fit
 
 SETTINGS = {"seed": 3, "steps": 12, "lr": 0.1, "decay": 0.9, "weight_decay": 0.0}
 

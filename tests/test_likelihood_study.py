@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from coup_lib import likelihood_study
-from coup_lib.config import Config
+from coup_lib.evaluation.config import Config
+from coup_lib.studies import likelihood_study
 
 N = 100
 

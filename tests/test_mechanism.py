@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coup_lib import mechanism
-from coup_lib.config import Config
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import Evaluation, Source
 from coup_lib.guidance import Guided
 from coup_lib.purify import Purifier
+from coup_lib.studies import mechanism
 
 
 class Linear(torch.nn.Module):

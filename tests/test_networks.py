@@ -7,17 +7,17 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from coup_lib import train_digits
 from coup_lib.attacks import NORM_LABELS, Attack, AttackResult
-from coup_lib.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
 from coup_lib.data import load_split
-from coup_lib.denoising import denoising_loss
-from coup_lib.networks import NETWORKS, NoiseNet, build_network
+from coup_lib.evaluation.profiles import PROFILES
+from coup_lib.networks.checkpoints import SUMS, CheckpointError, load_network, save_network, weights_path
+from coup_lib.networks.small import NETWORKS, NoiseNet, build_network
 from coup_lib.paths import WEIGHTS
-from coup_lib.profiles import PROFILES
 from coup_lib.sde import VPSDE
-from coup_lib.train import flops, main, model_card, right, train
-from coup_lib.train_digits import deformed, redrawable, redrawn, train_classifier
+from training import digits as train_digits
+from training.denoising import denoising_loss
+from training.digits import deformed, redrawable, redrawn, train_classifier
+from training.train import flops, main, model_card, right, train
 
 NUMBER = r"\d+\.?\d*"
 # Accuracy on validation that each classifier is above; robustness costs some.

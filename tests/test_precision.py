@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 
-from coup_lib import evaluate
 from coup_lib.attacks import Attack, AttackResult
-from coup_lib.config import Config
 from coup_lib.data import load_split
-from coup_lib.evaluate import Evaluation, Source
-from coup_lib.precision import Bfloat16, products
-from coup_lib.records import record
-from coup_lib.zoo import load_score
+from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.records import record
+from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.networks.precision import Bfloat16, products
+from coup_lib.networks.zoo import load_score
 
 LOWERED = Config(n_images=8, n_iter=2, eot=1, precision="bfloat16")
 FULL = dataclasses.replace(LOWERED, precision="float32")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from coup_lib import records
+from coup_lib.evaluation import records
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,7 +53,7 @@ def test_results_are_few_files_without_attacked_images():
 
 
 def test_readme_is_in_step_with_the_committed_tables():
-    from coup_lib import readme
+    from coup_lib.reporting import readme
 
     regenerated = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures", "notebooks"], cwd=ROOT)
     if regenerated.returncode:

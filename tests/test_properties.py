@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from one_thread import one_thread  # noqa: F401
 
 from coup_lib.attacks import ATTACKS, NORMS
-from coup_lib.config import PROFILES, PURPOSES, Config, from_notebook
 from coup_lib.data import SIZES, SPLITS
 from coup_lib.defences import DEFENCES
-from coup_lib.evaluate import Evaluation, Source
+from coup_lib.evaluation.config import PROFILES, PURPOSES, Config, from_notebook
+from coup_lib.evaluation.profiles import BUDGETS
+from coup_lib.evaluation.records import config_hash
+from coup_lib.evaluation.run import Evaluation, Source
 from coup_lib.gradients import GRADIENTS
 from coup_lib.guidance import Guided, to_state
-from coup_lib.profiles import BUDGETS
 from coup_lib.purify import coup, diffpure, reverse_only, standard_normal
-from coup_lib.records import config_hash
 from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import solve, time_grid
-from coup_lib.toy import ToySettings, prop2_bound
+from coup_lib.studies.toy import ToySettings, prop2_bound
 
 # The same examples every time: what fails here fails everywhere.
 repeatable = settings(derandomize=True, deadline=None, max_examples=25, database=None)

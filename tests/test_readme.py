@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coup_lib.config import Config
+from coup_lib.evaluation.config import Config
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -46,10 +46,10 @@ TRAIN = """
 import sys
 from pathlib import Path
 
-words, code = sys.argv[3:], Path("coup_lib/train.py").read_text()
+words, code = sys.argv[3:], Path("training/train.py").read_text()
 for word, value in zip(words, [*words[1:], ""]):
     if word.startswith("-") and f'"{word}"' not in code:
-        sys.exit(f"coup_lib.train: unknown option {word}")
+        sys.exit(f"training.train: unknown option {word}")
     if word == "--begin-with" and not Path(value).stat().st_size:
         sys.exit(f"{value}: is empty")
 """
@@ -83,7 +83,7 @@ def typed(clone, tmp_path):
         "pip": f'"{sys.executable}" -c "$PIP" "$@"',
         "make": f'{shutil.which("make")} --dry-run "$@"',
         "snakemake": f'"{sys.executable}" -m snakemake --dry-run "$@"' if snakemake else "true",
-        "python": f'case "$2" in coup_lib.train) "{sys.executable}" -c "$TRAIN" "$@";;\n'
+        "python": f'case "$2" in training.train) "{sys.executable}" -c "$TRAIN" "$@";;\n'
         f'*) "{sys.executable}" "$@";; esac',
     }
     for name, line in stand_ins.items():
@@ -128,7 +128,7 @@ def test_a_shell_block_runs_in_a_fresh_clone(typed, clone, lines):
         ("papermill notebooks/4_autoattack.ipynb out.ipynb", "4_autoattack.ipynb"),
         ("papermill notebooks/04_autoattack.ipynb out.ipynb -p normm l2", "normm"),
         ('pip install -e ".[cifer]"', "cifer"),
-        ("python -m coup_lib.train --step 3", "--step"),
+        ("python -m training.train --step 3", "--step"),
         ("make reproduced", "reproduced"),
     ],
 )

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from coup_lib.config import Config
-from coup_lib.evaluate import CLEAN, Evaluation, Source
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import CLEAN, Evaluation, Source
 
 CONFIG = Config(n_images=4, n_iter=2, eot=1, n_draws=2, n_steps=3)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from coup_lib import paths, records
+from coup_lib import paths
+from coup_lib.evaluation import records
 
 ALONE = records.Worker()
 

@@ -6,12 +6,14 @@ import numpy as np
 import papermill
 import pytest
 
-from coup_lib import paths, report, sweeps, tables
-from coup_lib.config import Config
-from coup_lib.evaluate import planning
-from coup_lib.outcomes import Accuracy, Difference
-from coup_lib.report import Gap, Line
-from coup_lib.stats import ratio_interval
+from coup_lib import paths
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Accuracy, Difference
+from coup_lib.evaluation.run import planning
+from coup_lib.evaluation.stats import ratio_interval
+from coup_lib.reporting import tables
+from coup_lib.studies import report, sweeps
+from coup_lib.studies.report import Gap, Line
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

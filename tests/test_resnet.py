@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coup_lib.checkpoints import load_state
 from coup_lib.guidance import gradient_of
-from coup_lib.resnet import Block, Normalise, cifar_resnet, resnet18
+from coup_lib.networks.checkpoints import load_state
+from coup_lib.networks.resnet import Block, Normalise, cifar_resnet, resnet18
 
 DATA = Path(os.environ.get("COUP_DATA", ""))
 IMAGES = DATA / "cifar10_exact_subset.npz"

@@ -15,8 +15,9 @@ import nbformat
 import numpy as np
 import pytest
 
-from coup_lib import merge, records
-from coup_lib.config import Config
+from coup_lib.evaluation import records
+from coup_lib.evaluation.config import Config
+from workflow import merge
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,9 +25,10 @@ SHARDS = """
     import multiprocessing, sys
     from dataclasses import replace
     from pathlib import Path
-    from coup_lib import config, paths
-    from coup_lib.evaluate import Evaluation
-    from coup_lib.records import ChunkedRecord
+    from coup_lib import paths
+    from coup_lib.evaluation import config
+    from coup_lib.evaluation.run import Evaluation
+    from coup_lib.evaluation.records import ChunkedRecord
 
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
     made, compute = [], ChunkedRecord._compute
@@ -216,7 +218,7 @@ def test_an_unknown_setting_is_refused(tmp_path):
 # In the place of the project's notebooks: work of some seconds, in parts that are killed alone.
 WORK = """
 import time
-from coup_lib.records import ChunkedRecord, Worker
+from coup_lib.evaluation.records import ChunkedRecord, Worker
 
 for index in range(20):
     ChunkedRecord(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from coup_lib.outcomes import Accuracy, Difference
-from coup_lib.stats import _below_zero, mean_interval, ratio_interval, student
+from coup_lib.evaluation.outcomes import Accuracy, Difference
+from coup_lib.evaluation.stats import _below_zero, mean_interval, ratio_interval, student
 
 
 def holds(above, below, truth, low, high):

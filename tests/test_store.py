@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from coup_lib import paths, records, store
+from coup_lib import paths
+from coup_lib.evaluation import records, store
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from coup_lib import stronger
-from coup_lib.config import Config
-from coup_lib.evaluate import Evaluation
-from coup_lib.outcomes import Score
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Score
+from coup_lib.evaluation.run import Evaluation
+from coup_lib.studies import stronger_attacks as stronger
 
 RIGHT, WRONG = np.ones(40), np.zeros(40)
 HALF = np.tile([1.0, 0.0], 20)

@@ -4,10 +4,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from coup_lib import plots, sweeps
-from coup_lib.config import Config
-from coup_lib.outcomes import Difference
-from coup_lib.stats import mean_interval
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Difference
+from coup_lib.evaluation.stats import mean_interval
+from coup_lib.reporting import plots
+from coup_lib.studies import sweeps
 
 N = 200
 

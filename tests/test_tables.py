@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coup_lib import compare, paper, paths, plots, readme, tables
-from coup_lib.config import Config
+from coup_lib import paths
 from coup_lib.defences import DEFENCES, LABELS
-from coup_lib.outcomes import Accuracy, Score, worst_case
-from coup_lib.progress import Plan
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Accuracy, Score, worst_case
+from coup_lib.evaluation.progress import Plan
+from coup_lib.reporting import compare, paper, plots, readme, tables
 
 N = 40
 

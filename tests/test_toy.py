@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coup_lib import toy, toy_figures
-from coup_lib.toy import DTYPE, ToySettings, TwoGaussians
+from coup_lib.reporting import toy_figures
+from coup_lib.studies import toy
+from coup_lib.studies.toy import DTYPE, ToySettings, TwoGaussians
 
 DATA = TwoGaussians()
 SETTINGS = ToySettings(n_runs=2000, lambdas="0,2,10", noise_levels="0,1,10")

@@ -7,17 +7,18 @@ import torch
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file
 
-from coup_lib import train, train_cifar
 from coup_lib.attacks import NORM_LABELS, Attack
-from coup_lib.checkpoints import SUMS, load_network, read_sums, save_network
 from coup_lib.data import Images, is_here, load_split
-from coup_lib.denoising import denoising_loss, noise_error
-from coup_lib.networks import NETWORKS, T_MAX, PatchedDDPMpp
+from coup_lib.evaluation.profiles import PROFILES
+from coup_lib.networks.checkpoints import SUMS, load_network, read_sums, save_network
+from coup_lib.networks.resnet import cifar_resnet
+from coup_lib.networks.small import NETWORKS, T_MAX, PatchedDDPMpp
+from coup_lib.networks.zoo import load_classifier, load_score
 from coup_lib.paths import DATA_VARIABLE, WEIGHTS
-from coup_lib.profiles import PROFILES
-from coup_lib.resnet import cifar_resnet
 from coup_lib.sde import VPSDE
-from coup_lib.zoo import load_classifier, load_score
+from training import cifar as train_cifar
+from training import train
+from training.denoising import denoising_loss, noise_error
 
 TINY = {"width": 8, "multipliers": (1, 1), "blocks": 1, "attention_at": (8,)}
 SMALL = PROFILES["cifar10-small"]
@@ -136,7 +137,7 @@ def test_most_times_of_training_are_short_few_next_to_zero(images, monkeypatch):
 
 
 def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("coup_lib.fit.SAVE_EVERY", -1)
+    monkeypatch.setattr("training.fit.SAVE_EVERY", -1)
 
     def weights(state=None):
         torch.manual_seed(0)
@@ -168,7 +169,7 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
     assert [type(network) for network in compiled] == [PatchedDDPMpp]
     card = (tmp_path / "weights" / "cifar10" / "README.md").read_text()
     assert "| score-small |" in card and "| score-small, on train images |" in card
-    first = "python -m coup_lib.train --seed 0 --threads 1 --dataset cifar10 --only score-small --steps 2"
+    first = "python -m training.train --seed 0 --threads 1 --dataset cifar10 --only score-small --steps 2"
     assert f"- score-small: `{first} --batch 2 --compiled --precision bfloat16`\n" in card
     assert (
         load_file(tmp_path / "weights" / "cifar10" / f"{SMALL.score}.safetensors")[KEY].dtype == torch.float16
@@ -269,7 +270,7 @@ def test_adversarial_training_keeps_the_statistics(images):
 
 
 def test_each_step_of_adversarial_training_starts_elsewhere_also_after_a_kill(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("coup_lib.fit.SAVE_EVERY", -1)
+    monkeypatch.setattr("training.fit.SAVE_EVERY", -1)
     torch.manual_seed(0)
     published, seeds = cifar_resnet(20), []
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coup_lib.checkpoints import CheckpointError, load_state
 from coup_lib.guidance import gradient_of, log_confidence
-from coup_lib.wideresnet import CIFAR10_STATISTICS, WideResNet, wrn_28_10, wrn_40_2, wrn_70_16
+from coup_lib.networks.checkpoints import CheckpointError, load_state
+from coup_lib.networks.wideresnet import CIFAR10_STATISTICS, WideResNet, wrn_28_10, wrn_40_2, wrn_70_16
 
 PARITY = Path(__file__).parent / "parity"
 # Relative L2, by the precision of the published numbers; an own implementation reaches 6e-7 and 2e-15.

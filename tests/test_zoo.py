@@ -10,12 +10,12 @@ from functools import partial
 import pytest
 import torch
 
-from coup_lib import zoo
-from coup_lib.checkpoints import CheckpointError
-from coup_lib.ddpmpp import DDPMpp
-from coup_lib.edm import Denoiser
+from coup_lib.networks import zoo
+from coup_lib.networks.checkpoints import CheckpointError
+from coup_lib.networks.ddpmpp import DDPMpp
+from coup_lib.networks.edm import Denoiser
+from coup_lib.networks.wideresnet import WideResNet
 from coup_lib.score import DenoisedScore, NoiseScore
-from coup_lib.wideresnet import WideResNet
 
 INSTALLED = importlib.util.find_spec("robustbench") is not None
 SMALL = partial(DDPMpp, width=16, blocks=1)
@@ -204,7 +204,7 @@ def test_a_file_put_by_hand_is_loaded_offline(tmp_path):
     """RobustBench's own architecture with random weights, saved where its loader looks first."""
     code = """
 import torch
-from coup_lib.zoo import _mend_autoattack, digest, load_classifier
+from coup_lib.networks.zoo import _mend_autoattack, digest, load_classifier
 _mend_autoattack()
 from robustbench.model_zoo.architectures.wide_resnet import WideResNet
 from coup_lib.paths import model_dir

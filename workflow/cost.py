@@ -1,6 +1,6 @@
 """What the whole paper costs, by counting: `python workflow/cost.py > workflow/cost.md`; nothing is measured.
 
-`python -m coup_lib.estimate` measures on a machine how fast that is done.
+`python -m coup_lib.studies.estimate` measures on a machine how fast that is done.
 """
 
 from collections.abc import Iterable
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from coup_lib.config import Config
-from coup_lib.estimate import NOTEBOOKS, jobs, seconds, work
-from coup_lib.evaluate import Job
-from coup_lib.tables import markdown
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.run import Job
+from coup_lib.reporting.tables import markdown
+from coup_lib.studies.estimate import NOTEBOOKS, jobs, seconds, work
 
 # GFLOP of a call on one image, a multiply-add counting two.
 SCORE, CLASSIFIERS = 37.1, {"wrn-28-10": 10.5, "wrn-70-16-dropout": 77.5}
@@ -103,7 +103,7 @@ def page() -> str:
         "again. An exact gradient walks the path twice and back once, guidance is a call and its "
         f"derivative: for COUP 100 × (3 × {SCORE} + 6 × {call}) = {100 * (3 * SCORE + 6 * call):,.0f} GFLOP.",
         f"**The speed is an assumption**, in TFLOP/s, by the data sheet of an H100 (SXM): {assumed}. Hours "
-        "go with its inverse; `python -m coup_lib.estimate` measures it on a machine. float32 is the "
+        "go with its inverse; `python -m coup_lib.studies.estimate` measures it on a machine. float32 is the "
         "default. `-p precision tf32` is for all that is under attack, `-p precision bfloat16` for the score "
         "network there; what an attack found is scored in float32.",
         "GiB: the adversarial images of every attack, float32.",

@@ -1,0 +1,1 @@
+"""Settings, running attacks on defences, their records, and what they amount to."""

@@ -1,0 +1,184 @@
+"""What the draws of an evaluation amount to: accuracies with intervals, and the worst source per image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from coup_lib.evaluation.stats import LEVEL, mean_interval, ratio_interval
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of images with its 95 % interval, all in percent."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, right: np.ndarray) -> "Accuracy":
+        """From the share of right draws of each image: (n,) in [0, 1]."""
+        low, high = mean_interval(right)
+        return cls(100 * float(right.mean()), 100 * low, 100 * high, len(right))
+
+    @classmethod
+    def kept(cls, right: np.ndarray, own: np.ndarray) -> "Accuracy":
+        """right over own, both (n,) on the same images: what a defence leaves of a classifier's own accuracy.
+
+        Raises:
+            ValueError: if the classifier is right on no image.
+        """
+        low, high = ratio_interval(right, own)
+        return cls(100 * float(right.mean() / own.mean()), 100 * low, 100 * high, len(right))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two accuracies on the same images, with its 95 % interval, in points."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, right: np.ndarray, reference: np.ndarray, level: float = LEVEL) -> "Difference":
+        """right - reference, the shares of right draws of each image, both (n,); level: of the interval."""
+        low, high = mean_interval(right - reference, -1, 1, level=level)
+        return cls(100 * float((right - reference).mean()), 100 * low, 100 * high, len(right))
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says of the claim that the difference is positive."""
+        if self.low > 0:
+            return "holds"
+        return "does not hold" if self.high < 0 else "is not decided"
+
+    def __str__(self) -> str:
+        value = round(self.value, 2) + 0.0  # never -0.00
+        return f"{value:+.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One target's verdicts on one source's images.
+
+    labels (n,); report (n, R): predicted classes on R noise draws that no attack has seen.
+    average (n,): the class of the mean logits over those draws (DiffPure's rule against BPDA).
+    suspicion (n,): the share of right draws on R further draws, ties broken by the mean probability of the
+    true class; it serves to choose the worst source of an image.
+    attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
+    """
+
+    labels: np.ndarray
+    report: np.ndarray
+    average: np.ndarray
+    suspicion: np.ndarray
+    attack_robust: np.ndarray | None
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """The share of right draws per image, (n,)."""
+        return right_draws(self.report, self.labels)
+
+    @property
+    def majority_right(self) -> np.ndarray:
+        """Whether the most frequent class is right (ties go to the smaller class index), (n,), 0 or 1."""
+        votes = np.array([np.bincount(row).argmax() for row in self.report])
+        return (votes == self.labels).astype(float)
+
+    @property
+    def average_right(self) -> np.ndarray:
+        """Whether the mean of the logits is right, (n,), 0 or 1."""
+        return (self.average == self.labels).astype(float)
+
+    @property
+    def mean(self) -> Accuracy:
+        """Accuracy of a single draw, averaged over the draws."""
+        return Accuracy.of(self.right)
+
+    @property
+    def worst_draw(self) -> Accuracy:
+        """An image counts if every draw is right."""
+        return Accuracy.of((self.right == 1).astype(float))
+
+    @property
+    def majority(self) -> Accuracy:
+        """An image counts if the most frequent class is right (ties go to the smaller class index)."""
+        return Accuracy.of(self.majority_right)
+
+    @property
+    def averaged(self) -> Accuracy:
+        """An image counts if the mean of the logits over the draws is right."""
+        return Accuracy.of(self.average_right)
+
+    @property
+    def counted(self) -> np.ndarray:
+        """AutoAttack's own count, from the single draws that it looked at: (n,), 0 or 1."""
+        if self.attack_robust is None:
+            raise ValueError("the attack was not run against this target; it has no count of its own")
+        return self.attack_robust.astype(float)
+
+    @property
+    def autoattack(self) -> Accuracy:
+        """The accuracy by AutoAttack's own count."""
+        return Accuracy.of(self.counted)
+
+
+def right_draws(report: Any, labels: Any) -> np.ndarray:
+    """The share of right draws per image, (n,), of predicted classes (n, R) and true ones (n,)."""
+    return (np.asarray(report) == np.asarray(labels)[:, None]).mean(1)
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """Each image against its worst source.
+
+    right (n,): the share of right draws among those that are reported. expected (n,): what was expected of it
+    when the source was chosen, on average never above what any source showed. n_sources: among how many.
+    """
+
+    right: np.ndarray
+    expected: np.ndarray
+    n_sources: int
+
+
+def worst_case(scores: Sequence[Score]) -> WorstCase:
+    """The worst source of each image, chosen by one set of draws and reported by another.
+
+    To choose and report by the same draws would count luck as the attacker's skill. And to choose by each
+    image's few draws alone would make luck a bad adviser, worse than to stay with the strongest source: so
+    the draws of an image are shrunk towards what image and source show on average, by as much as noise
+    explains (empirical Bayes; Efron and Morris, J. Am. Stat. Assoc. 70 (1975) 311).
+    """
+    seen, right = (np.stack([getattr(score, name) for score in scores]) for name in ("suspicion", "right"))
+    draws = np.array([score.report.shape[1] for score in scores])
+    expected = _shrunk(seen, draws)
+    chosen = expected.argmin(0), np.arange(seen.shape[1])
+    return WorstCase(right[chosen], expected[chosen], len(scores))
+
+
+def _shrunk(seen: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Shares of right draws (S, n), of so many draws (S,), without the part that is noise."""
+    additive = seen.mean(0, keepdims=True) + seen.mean(1, keepdims=True) - seen.mean()
+    rest, share = seen - additive, seen.clip(0, 1)
+    noise = float((share * (1 - share) / np.maximum(draws - 1, 1)[:, None]).mean())
+    spread = float((rest**2).sum()) / max((len(seen) - 1) * (seen.shape[1] - 1), 1)
+    return additive + rest * max(0.0, 1 - noise / spread if spread else 0.0)
+
+
+def worst_of(scores: Sequence[Score]) -> np.ndarray:
+    """The share of right draws of each image (n,) in the `worst_case`."""
+    return worst_case(scores).right
+
+
+def lowest(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """Those of lowest mean: an attacker who has several ways takes the best of them."""
+    return min(shares, key=lambda values: float(values.mean()))

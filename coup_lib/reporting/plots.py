@@ -1,0 +1,130 @@
+"""One look for every figure: fonts, sizes, colours; the same colour for the same defence everywhere."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from coup_lib import paths
+from coup_lib.defences import LABELS
+from coup_lib.evaluation.outcomes import Accuracy
+from coup_lib.files import write_atomically
+
+PALETTE = sns.color_palette("colorblind")
+COLOURS = {
+    "none": PALETTE[7],
+    "diffpure": PALETTE[0],
+    "reverse": PALETTE[1],
+    "coup": PALETTE[2],
+}
+COLOURS_KEPT = 128  # in a PNG
+MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D"}
+
+
+def use_style() -> None:
+    """Set the shared matplotlib and seaborn style; call it once at the top of a notebook."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 220,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "pdf.fonttype": 42,
+        }
+    )
+
+
+def save(figure: Figure, profile: str, name: str) -> Path:
+    """Write figures/<profile>/<name>.png, of few colours, and return its path; with COUP_PDF a PDF, too."""
+    folder = paths.FIGURES / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    # Of a photograph it takes close looking to tell; the file is a third of the size.
+    image = Image.open(drawn).convert("RGB").quantize(COLOURS_KEPT, dither=Image.Dither.NONE)
+    write_atomically(folder / f"{name}.png", partial(image.save, format="png", optimize=True))
+    if os.environ.get(paths.PDF_VARIABLE):  # without a creation date: the same records give the same file
+        write_pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
+        write_atomically(folder / f"{name}.pdf", write_pdf)
+    return folder / f"{name}.png"
+
+
+def bars(shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracies (k,) and what 95 % error bars reach below and above them (2, k), in percent.
+
+    Args:
+        shares: k times the share of right draws of each image, (n,).
+    """
+    points = [Accuracy.of(share) for share in shares]
+    values = np.array([point.value for point in points])
+    ends = np.array([[point.low, point.high] for point in points]).T
+    return values, np.abs(ends - values)
+
+
+def robustness_panel(
+    axes: Axes, results: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, str], width: int = 12
+) -> None:
+    """One group per column, one marker per defence with its 95 % interval, in percent.
+
+    Args:
+        results: defence → column → share of right draws of each image, (n,).
+        columns: the columns to show, with their labels.
+        width: of a label's line, in characters.
+    """
+    offsets = np.linspace(-0.24, 0.24, len(results))
+    for offset, (defence, row) in zip(offsets, results.items(), strict=True):
+        axes.errorbar(
+            np.arange(len(columns)) + offset,
+            *bars([row[name] for name in columns]),
+            fmt=MARKERS[defence],
+            color=COLOURS[defence],
+            label=LABELS[defence],
+            markersize=5,
+            capsize=2.5,
+            linewidth=1.2,
+        )
+    for edge in range(1, len(columns)):
+        axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
+    axes.set_xticks(
+        range(len(columns)), [fill(label, width, break_on_hyphens=False) for label in columns.values()]
+    )
+    axes.tick_params(axis="x", length=0, labelsize="small")
+    axes.grid(visible=False, axis="x")
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))
+
+
+def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:
+    """Cosine to the exact gradient against the number of steps: median, and 5–95 % of the images.
+
+    Args:
+        result: the "result" of `fidelity.gradient_cosines`.
+    """
+    styles = {"first_order": ("D-", 2), "adjoint": ("o-", 0), "bpda": ("s-", 4)}
+    for gradient, cosines in result[defence].items():
+        style, colour = styles[gradient]
+        low, middle, high = np.quantile(np.array(cosines), [0.05, 0.5, 0.95], axis=1)
+        axes.fill_between(result["step_counts"], low, high, color=PALETTE[colour], alpha=0.15, linewidth=0)
+        axes.plot(
+            result["step_counts"], middle, style, color=PALETTE[colour], label=gradient.replace("_", "-")
+        )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(result["step_counts"], [str(count) for count in result["step_counts"]])
+    axes.minorticks_off()
+    axes.set(xlabel="Euler steps N", ylim=(min(0.0, axes.get_ylim()[0]), 1.04))

@@ -1,0 +1,1 @@
+"""One module for each notebook: what it attacks, and what it shows."""

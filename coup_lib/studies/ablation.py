@@ -1,0 +1,71 @@
+"""What purification costs: clean accuracy, of all and of what the classifier is right on alone.
+
+Without an attack many images can be had, so the interval is narrow.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from coup_lib.checks import count
+from coup_lib.data import split_size
+from coup_lib.defences import LABELS
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Accuracy
+from coup_lib.evaluation.run import CLEAN, Evaluation
+from coup_lib.reporting import paper
+
+PURIFIERS = ("diffpure", "reverse", "coup")
+ALONE = "none"
+
+
+def sized(config: Config, n_clean: Any) -> Config:
+    """The same for n_clean images, unless that is None. ValueError for a number that the split has not."""
+    if n_clean is None:
+        return config
+    most = split_size(config.sizes.dataset, config.split, config.subset)
+    return replace(config, n_images=count("n_clean", n_clean, most))
+
+
+def measure(config: Config, classifier: str) -> dict[str, np.ndarray]:
+    """Defence → share of right draws on clean images (n,): `ALONE`, then `PURIFIERS`."""
+    rows = {defence: {"clean": CLEAN} for defence in (ALONE, *PURIFIERS)}
+    scores = Evaluation(config, classifier).scores(rows)
+    return {defence: row["clean"].right for defence, row in scores.items()}
+
+
+def reported(config: Config, defence: str) -> float | None:
+    """The paper's accuracy in % of its classifier's own, by Table 1 or 2; None where it gives none."""
+    rows = paper.PURIFIERS[config.norm]
+    return 100 * rows[defence].accuracy / rows[ALONE].accuracy if defence in rows else None
+
+
+def table(results: dict[str, dict[str, np.ndarray]], config: Config) -> pd.DataFrame:
+    """One row per classifier and defence: its accuracy, and that in % of the classifier's own."""
+    rows = []
+    for classifier, shares in results.items():
+        for defence, right in shares.items():
+            kept = defence != ALONE and shares[ALONE].any()
+            papers = reported(config, defence)
+            rows.append(
+                {
+                    "Defence (%)": LABELS[defence],
+                    "Classifier": classifier,
+                    "Clean accuracy": str(Accuracy.of(right)),
+                    "Of the classifier's own": str(Accuracy.kept(right, shares[ALONE])) if kept else "–",
+                    "The paper's, of its WRN-28-10's own": f"{papers:.2f}" if kept and papers else "–",
+                }
+            )
+    return pd.DataFrame(rows).set_index("Defence (%)")
+
+
+def caption(config: Config) -> str:
+    """What stands behind the numbers."""
+    return (
+        f"{config.profile}, {config.split} split, {config.n_images} images; t* = {config.t_star:g}, "
+        f"N = {config.n_steps}, λ = {config.guidance_weight:g}; seed {config.seed}. Accuracies in % with "
+        f"95 % interval, averaged over {config.n_draws} noise draws per image; of the classifier's "
+        "own with a paired 95 % interval."
+    )

@@ -1,0 +1,592 @@
+"""The case study of Sec. 5.3.1: what the classifier sees along the path from x_adv to the purified image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from coup_lib.checks import number
+from coup_lib.evaluation.config import NORM_NAMES, Config, radius
+from coup_lib.evaluation.outcomes import Accuracy, Difference
+from coup_lib.evaluation.records import record
+from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.stats import student
+from coup_lib.guidance import to_image
+from coup_lib.purify import Purified, coup
+from coup_lib.reporting.plots import COLOURS, PALETTE
+
+PATHS = {"reverse": "without guidance", "coup": "with guidance"}
+GROUPS = {
+    "all": "all cases",
+    "right": "classifier right on x_adv",
+    "wrong": "classifier wrong on x_adv",
+}
+TREATMENTS = {
+    "coup": "guidance (COUP)",
+    "flipped": "guidance, sign flipped",
+    "brownian": "no guidance, Brownian motion",
+}
+STATEMENTS = {
+    "1": "without guidance, p(y_true) falls and p(y_adv) rises",
+    "1b": "without guidance, most of the fall comes suddenly, in the last tenth of the path",
+    "2": "with guidance, p(y_true) rises in the first tenth of the path, and more than without",
+    "3": "guidance results in correct classification (in more than half of the cases)",
+}
+PAPER_CASES = 14  # bad cases in the paper's Fig. 2a, CIFAR-10, L∞
+EPS_FACTORS = (0.5, 1.0, 1.5)  # multiples of eps that the study is done at
+SHOWN_STATES = (0.1, 0.3, 0.6, 0.9)  # of the path, in the image strips
+FEWEST_FOR_BAND = 4
+TENTH = 0.1  # the paper speaks of "the very beginning" and of "after 90" of 100 steps
+
+
+# --- what is measured ---
+
+
+def follow(defence: Purified, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The path without Brownian motion: images (N + 1, n, C, H, W), and p(y|image) as (N + 1, n, K).
+
+    A state on the way is shown to the classifier as it is, the last one clamped, as the purifier hands it on.
+    """
+    states: list[Tensor] = []
+    with torch.no_grad():
+        purified = defence.purifier.trajectory(x, lambda i, t, state: states.append(state), brownian=False)
+        images = torch.stack([*map(to_image, states[:-1]), purified])
+        return images, torch.stack([defence.classifier(image).softmax(1) for image in images])
+
+
+@dataclass(frozen=True)
+class CaseStudy:
+    """The n attacked images at one eps, and the paths of the m bad cases among them, in order of index.
+
+    labels (n,): true classes; raw: the bare classifier's on x_adv; y_adv: reverse-only's on x_adv, and clean:
+        on the clean image, both without Brownian motion.
+    right: treatment → share of right decisions on x_adv (n,); 0 or 1 but for "brownian", a mean over draws.
+    p_true, p_adv: path → p(label|x_t) and p(y_adv|x_t), (N + 1, m), at `times` (N + 1,).
+    strips: arrays for Fig. 1c: "index" (s,), "columns" (c,) times (NaN: the clean image), "images"
+        (2, s, c, C, H, W) in 0 to 255, "class" and "confidence" (2, s, c); without and with guidance.
+    """
+
+    eps: float
+    labels: np.ndarray
+    raw: np.ndarray
+    y_adv: np.ndarray
+    clean: np.ndarray
+    right: dict[str, np.ndarray]
+    times: np.ndarray
+    p_true: dict[str, np.ndarray]
+    p_adv: dict[str, np.ndarray]
+    strips: dict[str, np.ndarray]
+
+    @property
+    def bad(self) -> np.ndarray:
+        """Which images reverse-only gets wrong without Brownian motion, (n,) bool."""
+        return self.right["reverse"] == 0
+
+    def in_group(self, group: str) -> np.ndarray:
+        """Which images belong to a group by the bare classifier's verdict on x_adv, (n,) bool."""
+        if group == "all":
+            return np.ones(len(self.labels), dtype=bool)
+        return (self.raw == self.labels) == (group == "right")
+
+    def curves(self, group: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """p_true and p_adv of the group's bad cases, path → (N + 1, cases)."""
+        chosen = self.in_group(group)[self.bad]
+        both = [{path: p[path][:, chosen] for path in PATHS} for p in (self.p_true, self.p_adv)]
+        return both[0], both[1]
+
+    def rescued(self, group: str, treatment: str = "coup") -> np.ndarray:
+        """Share of right decisions of each of the group's bad cases."""
+        return self.right[treatment][self.bad & self.in_group(group)]
+
+    def broken(self, group: str, treatment: str = "coup") -> np.ndarray:
+        """Share of wrong decisions of each of the group's good cases: those that reverse-only gets right."""
+        return 1 - self.right[treatment][~self.bad & self.in_group(group)]
+
+    @property
+    def tenth(self) -> int:
+        """The steps in a tenth of the path, one at least."""
+        return max(1, round(TENTH * (len(self.times) - 1)))
+
+
+def radii(config: Config, eps_factors: Any) -> list[Config]:
+    """The configuration at each multiple of its eps, in rising order; one number will do for a list."""
+    given = eps_factors if isinstance(eps_factors, list | tuple) else [eps_factors]
+    if not given:
+        raise ValueError("eps_factors: expected at least one number, got an empty list")
+    factors = sorted({number("eps_factors", factor, 0) for factor in given})
+    # 12 digits: 1.5 × 0.15 is 0.225, the same record as for that number typed by hand.
+    return [replace(config, eps=float(f"{factor * config.eps:.12g}")) for factor in factors]
+
+
+def case_study(config: Config, shown: int = 3) -> CaseStudy:
+    """APGD-ce on reverse-only at config.eps, and both paths from its images; `shown` strips of each kind."""
+    evaluation, source = Evaluation(config), Source("apgd-ce", "reverse", config.gradient)
+    brownian = evaluation.run({"reverse": [source]})["reverse"][source].right
+
+    def compute() -> dict[str, Any]:
+        x_adv = evaluation.x_adv(source)
+        return _measure(evaluation, x_adv, shown)
+
+    name, attack = evaluation.attack_settings(source)
+    settings = {
+        "attack": attack,
+        "target": evaluation.defence_settings("coup"),
+        "brownian": False,
+        "shown": shown,
+        "shown_states": list(SHOWN_STATES),
+    }
+    found = record(config.profile, f"case-study-{name}", settings, compute)
+    return _as_study(config.eps, found["result"], found["arrays"], brownian)
+
+
+def _measure(evaluation: Evaluation, x_adv: Tensor, shown: int) -> dict[str, Any]:
+    """What the record holds: classes per image, the bad cases' curves, the images of the strips."""
+    x, labels = evaluation.images.x, evaluation.images.y
+    size, config = evaluation.config.sizes.max_batch, evaluation.config
+    settings = {"t_star": config.t_star, "n_steps": config.n_steps}
+    defences: dict[str, Purified] = {name: evaluation.defence(name) for name in PATHS}  # type: ignore[misc]
+    defences["flipped"] = coup(
+        evaluation.classifier, evaluation.score_network, -config.guidance_weight, **settings
+    )
+
+    def along(name: str, images: Tensor) -> Tensor:
+        return torch.cat([follow(defences[name], part)[1] for part in images.split(size)], dim=1)
+
+    paths = {name: along(name, x_adv) for name in defences}
+    final = {name: path[-1].argmax(1) for name, path in paths.items()}
+    raw, adversarial = paths["reverse"][0].argmax(1), final["reverse"]
+    bad = (adversarial != labels).nonzero().flatten()
+    saved = (final["coup"] == labels)[bad]
+    index = torch.cat([bad[saved][:shown], bad[~saved][:shown]])
+    values: dict[str, Any] = {
+        "labels": labels.tolist(),
+        "raw": raw.tolist(),
+        "clean": along("reverse", x)[-1].argmax(1).tolist(),
+        "final": {name: classes.tolist() for name, classes in final.items()},
+        "times": defences["reverse"].purifier.times.tolist(),
+    }
+    for name in PATHS:
+        values[f"p_true_{name}"] = paths[name][:, bad, labels[bad]].cpu().numpy()
+        values[f"p_adv_{name}"] = paths[name][:, bad, adversarial[bad]].cpu().numpy()
+    return values | _strips(defences, x, x_adv, index)
+
+
+def _strips(defences: dict[str, Purified], x: Tensor, x_adv: Tensor, index: Tensor) -> dict[str, Any]:
+    """Clean image, x_adv, some states and the purified image of the chosen cases, on both paths."""
+    times = defences["reverse"].purifier.times
+    kept = sorted({0, *(round(share * (len(times) - 1)) for share in SHOWN_STATES), len(times) - 1})
+    chosen = index if len(index) else torch.tensor([0])  # networks take no empty batch: walked, not shown
+    with torch.no_grad():
+        clean = defences["reverse"].classifier(x[chosen]).softmax(1)
+    images, p = [], []
+    for name in PATHS:
+        path, confidence = follow(defences[name], x_adv[chosen])
+        images.append(torch.stack([x[chosen], *path[kept]], dim=1))
+        p.append(torch.stack([clean, *confidence[kept]], dim=1))
+    top = torch.stack(p)[:, : len(index)].max(dim=-1)
+    return {
+        "strip_index": index.cpu().numpy(),
+        "strip_columns": np.array([float("nan"), *times[kept].tolist()]),
+        "strip_images": (255 * torch.stack(images)[:, : len(index)].clamp(0, 1)).round().byte().cpu().numpy(),
+        "strip_class": top.indices.cpu().numpy(),
+        "strip_confidence": top.values.cpu().numpy(),
+    }
+
+
+def _as_study(eps: float, result: dict[str, Any], arrays: dict[str, Any], brownian: np.ndarray) -> CaseStudy:
+    labels = np.array(result["labels"])
+    right = {name: (np.array(classes) == labels).astype(float) for name, classes in result["final"].items()}
+    return CaseStudy(
+        eps=eps,
+        labels=labels,
+        raw=np.array(result["raw"]),
+        y_adv=np.array(result["final"]["reverse"]),
+        clean=np.array(result["clean"]),
+        right=right | {"brownian": brownian},
+        times=np.array(result["times"]),
+        p_true={name: arrays[f"p_true_{name}"].astype(float) for name in PATHS},
+        p_adv={name: arrays[f"p_adv_{name}"].astype(float) for name in PATHS},
+        strips={
+            name: arrays[f"strip_{name}"] for name in ("index", "columns", "images", "class", "confidence")
+        },
+    )
+
+
+# --- what it says of the paper's statements ---
+
+
+def verdicts(study: CaseStudy, group: str) -> dict[str, str]:
+    """Statement → "holds", "does not hold", "is not decided", by 95 % intervals, or "too few cases"."""
+    p_true, p_adv = study.curves(group)
+    free, guided, tenth = p_true["reverse"], p_true["coup"], study.tenth
+    late, before = free[-1 - tenth] - free[-1], free[0] - free[-1 - tenth]
+    return {
+        "1": _together(change(free[-1], free[0]), change(p_adv["reverse"][0], p_adv["reverse"][-1])),
+        "1b": _together(change(np.zeros_like(late), late), change(before, late)),
+        "2": _together(change(guided[0], guided[tenth]), change(free[tenth], guided[tenth])),
+        "3": _rescue_verdict(study.rescued(group)),
+    }
+
+
+def change(before: np.ndarray, after: np.ndarray) -> Difference | None:
+    """The mean of after - before, confidences, with Student's interval; None for fewer than two cases."""
+    if len(after) < 2:
+        return None
+    low, high = student(after - before)
+    return Difference(100 * float((after - before).mean()), 100 * float(low), 100 * float(high), len(after))
+
+
+def _together(*differences: Difference | None) -> str:
+    """The verdict on a statement with several parts: it holds if each of them does."""
+    found = {"too few cases" if part is None else part.verdict for part in differences}
+    return next(
+        word for word in ("too few cases", "does not hold", "is not decided", "holds") if word in found
+    )
+
+
+def _rescue_verdict(rescued: np.ndarray) -> str:
+    if len(rescued) < 2:
+        return "too few cases"
+    share = Accuracy.of(rescued)
+    if share.low > 50:
+        return "holds"
+    return "does not hold" if share.high < 50 else "is not decided"
+
+
+def verdict_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
+    """One row per eps and group: n, shares rescued and broken, and the verdict on each statement."""
+    rows = [
+        {
+            "eps": radius(study.eps),
+            "Group": label,
+            "Bad cases": len(study.rescued(group)),
+            "Rescued (%)": _share(study.rescued(group)),
+            "Good cases": len(study.broken(group)),
+            "Broken (%)": _share(study.broken(group)),
+        }
+        | {f"({name})": verdict for name, verdict in verdicts(study, group).items()}
+        for study in studies
+        for group, label in GROUPS.items()
+    ]
+    return pd.DataFrame(rows).set_index("eps")
+
+
+def numbers(studies: Sequence[CaseStudy]) -> pd.DataFrame:
+    """Long form for a CSV: every share and every change of the sentences, in percent and points."""
+    rows = []
+    for study in studies:
+        for group in GROUPS:
+            shares = {
+                f"{what} by {treatment}": values(group, treatment)
+                for what, values in (("rescued", study.rescued), ("broken", study.broken))
+                for treatment in TREATMENTS
+            }
+            points = {name: Accuracy.of(values) for name, values in shares.items() if len(values)}
+            changes = {name: found for name, found in _changes(study, group).items() if found}
+            rows += [
+                {"eps": study.eps, "group": group, "quantity": name} | vars(found)
+                for name, found in (*points.items(), *changes.items())
+            ]
+    return pd.DataFrame(rows)
+
+
+def _changes(study: CaseStudy, group: str) -> dict[str, Difference | None]:
+    """The changes of mean p_true and p_adv, in the first tenth and over the whole path."""
+    return {
+        f"{label}, {PATHS[path]}, {span}": change(curve[path][0], curve[path][step])
+        for label, curve in zip(("p(y_true)", "p(y_adv)"), study.curves(group), strict=True)
+        for path in PATHS
+        for span, step in (("first tenth", study.tenth), ("whole path", -1))
+    }
+
+
+def reading(study: CaseStudy) -> str:
+    """Markdown: the measured numbers of one eps in plain sentences."""
+    total, n_bad = len(study.labels), int(study.bad.sum())
+    was_bad = int((study.bad & (study.clean != study.labels)).sum())
+    decided = int((study.bad & (study.raw == study.y_adv)).sum())
+    lines = [
+        f"**eps = {radius(study.eps)}.** Of {total} images {n_bad} are bad cases (the paper: {PAPER_CASES}); "
+        f"{was_bad} of them reverse-only gets wrong without any attack. In {decided} of them the bare "
+        "classifier sees y_adv in x_adv already: guidance, which pushes towards the class that is seen, "
+        "starts out towards y_adv there.",
+        "",
+        *(f"- {_group_sentence(study, group)}" for group in ("right", "wrong")),
+    ]
+    if n_bad > 1:
+        lines += ["", _control_sentence(study)]
+    return "\n".join(lines)
+
+
+def _group_sentence(study: CaseStudy, group: str) -> str:
+    rescued, label = study.rescued(group), GROUPS[group].capitalize()
+    if len(rescued) < 2:
+        return f"{label} (n = {len(rescued)}): too few cases to speak of."
+    found = _changes(study, group)
+
+    def both(quantity: str, span: str) -> str:
+        free, guided = (found[f"{quantity}, {way}, {span}"] for way in PATHS.values())
+        return f"{free} without guidance and {guided} with it"
+
+    return (
+        f"{label} (n = {len(rescued)}): guidance rescues {_share(rescued)} %. "
+        f"In the first tenth of the path the mean p(y_true) changes by {both('p(y_true)', 'first tenth')}, "
+        f"p(y_adv) by {both('p(y_adv)', 'first tenth')}; "
+        f"from start to end p(y_true) changes by {both('p(y_true)', 'whole path')}, "
+        f"p(y_adv) by {both('p(y_adv)', 'whole path')}."
+    )
+
+
+def _control_sentence(study: CaseStudy) -> str:
+    shares = {name: study.rescued("all", name) for name in TREATMENTS}
+    over = change(shares["brownian"], shares["coup"])
+    net = change(study.right["reverse"], study.right["coup"])
+    assert over and net  # the caller has counted two cases at least
+    broken = study.broken("all")
+    lost = (
+        f"Of the {len(broken)} good cases guidance breaks {_share(broken)} %. "
+        if len(broken)
+        else "There are no good cases that guidance could break. "
+    )
+    return (
+        f"Of all {over.n} bad cases guidance rescues {_share(shares['coup'])} %, guidance with its sign "
+        f"flipped {_share(shares['flipped'])} %, and reverse-only itself with Brownian motion put back "
+        f"{_share(shares['brownian'])} %: guidance − Brownian motion is {over}; that guidance rescues more "
+        f"than fresh noise **{over.verdict}**. {lost}"
+        f"Over all {net.n} images, where nothing is selected, guidance changes the accuracy by {net} "
+        "(the images were made against reverse-only: COUP faces a borrowed attack here)."
+    )
+
+
+def verdict_lines(studies: Sequence[CaseStudy]) -> str:
+    """Markdown: for each of the paper's statements, where it holds, over all bad cases and by group."""
+    lines = []
+    for name, statement in STATEMENTS.items():
+        lines += [f"- **({name}) {statement}**"]
+        lines += [f"    - {GROUPS[group]}: {_where(studies, group, name)}" for group in GROUPS]
+    counts = ", ".join(f"{int(study.bad.sum())} (eps = {radius(study.eps)})" for study in studies)
+    first = f"The statements of Sec. 5.3.1 on our {counts} bad cases, where the paper has {PAPER_CASES}:"
+    return "\n".join([first, "", *lines])
+
+
+def _where(studies: Sequence[CaseStudy], group: str, statement: str) -> str:
+    """Each verdict with the eps that it was found at."""
+    found: dict[str, list[str]] = {}
+    for study in studies:
+        found.setdefault(verdicts(study, group)[statement], []).append(radius(study.eps))
+    return "; ".join(f"**{verdict}** at eps = {', '.join(eps)}" for verdict, eps in found.items())
+
+
+def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: str) -> str:
+    """What stands behind the numbers, and what the verdicts mean."""
+    eps = ", ".join(radius(study.eps) for study in studies)
+    words = "; ".join(f"({name}) {statement}" for name, statement in STATEMENTS.items())
+    return (
+        f"{config.profile}, {config.split} split, {classifier}, {config.n_images} images; "
+        f"{NORM_NAMES[config.norm]}, eps = {eps}; t* = {config.t_star:g}, N = {config.n_steps}, "
+        f"λ = {config.guidance_weight:g}; APGD-ce on the reverse-time SDE, {config.gradient} gradient, "
+        f"{config.n_iter} iterations, {config.eot} EOT draws; {config.seed_label}. Bad cases: all images "
+        "whose purification without guidance and without Brownian motion is misclassified on x_adv; good "
+        "cases: the others; rescued, broken: what COUP without Brownian motion makes of them. Where Brownian "
+        f"motion is put back, {config.n_draws} draws are averaged. Shares in % with 95 % interval. "
+        f"Statements: {words}. Each is judged by 95 % intervals; a tenth of the path is {studies[0].tenth} "
+        f"of {len(studies[0].times) - 1} steps."
+    )
+
+
+def curves_caption() -> str:
+    """How to read the figure of `curves_figure`."""
+    return (
+        "Fig. 2a, all bad cases. Lines: mean over the cases (the paper's expectation). Where half of the "
+        "cases lie (25–75 %): shaded with guidance, between dotted lines without. Panels with fewer than "
+        f"{FEWEST_FOR_BAND} cases have no band. Few cases with a high confidence can lift the mean out of it."
+    )
+
+
+def _share(right: np.ndarray) -> str:
+    return str(Accuracy.of(right)) if len(right) else "–"
+
+
+# --- what is shown ---
+
+TRUE_COLOUR, ADV_COLOUR = PALETTE[0], PALETTE[3]
+STYLES: dict[str, Literal["--", "-"]] = {"reverse": "--", "coup": "-"}
+
+
+def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
+    """Fig. 2a: a column per eps, a row per group; mean confidence and 25–75 % of the cases against t."""
+    shape = (2, len(studies))
+    figure, grid = plt.subplots(
+        *shape, figsize=(1.2 + 2.7 * shape[1], 5.2), sharex=True, sharey=True, squeeze=False
+    )
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    for row, group in zip(grid, ("right", "wrong"), strict=True):
+        for axes, study in zip(row, studies, strict=True):
+            n = len(study.rescued(group))
+            axes.set_title(
+                f"({next(letters)}) eps = {radius(study.eps)}, n = {n}", loc="left", fontsize="medium"
+            )
+            _curves_panel(axes, study, group)
+        row[0].set_ylabel(f"{GROUPS[group]}\nconfidence $p(y\\,|\\,x_t)$".replace("x_adv", "$x_{adv}$"))
+    for axes in grid[-1]:
+        axes.set_xlabel("time $t$ along the purification")
+        start = studies[0].times[0]
+        ticks = axes.set_xticks([start, start / 2, 0], [f"{start:g}", f"{start / 2:g}", "0"])
+        ticks[0].label1.set_horizontalalignment("left")  # else it would touch its neighbour's 0
+        ticks[-1].label1.set_horizontalalignment("right")
+    handles = [
+        Line2D([], [], color=colour, linestyle=STYLES[path], label=f"{label}, {PATHS[path]}")
+        for colour, label in ((TRUE_COLOUR, "$p(y_{true})$"), (ADV_COLOUR, "$p(y_{adv})$"))
+        for path in PATHS
+    ]
+    columns = 4 if len(studies) > 2 else 2 if len(studies) > 1 else 1
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6)
+    return figure
+
+
+def _curves_panel(axes: Axes, study: CaseStudy, group: str) -> None:
+    p_true, p_adv = study.curves(group)
+    axes.set(xlim=(study.times[0], 0), ylim=(-0.02, 1.02))
+    n = p_true["coup"].shape[1]
+    if n == 0:
+        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
+        return
+    for curve, colour in ((p_true, TRUE_COLOUR), (p_adv, ADV_COLOUR)):
+        for path, style in STYLES.items():
+            low, high = np.quantile(curve[path], [0.25, 0.75], axis=1)
+            if n >= FEWEST_FOR_BAND and path == "coup":
+                axes.fill_between(study.times, low, high, color=colour, alpha=0.16, linewidth=0)
+            elif n >= FEWEST_FOR_BAND:
+                for edge in (low, high):
+                    axes.plot(study.times, edge, color=colour, linestyle=":", linewidth=0.9, alpha=0.7)
+            axes.plot(study.times, curve[path].mean(1), color=colour, linestyle=style, linewidth=1.9)
+
+
+def rescue_figure(studies: Sequence[CaseStudy]) -> Figure:
+    """Bad cases rescued and good cases broken, by guidance and by two controls, per eps and group."""
+    figure, grid = plt.subplots(2, 2, figsize=(8.6, 5.4), sharey=True)
+    letters = iter("abcd")
+    for row, group in zip(grid, ("right", "wrong"), strict=True):
+        for axes, what in zip(row, ("rescued", "broken"), strict=True):
+            _rescue_panel(axes, studies, group, what)
+            kind = "bad" if what == "rescued" else "good"
+            where = GROUPS[group].replace("x_adv", "$x_{adv}$")
+            axes.set_title(f"({next(letters)}) {kind} cases, {where}", loc="left", fontsize="medium")
+            axes.set_ylabel(f"{what} (%), 95 % interval")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def _rescue_panel(axes: Axes, studies: Sequence[CaseStudy], group: str, what: str) -> None:
+    colours = {"coup": COLOURS["coup"], "flipped": PALETTE[4], "brownian": COLOURS["reverse"]}
+    for offset, marker, (name, label) in zip((-0.2, 0, 0.2), "Dvs", TREATMENTS.items(), strict=True):
+        shares = [getattr(study, what)(group, name) for study in studies]
+        points = {place: Accuracy.of(share) for place, share in enumerate(shares) if len(share)}
+        values = np.array([point.value for point in points.values()])
+        errors = [
+            [max(0.0, point.value - point.low) for point in points.values()],  # -1e-15 at 0 % is refused
+            [max(0.0, point.high - point.value) for point in points.values()],
+        ]
+        axes.errorbar(
+            np.array(list(points), dtype=float) + offset,
+            values,
+            errors,
+            fmt=marker,
+            color=colours[name],
+            label=label,
+            markersize=5,
+            capsize=2.5,
+        )
+    counts = [len(getattr(study, what)(group)) for study in studies]
+    if not any(counts):
+        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
+    labels = [f"eps = {radius(study.eps)}\nn = {n}" for study, n in zip(studies, counts, strict=True)]
+    axes.set_xticks(range(len(studies)), labels)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
+    axes.set(xlim=(-0.5, len(studies) - 0.5), ylim=(-4, 104))
+
+
+def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
+    """Fig. 1c: the first rescued and the first other bad cases by index, without and with guidance.
+
+    `classes`: the name of each label.
+    """
+    index = study.strips["index"]
+    saved = study.right["coup"][index] == 1
+    parts = {"(a) rescued by guidance": saved, "(b) not rescued": ~saved}
+    widths = [1 if chosen.any() else 0.42 for chosen in parts.values()]
+    rows = max(1, int(saved.sum()), int((~saved).sum()))
+    figure = plt.figure(figsize=(6.4 * sum(widths), 0.7 + 2.6 * rows))
+    figure.set_layout_engine("constrained", h_pad=0.07)  # inches, between a label and the next title
+    halves = np.atleast_1d(np.array(figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)))
+    rescued = study.rescued("all") == 1
+    totals = (int(rescued.sum()), int((~rescued).sum()))
+    for half, total, (title, chosen) in zip(halves, totals, parts.items(), strict=True):
+        places = np.flatnonzero(chosen).tolist()
+        which = f": the first {len(places)} of {total} by index" if places else ":\nthere is no such case"
+        half.suptitle(f"{title}{which}", x=0.02, ha="left", fontsize=12)
+        if places:
+            grid = half.subplots(2 * rows, study.strips["images"].shape[2], squeeze=False)
+            for axes in grid.flat:
+                axes.set_axis_off()
+            for row, place in enumerate(places):
+                _strip(grid[2 * row : 2 * row + 2], study, place, classes)
+    return figure
+
+
+def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str]) -> None:
+    """Two rows of images of one case: without guidance above, with guidance below."""
+    strips, times = study.strips, study.strips["columns"]
+    place_in_split = int(strips["index"][place])
+    label = int(study.labels[place_in_split])
+    on_the_way = [f"{'t = ' if i == 0 else ''}{time:.2g}" for i, time in enumerate(times[2:-1])]
+    titles = ["clean", "$x_{adv}$", *on_the_way, "final"]
+    for side, path in enumerate(PATHS):
+        for column, title in enumerate(titles):
+            if side == 0:
+                grid[0][column].set_title(title, fontsize=11, pad=3)
+            if side == 0 or column > 1:  # both paths begin with the same two images
+                _picture(grid[side][column], strips["images"][side, place, column])
+                seen, sure = (strips[name][side, place, column] for name in ("class", "confidence"))
+                colour, weight = _emphasis(seen == label, title == "final")
+                text = f"{classes[seen]}\n{100 * sure:.0f} %"
+                _write(grid[side][column], 0.5, -0.05, text, ha="center", color=colour, weight=weight)
+        _write(grid[side][2], -0.3, 0.95, ("without", "with")[side], rotation=90, color=COLOURS[path])
+    _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class\n{classes[label]}")
+
+
+def _picture(axes: Axes, image: np.ndarray) -> None:
+    """An image (C, H, W) in 0 to 255; one channel is shown in grey."""
+    picture = np.moveaxis(image, 0, -1)
+    grey = picture.shape[-1] == 1
+    axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def _emphasis(right: bool, final: bool) -> tuple[Any, str]:
+    return TRUE_COLOUR if right else ADV_COLOUR, "bold" if final else "normal"
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **more: Any) -> None:
+    """Text whose top is at (x, y) in units of the axes."""
+    axes.text(x, y, text, transform=axes.transAxes, va="top", fontsize=11, **more)
+
+
+def strips_caption(study: CaseStudy, shown: int) -> str:
+    """How the strips were chosen and what their labels mean."""
+    saved = study.rescued("all").astype(bool)
+    return (
+        f"Fig. 1c at eps = {radius(study.eps)}: of the {int(saved.sum())} rescued and the "
+        f"{int((~saved).sum())} other bad cases the first {shown} of each by index in the split, not chosen "
+        "by their looks. Under each image the class that the bare classifier gives to it, with its "
+        "confidence: blue is the true class, red another. On the way the classifier sees the state as it is; "
+        "what is drawn is clipped to [0, 1]."
+    )

@@ -1,0 +1,1 @@
+"""How the networks in coup_lib/weights were made."""
