@@ -14,9 +14,10 @@ from torch._inductor.utils import fresh_cache
 
 from coup_lib import paths
 from coup_lib.data import is_here
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.profiles import PROFILES
-from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.networks.compiled import compiled_score
 from coup_lib.networks.precision import products
 from coup_lib.paths import is_smoke
@@ -35,7 +36,7 @@ if DEVICE.type == "cpu" and not is_smoke():
 
 def slope(evaluation: Evaluation, defence: str) -> Tensor:
     """The exact gradient of the defence's cross-entropy, under attack, at its images."""
-    model, images = evaluation.defence(defence, attacked=True), evaluation.images
+    model, images = evaluation.bench.attacked(against("apgd-ce", defence)), evaluation.images
     x = images.x.clone().requires_grad_()
     with products(evaluation.config.precision):
         logits = model(x, seeds=torch.arange(len(x)))
@@ -46,7 +47,7 @@ def seconds_to_compile(evaluation: Evaluation) -> float:
     """By compilers that remember nothing."""
     began = time.perf_counter()
     with fresh_cache():
-        evaluation.attacked_score("reverse", "exact")
+        evaluation.bench.attacked_score("reverse", "exact")
     return time.perf_counter() - began
 
 
@@ -66,7 +67,7 @@ def test_cheaper(
     torch.compiler.reset()
     compiled_score.cache_clear()
     compiling = {name: seconds_to_compile(run) for name, run in runs.items() if run.config.compiled}
-    source = Source("apgd-ce", defence)
+    source = against("apgd-ce", defence)
     scores = {name: run.scores({defence: {"own": source}})[defence]["own"] for name, run in runs.items()}
     exact = slope(runs["float32"], defence).double().flatten(1)
     take_turns(

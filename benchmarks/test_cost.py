@@ -12,8 +12,9 @@ import torch
 from problems import DEVICE, REPLAY, ours, problem, take_turns
 
 from coup_lib.attacks import BatchedEOT, cross_entropy
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.paths import is_smoke
 
 ROUNDS = 5
@@ -83,7 +84,7 @@ def _share(shard: int, num_shards: int, seed: int, results: str) -> None:
     config = Config(
         n_images=N_SHARED, n_iter=2, eot=1, n_draws=1, seed=seed, shard=shard, num_shards=num_shards
     )
-    Evaluation(config, verbose=False).run({"coup": [Source("apgd-ce", "coup")]})
+    Evaluation(config, verbose=False).scores({"coup": {"it": against("apgd-ce", "coup")}})
 
 
 @pytest.mark.benchmark(group="cost")

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from coup_lib import paths
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Evaluation
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.paths import ROOT, is_smoke
 
 N_IMAGES = 4 if is_smoke() else 32

@@ -23,8 +23,9 @@ from coup_lib.attacks import (
     project,
 )
 from coup_lib.data import load_split
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.networks.checkpoints import load_network
 from coup_lib.purify import Purified, coup
 from coup_lib.score import NoiseScore
@@ -278,7 +279,7 @@ def test_the_records_of_rands_halves_have_one_clean_draw(results_folder, monkeyp
     evaluation = Evaluation(Config(n_images=4, n_iter=2, eot=2), verbose=False)
     for name in ("apgd-ce", "apgd-dlr"):
         drawn.clear()
-        evaluation.attack(Source(name, "coup"))
+        evaluation.attack(against(name, "coup"))
         first.append(drawn[0])
     assert torch.equal(*first) and not torch.equal(first[0], drawn[-1])
 

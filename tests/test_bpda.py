@@ -8,7 +8,7 @@ from coup_lib import paths
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Score
-from coup_lib.evaluation.run import Evaluation
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.studies import bpda
 
 N = 40

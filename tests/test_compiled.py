@@ -14,16 +14,18 @@ from torch._inductor import config as inductor
 
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PURIFIERS
-from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation import bench
+from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import CLEAN, Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import CLEAN
 from coup_lib.gradients import GRADIENTS
 from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.networks import compiled
 from coup_lib.networks.compiled import LEAST, Compiled, compiled_score
 from coup_lib.networks.zoo import load_score
 from coup_lib.score import NoiseScore
-from coup_lib.studies.mechanism import SmoothEvaluation
+from coup_lib.studies.mechanism import SmoothBench
 
 SHAPE = SHAPES["digits"]
 SMALL = {"n_images": LEAST, "n_iter": 2, "eot": 1, "n_steps": 2}
@@ -112,8 +114,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(score, capsys, backen
     assert torch.equal(slope(fast, x, t), slope(score, x, t))
 
 
-def gradient(kind, config, name, which):
-    model = kind(config, verbose=False).defence(name, which, attacked=True)
+def gradient(config, name, which, bench=Bench):
+    model = bench(config).attacked(against("apgd-ce", name, which))
     data = load_split("digits", "validation").first(config.n_images)
     x = data.x.requires_grad_()
     loss = F.cross_entropy(model(x, seeds=torch.arange(len(x))), data.y, reduction="sum")
@@ -125,45 +127,44 @@ def gradient(kind, config, name, which):
     [(name, "exact") for name in PURIFIERS] + [("coup", which) for which in GRADIENTS if which != "exact"],
 )
 def test_every_defence_has_its_gradient(quick, name, which):
-    plain, fast = (
-        gradient(Evaluation, Config(**SMALL, compiled=flag), name, which) for flag in (False, True)
-    )
+    plain, fast = (gradient(Config(**SMALL, compiled=flag), name, which) for flag in (False, True))
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_the_smoothed_maximum_has_its_gradient(quick):
     plain, fast = (
-        gradient(SmoothEvaluation, Config(**SMALL, compiled=flag), "coup", "exact") for flag in (False, True)
+        gradient(Config(**SMALL, compiled=flag), "coup", "exact", SmoothBench) for flag in (False, True)
     )
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_attacks_meet_what_is_compiled_and_scores_do_not(quick):
     evaluation = Evaluation(Config(**SMALL, compiled=True), verbose=False)
-    scores = evaluation.scores({"coup": {"own": Source("apgd-ce", "coup"), "clean": CLEAN}})["coup"]
-    assert isinstance(evaluation.attacked_score("coup", "exact"), Compiled)
-    assert not isinstance(evaluation.defence("coup").purifier.score.score, Compiled)
+    scores = evaluation.scores({"coup": {"own": against("apgd-ce", "coup"), "clean": CLEAN}})["coup"]
+    assert isinstance(evaluation.bench.attacked_score("coup", "exact"), Compiled)
+    assert not isinstance(evaluation.bench.defence("coup").purifier.score.score, Compiled)
     assert scores["own"].right.shape == (LEAST,)
     # One program for all settings.
     other = Evaluation(dataclasses.replace(evaluation.config, guidance_weight=2), verbose=False)
-    assert other.attacked_score("reverse", "exact") is evaluation.attacked_score("coup", "exact")
+    assert other.bench.attacked_score("reverse", "exact") is evaluation.bench.attacked_score("coup", "exact")
 
 
 def test_a_record_says_whether_its_attack_was_compiled():
     plain = Evaluation(Config(**SMALL), verbose=False)
     fast = Evaluation(dataclasses.replace(plain.config, compiled=True), verbose=False)
     for name, flag in {"coup": True, "reverse": True, "denoised": False, "none": False}.items():
-        source = Source("apgd-ce", name)
+        source = against("apgd-ce", name)
         settings = plain.attack_settings(source)[1] | ({"compiled": True} if flag else {})
         assert fast.attack_settings(source)[1] == settings
-    assert fast.defence_settings("coup") == plain.defence_settings("coup")
+    assert fast.bench.settings("coup") == plain.bench.settings("coup")
 
 
 def test_nothing_is_compiled_before_an_attack_needs_it(monkeypatch):
-    monkeypatch.setattr(evaluate, "compiled_score", None)
-    evaluation = Evaluation(Config(**SMALL, compiled=True), verbose=False)
-    for name in ("coup", "denoised", "none"):
-        evaluation.defence(name, attacked=name != "coup")
+    monkeypatch.setattr(bench, "compiled_score", None)
+    defences = Bench(Config(**SMALL, compiled=True))
+    defences.defence("coup")
+    for name in ("denoised", "none"):
+        defences.attacked(against("apgd-ce", name))
 
 
 @pytest.mark.parametrize("value", ["yes", 2, None])

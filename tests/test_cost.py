@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Job, Source
+from coup_lib.evaluation.run import Job
 
 ROOT = Path(__file__).parents[1]
 WRN, STEPS, DRAWS = "Standard", 100, 20
@@ -26,15 +27,15 @@ def cost():
     ("source", "gflop"),
     [
         # 100 iterations of 20 draws, each two walks of a path, one back, and the decision with its gradient
-        (Source("apgd-ce", "coup"), 2000 * (STEPS * 3 * (37.1 + 21.0) + 21.0)),
-        (Source("apgd-ce", "coup", "first_order"), 2000 * (STEPS * (3 * 37.1 + 2 * 21.0) + 21.0)),
-        (Source("apgd-ce", "reverse"), 2000 * (STEPS * 3 * 37.1 + 21.0)),
-        (Source("apgd-ce", "coup", "bpda"), 2000 * (STEPS * (37.1 + 21.0) + 10.5)),
+        (against("apgd-ce", "coup"), 2000 * (STEPS * 3 * (37.1 + 21.0) + 21.0)),
+        (against("apgd-ce", "coup", "first_order"), 2000 * (STEPS * (3 * 37.1 + 2 * 21.0) + 21.0)),
+        (against("apgd-ce", "reverse"), 2000 * (STEPS * 3 * 37.1 + 21.0)),
+        (against("apgd-ce", "coup", "bpda"), 2000 * (STEPS * (37.1 + 21.0) + 10.5)),
         # guidance by the gradient of what the classifier makes of the score's own estimate
-        (Source("apgd-ce", "denoised"), 2000 * (STEPS * 3 * (3 * 37.1 + 21.0) + 21.0)),
-        (Source("apgd-ce", "averaged", n_steps=50), 4 * 2000 * (50 * 3 * 37.1 + 21.0)),
-        (Source("apgd-ce", "none"), 2000 * 21.0),
-        (Source("clean", "none"), 0),
+        (against("apgd-ce", "denoised"), 2000 * (STEPS * 3 * (3 * 37.1 + 21.0) + 21.0)),
+        (against("apgd-ce", "averaged", n_steps=50), 4 * 2000 * (50 * 3 * 37.1 + 21.0)),
+        (against("apgd-ce", "none"), 2000 * 21.0),
+        (against("clean", "none"), 0),
     ],
 )
 def test_an_attack_is_counted_as_by_hand(cost, source, gflop):

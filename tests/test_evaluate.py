@@ -15,10 +15,13 @@ from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluation import config as settings
 from coup_lib.evaluation import records
 from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.noise import image_seeds
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, worst_case, worst_of
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
-from coup_lib.evaluation.run import CLEAN, Evaluation, Source, image_seeds
+from coup_lib.evaluation.specs import CLEAN
 from coup_lib.purify import FixedNoise, Purifier, together
 
 TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
@@ -116,39 +119,39 @@ def test_difference_and_its_verdict():
 
 
 def test_sources_that_are_the_same_are_one():
-    assert Source("apgd-ce", "reverse", "first_order") == Source("apgd-ce", "reverse")
-    assert Source("apgd-ce", "averaged", "first_order") == Source("apgd-ce", "averaged")
-    assert Source("apgd-ce", "coup", "first_order") != Source("apgd-ce", "coup")
-    assert Source("apgd-ce", "late", "first_order") != Source("apgd-ce", "late")
-    assert Source("apgd-ce", "none", "bpda") == Source("apgd-ce", "none")
-    assert Source("square", "coup", "first_order") == Source("square", "coup")
-    assert Source("clean", "coup") == CLEAN
-    assert Source("noise", "coup") == Source("noise", "none")
+    assert against("apgd-ce", "reverse", "first_order") == against("apgd-ce", "reverse")
+    assert against("apgd-ce", "averaged", "first_order") == against("apgd-ce", "averaged")
+    assert against("apgd-ce", "coup", "first_order") != against("apgd-ce", "coup")
+    assert against("apgd-ce", "late", "first_order") != against("apgd-ce", "late")
+    assert against("apgd-ce", "none", "bpda") == against("apgd-ce", "none")
+    assert against("square", "coup", "first_order") == against("square", "coup")
+    assert against("clean", "coup") == CLEAN
+    assert against("noise", "coup") == against("noise", "none")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("apgd-ce", "gan"), "defence: expected one of none, diffpure, reverse, coup, .*; got 'gan'"),
-        (("cw", "coup"), "attack: expected one of clean, noise, .*; got 'cw'"),
-        (("pgd", "coup", "numeric"), "gradient: expected one of exact, .*; got 'numeric'"),
-        (("pgd", "coup", "exact", 0), "n_iter: expected a number greater than 0; got 0"),
-        (("pgd", "coup", "exact", 3, 1.5), "eot: expected a whole number; got 1.5"),
-        (("pgd", "coup", "exact", 3, 1, -2), "n_steps: expected a number greater than 0; got -2"),
+        ({"defence": "gan"}, "defence: expected one of none, diffpure, reverse, coup, .*; got 'gan'"),
+        ({"attack": "cw"}, "attack: expected one of clean, noise, .*; got 'cw'"),
+        ({"gradient": "numeric"}, "gradient: expected one of exact, .*; got 'numeric'"),
+        ({"n_iter": 0}, "n_iter: expected a number greater than 0; got 0"),
+        ({"eot": 1.5}, "eot: expected a whole number; got 1.5"),
+        ({"n_steps": -2}, "n_steps: expected a number greater than 0; got -2"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Source(*given)
+        against(**({"attack": "pgd", "defence": "coup"} | given))
 
 
 def test_a_source_says_what_it_is():
-    start = Source("apgd-ce", "reverse", n_steps=5)
-    source = Source("pgd", "coup", "first_order", eot=3, seed=0, fixed_noise=True, start=start)
+    start = against("apgd-ce", "reverse", n_steps=5)
+    source = against("pgd", "coup", "first_order", eot=3, seed=0, fixed_noise=True, start=start)
     assert str(source) == (
         "pgd on coup, first_order, eot 3, seed 0, fixed noise, from apgd-ce on reverse, exact, n_steps 5"
     )
-    assert (str(CLEAN), str(Source("square", "coup"))) == ("clean", "square on coup")
+    assert (str(CLEAN), str(against("square", "coup"))) == ("clean", "square on coup")
 
 
 OVERRIDES = {
@@ -157,43 +160,43 @@ OVERRIDES = {
     "n_steps": 4,
     "seed": 1,
     "fixed_noise": True,
-    "start": Source("apgd-ce", "reverse"),
+    "start": against("apgd-ce", "reverse"),
     "gradient": "first_order",
 }
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd-ce", "apgd-dlr", "apgd-margin"])
 def test_every_override_is_another_record(name):
-    sources = [Source(name, "coup")]
-    sources += [Source(name, "coup", **{field: value}) for field, value in OVERRIDES.items()]
-    sources.append(Source(name, "coup", start=Source("apgd-ce", "reverse", seed=1)))
-    sources.append(Source(name, "reverse"))
+    sources = [against(name, "coup")]
+    sources += [against(name, "coup", **{field: value}) for field, value in OVERRIDES.items()]
+    sources.append(against(name, "coup", start=against("apgd-ce", "reverse", seed=1)))
+    sources.append(against(name, "reverse"))
     assert len({attack_hash(source) for source in sources}) == len(sources)
 
 
 @pytest.mark.parametrize("field", ["n_iter", "eot", "n_steps", "seed"])
 def test_an_override_equal_to_the_configuration_is_the_same_record(field):
-    plain = Source("apgd-ce", "coup")
-    equal = Source("apgd-ce", "coup", **{field: getattr(Config(**TINY), field)})
+    plain = against("apgd-ce", "coup")
+    equal = against("apgd-ce", "coup", **{field: getattr(Config(**TINY), field)})
     assert equal != plain and attack_hash(equal) == attack_hash(plain)
-    changed = Source("apgd-ce", "coup", **{field: OVERRIDES[field]})
+    changed = against("apgd-ce", "coup", **{field: OVERRIDES[field]})
     assert attack_hash(changed) == attack_hash(plain, **{field: OVERRIDES[field]})
-    start, its_own = (Source("pgd", "coup", start=source) for source in (plain, equal))
+    start, its_own = (against("pgd", "coup", start=source) for source in (plain, equal))
     assert attack_hash(start) == attack_hash(its_own)
 
 
 def test_what_an_attack_does_not_spend_does_not_name_its_record():
     """FGSM takes one step, Square asks for no gradient, AutoAttack's standard version averages nothing."""
-    assert attack_hash(Source("fgsm", "coup"), n_iter=9) == attack_hash(Source("fgsm", "coup"))
-    assert attack_hash(Source("fgsm", "coup"), eot=9) != attack_hash(Source("fgsm", "coup"))
+    assert attack_hash(against("fgsm", "coup"), n_iter=9) == attack_hash(against("fgsm", "coup"))
+    assert attack_hash(against("fgsm", "coup"), eot=9) != attack_hash(against("fgsm", "coup"))
     for name in ("square", "standard"):
-        source = Source(name, "coup")
+        source = against(name, "coup")
         assert attack_hash(source, eot=9) == attack_hash(source)
         assert attack_hash(source, square_queries=9) != attack_hash(source)
     for name in ("noise", "clean"):
-        assert attack_hash(Source(name, "none"), n_iter=9, eot=9) == attack_hash(Source(name, "none"))
+        assert attack_hash(against(name, "none"), n_iter=9, eot=9) == attack_hash(against(name, "none"))
     assert attack_hash(CLEAN, seed=4, eps=0.3) == attack_hash(CLEAN)
-    assert attack_hash(Source("noise", "none"), seed=4) != attack_hash(Source("noise", "none"))
+    assert attack_hash(against("noise", "none"), seed=4) != attack_hash(against("noise", "none"))
 
 
 def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch):
@@ -213,11 +216,10 @@ def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch)
 
     monkeypatch.setattr(evaluate, "Attack", Noted)
     evaluation = Evaluation(Config(**TINY), verbose=False)
-    start = Source("pgd", "reverse")
-    overridden = Source(
-        "pgd", "coup", "first_order", 7, 5, 4, 3, fixed_noise=True, start=start, guidance_weight=6
-    )
-    evaluation.attack(Source("pgd", "coup"))
+    start = against("pgd", "reverse")
+    budget = {"n_iter": 7, "eot": 5, "n_steps": 4, "seed": 3, "guidance_weight": 6}
+    overridden = against("pgd", "coup", "first_order", fixed_noise=True, start=start, **budget)
+    evaluation.attack(against("pgd", "coup"))
     evaluation.attack(overridden)
     plain, begun, other = made
     assert (plain["n_iter"], plain["eot"], plain["steps"], plain["gradient"]) == (2, 2, 3, "exact")
@@ -230,14 +232,14 @@ def test_overrides_reach_the_attack_and_the_defence(results_folder, monkeypatch)
 
 def test_on_a_cpu_no_more_images_are_taken_than_need_no_replay(monkeypatch):
     evaluation = Evaluation(Config(), verbose=False)
-    x, most = torch.rand(2, 1, 8, 8), evaluation.max_batch
+    x, most = torch.rand(2, 1, 8, 8), evaluation.batch.most
     batches = {}
     for kept in (100_000, 40, 0):  # not even one: as many as ever
         monkeypatch.setattr(Purifier, "images_kept", lambda self, x, kept=kept: kept)
         names = ("coup", "coup-averaged", "likelihood", "none")
-        batches[kept] = [together(evaluation.defence(name), x, most) for name in names]
+        batches[kept] = [together(evaluation.bench.defence(name), x, most) for name in names]
     assert batches == {100_000: [most] * 4, 40: [40, 10, most, most], 0: [most] * 4}
-    assert together(evaluation.defence("coup", "adjoint"), x, most) == most
+    assert together(evaluation.bench.defence("coup", "adjoint"), x, most) == most
 
 
 def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypatch):
@@ -251,10 +253,10 @@ def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypa
 
     monkeypatch.setattr(evaluate.Attack, "__call__", noted)
     evaluation = Evaluation(Config(**TINY | {"n_images": 7}), verbose=False)
-    source = Source("noise", "none")
+    source = against("noise", "none")
     x_adv = evaluation.x_adv(source)
     begun.clear()
-    evaluation.attack(Source("pgd", "none", start=source))
+    evaluation.attack(against("pgd", "none", start=source))
     assert [len(x) for x, _ in begun] == [3, 3, 1]
     assert torch.equal(torch.cat([start for _, start in begun]), x_adv)
 
@@ -268,10 +270,11 @@ def test_an_images_noise_does_not_depend_on_the_number_of_images():
 def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
     """Another process is at the first of three scores; this one makes the others and only then waits."""
     evaluation = Evaluation(Config(**TINY, num_shards=2), verbose=False)
-    sources = [CLEAN, Source("noise", "none"), Source("pgd", "none")]
-    evaluation.run({"none": sources})
+    sources = [CLEAN, against("noise", "none"), against("pgd", "none")]
+    rows = {str(source): source for source in sources}
+    evaluation.scores({"none": rows})
     first, *others = (evaluation._score_record("reverse", source).path for source in sources)
-    thread = threading.Thread(target=evaluation.run, args=({"reverse": sources},))
+    thread = threading.Thread(target=evaluation.scores, args=({"reverse": rows},))
     with records._lock(records._chunk_path(first, 0, "lock")):
         thread.start()
         deadline = time.monotonic() + 60
@@ -323,14 +326,14 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
     assert list(columns["coup"])[5:] == ["standard", "dlr", *lent]
     for defence, row in columns.items():
         for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
-            robust = evaluation.attack(Source(attack, defence))["result"]["robust"]
+            robust = evaluation.attack(against(attack, defence))["result"]["robust"]
             assert row[name].counted.tolist() == robust
         assert row["clean"].attack_robust is None
     # What is found on one is tried on all.
     for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
-        found = evaluation.score("coup", Source(attack, "reverse"))
+        found = evaluation.score("coup", against(attack, "reverse"))
         assert (columns["coup"][f"{name} of reverse"].report == found.report).all()
-        found = evaluation.score("reverse", Source(attack, "coup"))
+        found = evaluation.score("reverse", against(attack, "coup"))
         assert (columns["reverse"][f"{name} of coup"].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
@@ -340,7 +343,7 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
 
 def test_an_attack_is_never_made_twice(results_folder, monkeypatch):
     """Every target asks for it again; within an evaluation, and in a new one, it is read back."""
-    evaluation, source = Evaluation(Config(**TINY), verbose=False), Source("pgd", "coup")
+    evaluation, source = Evaluation(Config(**TINY), verbose=False), against("pgd", "coup")
     first = evaluation.attack(source)
     monkeypatch.setattr(evaluate, "Attack", None)
     assert evaluation.attack(source) is first
@@ -351,7 +354,7 @@ def test_an_attack_is_never_made_twice(results_folder, monkeypatch):
 
 def test_a_new_target_has_the_attack_run_again_where_its_images_are_gone(results_folder, monkeypatch, capsys):
     """Scores that are on record are read back without images."""
-    source, config = Source("pgd", "reverse", start=Source("pgd", "none")), Config(**TINY)
+    source, config = against("pgd", "reverse", start=against("pgd", "none")), Config(**TINY)
     rows = {target: {"it": source} for target in ("reverse", "coup")}
     there = Evaluation(config, verbose=False).scores(rows)
     shutil.rmtree(results_folder / "digits" / records.APART)
@@ -383,8 +386,8 @@ def test_scores_do_not_depend_on_the_chunks(results_folder, in_chunks):
 def test_average_is_the_class_of_the_mean_logits(results_folder):
     config = Config(n_images=12, n_draws=5)
     evaluation = Evaluation(config, verbose=False)
-    source = Source("noise", "none")
-    found, model = evaluation.score("diffpure", source), evaluation.defence("diffpure")
+    source = against("noise", "none")
+    found, model = evaluation.score("diffpure", source), evaluation.bench.defence("diffpure")
     x = evaluation.x_adv(source)
     seeds = image_seeds(config.seed, evaluate.REPORT, range(12), 5)
     logits = torch.stack([model(x, seeds=seeds[:, draw]) for draw in range(5)])
@@ -395,34 +398,34 @@ def test_average_is_the_class_of_the_mean_logits(results_folder):
 @pytest.mark.parametrize("name", DEFENCES)
 def test_every_defence_is_built_attacked_and_scored(results_folder, name):
     evaluation = Evaluation(Config(**TINY), verbose=False)
-    found = evaluation.scores({name: {"clean": CLEAN, "pgd": Source("pgd", name)}})[name]
+    found = evaluation.scores({name: {"clean": CLEAN, "pgd": against("pgd", name)}})[name]
     assert found["pgd"].report.shape == (4, 2)
     assert found["pgd"].attack_robust.shape == (4,) and found["clean"].attack_robust is None
-    x_adv = evaluation.x_adv(Source("pgd", name))
+    x_adv = evaluation.x_adv(against("pgd", name))
     assert float((x_adv - evaluation.images.x).abs().max()) == pytest.approx(0.15, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_is_a_source(results_folder, name):
-    evaluation, source = Evaluation(Config(**TINY), verbose=False), Source(name, "coup")
+    evaluation, source = Evaluation(Config(**TINY), verbose=False), against(name, "coup")
     assert len(evaluation.attack(source)["result"]["robust"]) == 4
     assert evaluation.x_adv(source).shape == (4, 1, 8, 8)
 
 
 def test_a_robust_guide_is_part_of_what_names_a_record():
     linf, l2 = (Evaluation(Config(norm=norm)) for norm in ("linf", "l2"))
-    guides = {evaluation.defence_settings("robust-guide")["guide_sha256"] for evaluation in (linf, l2)}
+    guides = {evaluation.bench.settings("robust-guide")["guide_sha256"] for evaluation in (linf, l2)}
     assert len(guides) == 2
     for name in DEFENCES:
         robust = name in PURIFIERS and PURIFIERS[name].robust_guide
-        assert ("guide_sha256" in linf.defence_settings(name)) == robust
-    built = linf.defence("robust-guide")
-    assert built.classifier is linf.classifier is not built.purifier.score.classifier
+        assert ("guide_sha256" in linf.bench.settings(name)) == robust
+    built = linf.bench.defence("robust-guide")
+    assert built.classifier is linf.bench.classifier is not built.purifier.score.classifier
 
 
 def test_only_the_settings_that_matter_name_a_record():
     weak, strong = (Evaluation(Config(guidance_weight=weight)) for weight in (1, 2))
-    same = Source("apgd-ce", "reverse")
+    same = against("apgd-ce", "reverse")
     assert weak.attack_settings(same) == strong.attack_settings(same)
-    other = Source("apgd-ce", "coup")
+    other = against("apgd-ce", "coup")
     assert weak.attack_settings(other) != strong.attack_settings(other)

@@ -33,8 +33,9 @@ from coup_lib.data import load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build
 from coup_lib.evaluation import config, records
 from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.files import write_atomically
 from coup_lib.gradients import GRADIENTS
 from coup_lib.networks import checkpoints, zoo
@@ -90,7 +91,7 @@ def evaluation(folder, index=0, count=1):
     paths.RESULTS = folder
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
     tiny = Config(n_images=8, n_iter=1, eot=1, n_draws=1, n_steps=2, shard=index, num_shards=count)
-    Evaluation(tiny, verbose=False).scores({"coup": {"it": Source("apgd-ce", "coup")}})
+    Evaluation(tiny, verbose=False).scores({"coup": {"it": against("apgd-ce", "coup")}})
 
 
 def found(folder):

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.guidance import Guided
 from coup_lib.purify import Purifier
 from coup_lib.studies import mechanism
@@ -72,7 +73,7 @@ def test_a_smooth_loss_has_the_slope_that_its_gradient_foretells():
 def test_on_a_cpu_gradients_are_taken_of_as_many_paths_as_are_kept(monkeypatch):
     evaluation, sizes = Evaluation(Config(n_images=2, n_steps=2), verbose=False), []
     x, y, seeds = evaluation.images.x, evaluation.images.y, torch.arange(8).reshape(2, 4)
-    model = evaluation.defence("coup")
+    model = evaluation.bench.defence("coup")
     whole = mechanism.draw_gradients(model, x, y, seeds)
     monkeypatch.setattr(Purifier, "images_kept", lambda self, x: 3)
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
@@ -124,7 +125,7 @@ def test_the_smoothed_evaluation_changes_coup_alone():
     config = Config(purpose="probe")
     plain, smooth = Evaluation(config), mechanism.SmoothEvaluation(config)
     for name, same in (("reverse", True), ("coup", False)):
-        source = Source("apgd-ce", name)
+        source = against("apgd-ce", name)
         assert (plain.attack_settings(source) == smooth.attack_settings(source)) is same
     assert isinstance(smooth.defence("coup").purifier.score, mechanism.SmoothMax)
     assert isinstance(smooth.defence("reverse").purifier.score, type(smooth.score_network))

@@ -7,10 +7,11 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.data import load_split
-from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation import bench
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import record
-from coup_lib.evaluation.run import Evaluation, Source
 from coup_lib.networks.precision import Bfloat16, products
 from coup_lib.networks.zoo import load_score
 
@@ -19,7 +20,7 @@ FULL = dataclasses.replace(LOWERED, precision="float32")
 
 
 def gradient(config, name):
-    model = Evaluation(config, verbose=False).defence(name, attacked=True)
+    model = Evaluation(config, verbose=False).bench.attacked(against("apgd-ce", name))
     data = load_split("digits", "validation").first(32)
     x = data.x.requires_grad_()
     loss = F.cross_entropy(model(x, seeds=torch.arange(len(x))), data.y, reduction="sum")
@@ -55,17 +56,21 @@ def test_the_denoiser_is_lowered_inside_only(monkeypatch):
 
 def test_attacks_are_lowered_and_scores_are_not():
     evaluation = Evaluation(LOWERED, verbose=False)
-    assert isinstance(evaluation.defence("coup", attacked=True).purifier.score.score.network, Bfloat16)
-    assert not isinstance(evaluation.defence("coup").purifier.score.score.network, Bfloat16)
+    assert isinstance(
+        evaluation.bench.attacked(against("apgd-ce", "coup")).purifier.score.score.network, Bfloat16
+    )
+    assert not isinstance(evaluation.bench.defence("coup").purifier.score.score.network, Bfloat16)
 
 
 def test_a_lowered_attack_is_a_record_of_its_own_and_an_undefended_one_is_not():
     def settings(config, defence):
-        return Evaluation(config, verbose=False).attack_settings(Source("apgd-ce", defence))[1]
+        return Evaluation(config, verbose=False).attack_settings(against("apgd-ce", defence))[1]
 
     assert settings(LOWERED, "coup") == settings(FULL, "coup") | {"precision": "bfloat16"}
     assert settings(LOWERED, "none") == settings(FULL, "none")
-    found = [Evaluation(config, verbose=False).x_adv(Source("apgd-ce", "coup")) for config in (LOWERED, FULL)]
+    found = [
+        Evaluation(config, verbose=False).x_adv(against("apgd-ce", "coup")) for config in (LOWERED, FULL)
+    ]
     assert not torch.equal(*found)  # as the gradients differ in their last digits, some signs do
 
 
@@ -73,8 +78,8 @@ def test_tf32_is_a_gpus_to_compute_and_everyones_to_read():
     config = Config(precision="tf32", device="cpu", n_images=2, n_iter=1, eot=1, n_steps=2)
     evaluation = Evaluation(config, verbose=False)
     with pytest.raises(ValueError, match="precision: tf32 is a GPU's, expected float32 or bfloat16 on cpu"):
-        evaluation.x_adv(Source("apgd-ce", "reverse"))
-    assert len(evaluation.x_adv(Source("apgd-ce", "none"))) == 2  # has no score network
+        evaluation.x_adv(against("apgd-ce", "reverse"))
+    assert len(evaluation.x_adv(against("apgd-ce", "none"))) == 2  # has no score network
 
 
 @pytest.mark.parametrize(("defence", "allowed"), [("none", False), ("reverse", True)])
@@ -86,8 +91,8 @@ def test_products_are_tf32s_where_a_purifier_is_attacked_and_nowhere_else(defenc
         return AttackResult(x, torch.ones(len(x), dtype=torch.bool))
 
     monkeypatch.setattr(Attack, "__call__", attack)
-    monkeypatch.setattr(evaluate, "check_precision", lambda precision, device: None)
-    Evaluation(Config(precision="tf32", n_images=2), verbose=False).x_adv(Source("apgd-ce", defence))
+    monkeypatch.setattr(bench, "check_precision", lambda precision, device: None)
+    Evaluation(Config(precision="tf32", n_images=2), verbose=False).x_adv(against("apgd-ce", defence))
     assert seen == [allowed]
 
 

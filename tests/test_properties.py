@@ -17,8 +17,9 @@ from coup_lib.data import SIZES, SPLITS
 from coup_lib.defences import DEFENCES
 from coup_lib.evaluation.config import PROFILES, PURPOSES, Config, from_notebook
 from coup_lib.evaluation.profiles import BUDGETS
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
-from coup_lib.evaluation.run import Evaluation, Source
+from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.gradients import GRADIENTS
 from coup_lib.guidance import Guided, to_state
 from coup_lib.purify import coup, diffpure, reverse_only, standard_normal
@@ -136,7 +137,7 @@ def test_steps_that_the_solver_refuses_are_refused_before_a_network_is_loaded(t_
 
 
 sources = st.builds(
-    Source,
+    AttackSpec,
     st.sampled_from(ATTACKS),
     st.sampled_from(DEFENCES),
     st.sampled_from(GRADIENTS),

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import CLEAN, Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import CLEAN
 
 CONFIG = Config(n_images=4, n_iter=2, eot=1, n_draws=2, n_steps=3)
 
@@ -18,7 +20,7 @@ def clean(config=CONFIG):
 
 
 def attack(config=CONFIG, target="coup", **source):
-    rows = {target: {"it": Source("pgd", "coup", **source)}}
+    rows = {target: {"it": against("pgd", "coup", **source)}}
     return Evaluation(config, verbose=False).scores(rows)[target]["it"]
 
 

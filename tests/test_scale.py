@@ -27,7 +27,7 @@ SHARDS = """
     from pathlib import Path
     from coup_lib import paths
     from coup_lib.evaluation import config
-    from coup_lib.evaluation.run import Evaluation
+    from coup_lib.evaluation.protocol import Evaluation
     from coup_lib.evaluation.records import ChunkedRecord
 
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
@@ -41,7 +41,7 @@ SHARDS = """
     def work(shard, count, ready):
         tiny = {"n_images": 14, "n_iter": 1, "eot": 1, "n_draws": 1, "n_steps": 2}
         evaluation = Evaluation(config.Config(**tiny, shard=shard, num_shards=count), verbose=False)
-        evaluation.classifier, evaluation.score_network, evaluation.images
+        evaluation.bench.classifier, evaluation.bench.score_network, evaluation.images
         ready.wait()
         evaluation.columns(["coup", "reverse"])
         Path(f"{count}", f"{shard}.made").write_text(str(sum(made)))

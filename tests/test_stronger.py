@@ -5,7 +5,7 @@ import pytest
 
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Score
-from coup_lib.evaluation.run import Evaluation
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.studies import stronger_attacks as stronger
 
 RIGHT, WRONG = np.ones(40), np.zeros(40)

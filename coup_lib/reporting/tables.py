@@ -10,7 +10,7 @@ from coup_lib import paths
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, WorstCase, lowest, worst_of
-from coup_lib.evaluation.run import OF
+from coup_lib.evaluation.specs import OF
 from coup_lib.files import write_atomically
 from coup_lib.reporting import paper
 
@@ -112,7 +112,7 @@ def reported_rows(literature: Sequence[paper.Reported], own: Sequence[paper.Repo
             "Defence": [row.defence for row, _ in rows],
             "Accuracy (%)": [f"{row.accuracy:.2f}" for row, _ in rows],
             "Robustness (%)": [f"{row.robustness:.2f}" for row, _ in rows],
-            "Source": [source for _, source in rows],
+            "AttackSpec": [source for _, source in rows],
         }
     )
     return frame.set_index("Defence")
@@ -125,7 +125,7 @@ def paper_table(results: Shares, config: Config) -> pd.DataFrame:
             "Defence": [LABELS[defence] for defence in results],
             "Accuracy (%)": [str(Accuracy.of(row["clean"])) for row in results.values()],
             "Robustness (%)": [str(Accuracy.of(row["autoattack"])) for row in results.values()],
-            "Source": f"measured here, {config.profile}, n = {config.n_images}",
+            "AttackSpec": f"measured here, {config.profile}, n = {config.n_images}",
         }
     )
     return pd.concat([reported_table(config.norm), measured.set_index("Defence")])

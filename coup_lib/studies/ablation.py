@@ -14,7 +14,8 @@ from coup_lib.data import split_size
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy
-from coup_lib.evaluation.run import CLEAN, Evaluation
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import CLEAN
 from coup_lib.reporting import paper
 
 PURIFIERS = ("diffpure", "reverse", "coup")

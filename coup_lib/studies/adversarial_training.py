@@ -12,7 +12,7 @@ from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.run import Evaluation
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.reporting import paper, plots, tables
 from coup_lib.reporting.tables import Shares
 

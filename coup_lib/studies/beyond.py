@@ -10,9 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, WorstCase, worst_of
-from coup_lib.evaluation.run import CLEAN, OF, Evaluation, Source, lend, made_against
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import CLEAN, OF, AttackSpec, made_against, with_transfers
 from coup_lib.reporting.plots import COLOURS, MARKERS, PALETTE, bars
 
 BASELINE = "reverse"
@@ -58,18 +60,18 @@ class Setting:
         return LABELS[self.defence] + ("" if self.weight is None else f", λ = {self.weight:g}")
 
 
-def sources(defence: str) -> dict[str, Source]:
+def sources(defence: str) -> dict[str, AttackSpec]:
     """The same set of attackers for every defence, by the names of `SOURCES`."""
-    undefended = Source("apgd-ce", "none")
+    undefended = against("apgd-ce", "none")
     return {
         "clean": CLEAN,
-        "exact": Source("apgd-ce", defence),
-        "first_order": Source("apgd-ce", defence, "first_order"),
-        "margin": Source("apgd-margin", defence),
-        "warm": Source("apgd-ce", defence, "first_order", start=undefended),
+        "exact": against("apgd-ce", defence),
+        "first_order": against("apgd-ce", defence, "first_order"),
+        "margin": against("apgd-margin", defence),
+        "warm": against("apgd-ce", defence, "first_order", start=undefended),
         "from_none": undefended,
-        "from_reverse": Source("apgd-ce", "reverse"),
-        "from_diffpure": Source("apgd-ce", "diffpure"),
+        "from_reverse": against("apgd-ce", "reverse"),
+        "from_diffpure": against("apgd-ce", "diffpure"),
     }
 
 
@@ -93,7 +95,7 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
     lenders = (*PLAIN, *(setting.defence for setting in plain))
     for setting in chosen:
         defence, evaluation = setting.defence, _evaluation(config, setting)
-        row = lend({name: sources(name) for name in dict.fromkeys((*lenders, defence))})[defence]
+        row = with_transfers({name: sources(name) for name in dict.fromkeys((*lenders, defence))})[defence]
         found[setting] |= evaluation.scores({defence: row})[defence]
         if is_guided(defence):
             made = made_against(defence, row, str(setting))

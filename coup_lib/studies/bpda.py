@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from coup_lib.checks import count
 from coup_lib.defences import LABELS
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Score
-from coup_lib.evaluation.run import CLEAN, Source
+from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.reporting import paper, plots, tables
 from coup_lib.reporting.tables import Shares
 
@@ -35,10 +36,10 @@ def checked_counts(eot_counts: Sequence[int] | None, config: Config) -> list[int
     return sorted({count("eot_counts", value) for value in eot_counts})
 
 
-def sources(defence: str, eot_counts: Sequence[int], exact_eot: int) -> dict[str, Source]:
+def sources(defence: str, eot_counts: Sequence[int], exact_eot: int) -> dict[str, AttackSpec]:
     """Clean images, PGD-20 with BPDA for each number of EOT draws, and PGD-20 with the exact gradient."""
-    bpda = {column(eot): Source("pgd", defence, "bpda", n_iter=N_ITER, eot=eot) for eot in eot_counts}
-    return {"clean": CLEAN} | bpda | {"exact": Source("pgd", defence, n_iter=N_ITER, eot=exact_eot)}
+    bpda = {column(eot): against("pgd", defence, "bpda", n_iter=N_ITER, eot=eot) for eot in eot_counts}
+    return {"clean": CLEAN} | bpda | {"exact": against("pgd", defence, n_iter=N_ITER, eot=exact_eot)}
 
 
 def column(eot: int) -> str:
@@ -101,7 +102,7 @@ def paper_table(results: Mapping[str, Shares], eot: int, config: Config) -> pd.D
             "Defence": LABELS[defence],
             "Accuracy (%)": str(Accuracy.of(row["clean"])),
             "Robustness (%)": str(Accuracy.of(row[column(eot)])),
-            "Source": f"measured here, {config.profile}, n = {config.n_images}, {says[rule]}",
+            "AttackSpec": f"measured here, {config.profile}, n = {config.n_images}, {says[rule]}",
         }
         for rule in ("single", "averaged")
         for defence, row in results[rule].items()

@@ -14,10 +14,11 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from coup_lib.checks import number
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import record
-from coup_lib.evaluation.run import Evaluation, Source
 from coup_lib.evaluation.stats import student
 from coup_lib.guidance import to_image
 from coup_lib.purify import Purified, coup
@@ -128,8 +129,8 @@ def radii(config: Config, eps_factors: Any) -> list[Config]:
 
 def case_study(config: Config, shown: int = 3) -> CaseStudy:
     """APGD-ce on reverse-only at config.eps, and both paths from its images; `shown` strips of each kind."""
-    evaluation, source = Evaluation(config), Source("apgd-ce", "reverse", config.gradient)
-    brownian = evaluation.run({"reverse": [source]})["reverse"][source].right
+    evaluation, source = Evaluation(config), against("apgd-ce", "reverse", config.gradient)
+    brownian = evaluation.scores({"reverse": {"it": source}})["reverse"]["it"].right
 
     def compute() -> dict[str, Any]:
         x_adv = evaluation.x_adv(source)
@@ -138,7 +139,7 @@ def case_study(config: Config, shown: int = 3) -> CaseStudy:
     name, attack = evaluation.attack_settings(source)
     settings = {
         "attack": attack,
-        "target": evaluation.defence_settings("coup"),
+        "target": evaluation.bench.settings("coup"),
         "brownian": False,
         "shown": shown,
         "shown_states": list(SHOWN_STATES),
@@ -152,9 +153,9 @@ def _measure(evaluation: Evaluation, x_adv: Tensor, shown: int) -> dict[str, Any
     x, labels = evaluation.images.x, evaluation.images.y
     size, config = evaluation.config.sizes.max_batch, evaluation.config
     settings = {"t_star": config.t_star, "n_steps": config.n_steps}
-    defences: dict[str, Purified] = {name: evaluation.defence(name) for name in PATHS}  # type: ignore[misc]
+    defences: dict[str, Purified] = {name: evaluation.bench.defence(name) for name in PATHS}  # type: ignore[misc]
     defences["flipped"] = coup(
-        evaluation.classifier, evaluation.score_network, -config.guidance_weight, **settings
+        evaluation.bench.classifier, evaluation.bench.score_network, -config.guidance_weight, **settings
     )
 
     def along(name: str, images: Tensor) -> Tensor:

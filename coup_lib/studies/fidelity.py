@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.data import Images
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.progress import Plan
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
-from coup_lib.evaluation.run import Evaluation, Source
 
 CHUNK = 4  # images at once
 STEP_COUNTS = (10, 20, 50, 100)
@@ -30,7 +31,7 @@ def gradient_cosines(
     """
     step_counts = step_counts or ((2, 4) if config.budget == "smoke" else STEP_COUNTS)
     n_images = min(n_images, config.n_images)
-    source, attacked = Source("apgd-ce", "reverse"), Evaluation(config)
+    source, attacked = against("apgd-ce", "reverse"), Evaluation(config)
 
     def compute(start: int) -> dict[str, Any]:
         places = range(start, min(start + CHUNK, n_images))
@@ -40,9 +41,9 @@ def gradient_cosines(
         for n_steps in step_counts:
             evaluation = Evaluation(replace(config, n_steps=n_steps))
             for defence, gradients in COMPARED.items():
-                exact = _gradient(evaluation.defence(defence, "exact"), images, places)
+                exact = _gradient(evaluation.bench.defence(defence, "exact"), images, places)
                 for gradient in gradients:
-                    other = _gradient(evaluation.defence(defence, gradient), images, places)
+                    other = _gradient(evaluation.bench.defence(defence, gradient), images, places)
                     found[defence][gradient].append(_cosine(exact, other).tolist())
         return found
 
@@ -55,24 +56,16 @@ def gradient_cosines(
             for defence, gradients in COMPARED.items()
         }
 
-    def describe(by_name: bool) -> tuple[str, dict[str, Any]]:
-        name, attack = attacked.attack_settings(source, by_name=by_name)
-        settings = {
-            "step_counts": list(step_counts),
-            "n_images": n_images,
-            "attack": attack,
-            "target": attacked.defence_settings("coup", by_name=by_name),
-        }
-        return f"gradient-cosines-{name}", settings
-
-    # Of each defence the exact gradient, and the others, of which BPDA's is a forward pass; in float64 all of
-    # them take longer than is counted.
-    paths = sum(step_counts) / config.n_steps
-    calls = round(paths * sum(map(len, COMPARED.values()))), round(paths * len(COMPARED))
-    if attacked.plans(describe, "coup", calls, n_images):
-        return {"result": {}}
-    starts, worker = range(0, n_images, CHUNK), Worker(config.shard, config.num_shards)
-    record = ChunkedRecord(config.profile, *describe(False), starts, compute, combine, worker)
+    attack_name, attack = attacked.attack_settings(source)
+    settings = {
+        "step_counts": list(step_counts),
+        "n_images": n_images,
+        "attack": attack,
+        "target": attacked.bench.settings("coup"),
+    }
+    name, starts = f"gradient-cosines-{attack_name}", range(0, n_images, CHUNK)
+    worker = Worker(config.shard, config.num_shards)
+    record = ChunkedRecord(config.profile, name, settings, starts, compute, combine, worker)
     plan = Plan([0.0 if is_complete(record.path) else 1.0], verbose=True)
     plan.start("cosines to the exact gradient")
     return record.finish(plan.advance)

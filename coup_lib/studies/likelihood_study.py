@@ -3,9 +3,11 @@
 import pandas as pd
 
 from coup_lib.defences import LABELS, MAXIMISERS
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
-from coup_lib.evaluation.run import CLEAN, Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.likelihood import N_STEPS
 from coup_lib.reporting import paper, tables
 from coup_lib.reporting.tables import Shares
@@ -13,14 +15,14 @@ from coup_lib.reporting.tables import Shares
 PLAIN, GUIDED = MAXIMISERS
 
 
-def sources(defence: str) -> dict[str, Source]:
+def sources(defence: str) -> dict[str, AttackSpec]:
     """What each of the two faces: APGD-ce by the identity, as published, by the exact gradient, and moved."""
     return {
         "clean": CLEAN,
-        "bpda": Source("apgd-ce", defence, "bpda"),
-        "adaptive": Source("apgd-ce", defence),
-        "from_none": Source("apgd-ce", "none"),
-        "from_reverse": Source("apgd-ce", "reverse"),
+        "bpda": against("apgd-ce", defence, "bpda"),
+        "adaptive": against("apgd-ce", defence),
+        "from_none": against("apgd-ce", "none"),
+        "from_reverse": against("apgd-ce", "reverse"),
     }
 
 
@@ -45,7 +47,7 @@ def paper_table(results: Shares, config: Config) -> pd.DataFrame:
         for name, row in results.items()
     }
     frame = pd.DataFrame.from_dict(
-        reported | measured, orient="index", columns=["Robustness, APGD-ce + BPDA (%)", "Source"]
+        reported | measured, orient="index", columns=["Robustness, APGD-ce + BPDA (%)", "AttackSpec"]
     )
     return frame.rename_axis("Defence")
 

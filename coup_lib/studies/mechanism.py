@@ -4,7 +4,6 @@ Everything here looks at the mean cross-entropy over noise draws, L(x), and at t
 one, E[∇ℓ] with the guidance differentiated, and the first-order one, with the guidance held constant.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,11 +20,14 @@ from torch import Tensor, nn
 
 from coup_lib.attacks import project
 from coup_lib.defences import PURIFIERS
+from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.noise import image_seeds
 from coup_lib.evaluation.outcomes import Accuracy, Difference, worst_of
 from coup_lib.evaluation.progress import Plan
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
-from coup_lib.evaluation.run import Evaluation, Source, image_seeds
+from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.evaluation.stats import student
 from coup_lib.guidance import FirstOrder, Guided, gradient_of, to_image
 from coup_lib.purify import Purified, Purifier, together
@@ -64,14 +66,14 @@ class SmoothMax(Guided):
         return self.weight * gradient_of(smooth, x)
 
 
-class SmoothEvaluation(Evaluation):
-    """An evaluation whose COUP is guided by the smoothed maximum."""
+class SmoothBench(Bench):
+    """A bench whose COUP is guided by the smoothed maximum."""
 
     recipes = PURIFIERS | {"coup": replace(PURIFIERS["coup"], guidance=SmoothMax)}
 
-    def defence_settings(self, name: str, *, by_name: bool = False) -> dict[str, Any]:
-        """As `Evaluation.defence_settings`."""
-        settings = super().defence_settings(name, by_name=by_name)
+    def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, Any]:
+        """What the behaviour of a defence depends on, for the name of its records."""
+        settings = super().settings(name, spec)
         return settings | ({"smooth_max": POWER} if name == "coup" else {})
 
 
@@ -106,13 +108,13 @@ def sign_control(config: Config, *, verbose: bool = True) -> dict[float, dict[st
 
 def smooth_control(config: Config, *, verbose: bool = True) -> dict[str, np.ndarray]:
     """As one entry of `sign_control`: COUP at the config's λ, guided by the smoothed maximum."""
-    return _both_gradients(SmoothEvaluation(halved(config), verbose=verbose), "coup")
+    return _both_gradients(Evaluation(halved(config), verbose=verbose, bench=SmoothBench), "coup")
 
 
 def _both_gradients(evaluation: Evaluation, target: str) -> dict[str, np.ndarray]:
-    row = {"clean": Source("clean", "none")}
-    row |= {kind: Source("apgd-ce", target, kind) for kind in (*KINDS, "bpda")}
-    row |= {f"from_{name}": Source("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
+    row = {"clean": against("clean", "none")}
+    row |= {kind: against("apgd-ce", target, kind) for kind in (*KINDS, "bpda")}
+    row |= {f"from_{name}": against("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
     scores = evaluation.scores({target: row})[target]
     shares = {name: scores[name].right for name in ("clean", *KINDS)}
     return shares | {"worst": worst_of(list(scores.values()))}
@@ -133,23 +135,21 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
         x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
         seeds, means, found = _seeds(config, FIT, places, draws), {}, {}
         for kind in KINDS:
-            gradients = draw_gradients(evaluation.defence("coup", kind), x, y, seeds)
+            gradients = draw_gradients(evaluation.bench.defence("coup", kind), x, y, seeds)
             means[kind] = gradients.mean(1).flatten(1)
             found[f"snr_{kind}"] = signal_to_noise(gradients).cpu().numpy()
         lengths = {kind: mean.norm(dim=1) for kind, mean in means.items()}
         product = (means["exact"] * means["first_order"]).sum(1)
         found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).cpu().numpy()
         found["ratio"] = (lengths["exact"] / lengths["first_order"]).cpu().numpy()
-        model = cast(Purified, evaluation.defence("coup"))
+        model = cast(Purified, evaluation.bench.defence("coup"))
         fresh = _seeds(config, FRESH, places, SECOND_ORDER_PATHS)
         paths = [_second_order(model, x, y, once) for once in fresh.T]
         found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).cpu().numpy()
         found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).cpu().numpy()
         return found
 
-    # The paths of the second-order term take a gradient of each kind, step by step.
-    calls = len(KINDS) * (draws + SECOND_ORDER_PATHS), SECOND_ORDER_PATHS
-    return _record(evaluation, "gradients", compute, calls, draws=draws)
+    return _record(evaluation, "gradients", compute, draws=draws)
 
 
 def landscape(
@@ -169,18 +169,17 @@ def landscape(
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(evaluation.images.x, places), _part(evaluation.images.y, places)
         begin = x if start == "clean" else _part(_attacked(evaluation), places)
-        seeds, model = _seeds(config, FIT, places, draws), evaluation.defence(target)
+        seeds, model = _seeds(config, FIT, places, draws), evaluation.bench.defence(target)
         found = {}
         for kind in kinds:
-            gradient = draw_gradients(evaluation.defence(target, kind), begin, y, seeds).mean(1)
+            gradient = draw_gradients(evaluation.bench.defence(target, kind), begin, y, seeds).mean(1)
             direction = config.eps * step_direction(gradient, config)
             images = [project(begin + s * direction, x, config.norm_label, config.eps) for s in LANDSCAPE]
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
         return {kind: losses.cpu().numpy() for kind, losses in found.items()}
 
     settings = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
-    calls = len(kinds) * draws, len(kinds) * len(LANDSCAPE) * draws
-    return _record(evaluation, "landscape", compute, calls, settings, draws=draws, target=target)
+    return _record(evaluation, "landscape", compute, settings, draws=draws, target=target)
 
 
 def landscapes(config: Config) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -204,17 +203,17 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
         case: "reverse" (no guidance), "coup", "flipped" (−λ) or "smooth" (`SmoothMax`).
     """
     weight = config.guidance_weight * (-1 if case == "flipped" else 1)
-    maker = SmoothEvaluation if case == "smooth" else Evaluation
-    evaluation = maker(replace(config, guidance_weight=weight), verbose=False)
+    bench = SmoothBench if case == "smooth" else Bench
+    evaluation = Evaluation(replace(config, guidance_weight=weight), verbose=False, bench=bench)
     target = "reverse" if case == "reverse" else "coup"
 
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
         seeds, found = _seeds(config, FIT, places, draws), {}
-        model = cast(Purified, evaluation.defence(target))
+        model = cast(Purified, evaluation.bench.defence(target))
         model.purifier.margin = config.eps  # differences on either side of an image on the edge
         for kind in KINDS:
-            gradient = draw_gradients(evaluation.defence(target, kind), x, y, seeds).mean(1)
+            gradient = draw_gradients(evaluation.bench.defence(target, kind), x, y, seeds).mean(1)
             direction = step_direction(gradient, config)
             found[f"foretold_{kind}"] = (gradient * direction).flatten(1).sum(1).cpu().numpy()
             found[f"measured_{kind}"] = np.stack(
@@ -226,8 +225,7 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
         return found
 
     settings, half = {"differences": list(DIFFERENCES)}, max(2, config.n_images // 2)
-    calls = len(KINDS) * draws, len(KINDS) * 2 * len(DIFFERENCES) * draws
-    return _record(evaluation, "slopes", compute, calls, settings, draws=draws, target=target, n_images=half)
+    return _record(evaluation, "slopes", compute, settings, draws=draws, target=target, n_images=half)
 
 
 def all_slopes(config: Config) -> dict[str, dict[str, np.ndarray]]:
@@ -242,21 +240,21 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
     """
     evaluation = Evaluation(halved(config), verbose=verbose)
     sources = {
-        (kind, eot): Source("apgd-ce", "coup", kind, eot=None if eot == config.eot else eot)
+        (kind, eot): against("apgd-ce", "coup", kind, eot=None if eot == config.eot else eot)
         for kind in KINDS
         for eot in eot_counts(config)
     }
-    evaluation.run({"coup": list(sources.values())})
+    evaluation.scores({"coup": {f"{kind}, {eot}": spec for (kind, eot), spec in sources.items()}})
 
-    def compute(source: Source, places: range) -> dict[str, np.ndarray]:
+    def compute(source: AttackSpec, places: range) -> dict[str, np.ndarray]:
         x, y = _part(evaluation.x_adv(source), places), _part(evaluation.images.y, places)
         seeds = _seeds(config, FRESH, places, DRAWS)
-        return {"loss": draw_losses(evaluation.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
+        return {"loss": draw_losses(evaluation.bench.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for (kind, eot), source in sources.items():
         made = partial(compute, source)
-        losses = _record(evaluation, "reached", made, (0, DRAWS), draws=DRAWS, attack=source)
+        losses = _record(evaluation, "reached", made, draws=DRAWS, attack=source)
         found[kind][eot] = losses["loss"]
     return found
 
@@ -360,43 +358,36 @@ def _seeds(config: Config, purpose: int, places: range, draws: int) -> Tensor:
 
 
 def _attacked(evaluation: Evaluation) -> Tensor:
-    return evaluation.x_adv(Source("apgd-ce", "reverse"))
+    return evaluation.x_adv(against("apgd-ce", "reverse"))
 
 
 def _record(
     evaluation: Evaluation,
     name: str,
     compute: Callable[[range], dict[str, np.ndarray]],
-    calls: tuple[int, int],
     settings: Mapping[str, Any] = MappingProxyType({}),
     *,
     draws: int,
     target: str = "coup",
-    attack: Source | None = None,
+    attack: AttackSpec | None = None,
     n_images: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Arrays (…, n) of the first n_images (all), made of what `compute` gives for some of them at a time.
 
     As many at a time as fill a batch with their draws: that much is lost by a kill, and processes share the
-    rest. The settings are these, the images' and the defences', and those of an attack of its own. calls: the
-    gradients and forward passes of the target, per image. In `planning`, all zeros.
+    rest. The settings are these, the images' and the defences', and those of an attack of its own.
     """
     config, n = evaluation.config, n_images or evaluation.config.n_images
 
-    def describe(by_name: bool) -> tuple[str, dict[str, Any]]:
-        attack_name, images = evaluation.attack_settings(Source("apgd-ce", "reverse"), by_name=by_name)
-        named = {"images": images, "target": evaluation.defence_settings(target, by_name=by_name)}
-        if attack:
-            named["attack"] = evaluation.attack_settings(attack, by_name=by_name)[1]
-        whole = {**settings, **named, "draws": draws, "seed": config.seed}
-        return f"mechanism-{name}-{target}-{attack_name}", whole
-
-    if evaluation.plans(describe, target, calls, n):
-        return defaultdict(partial(np.zeros, n))
+    attack_name, images = evaluation.attack_settings(against("apgd-ce", "reverse"))
+    named = {"images": images, "target": evaluation.bench.settings(target)}
+    if attack:
+        named["attack"] = evaluation.attack_settings(attack)[1]
     size = max(1, _at_once(evaluation.images.x) // draws)
     work = ChunkedRecord(
         config.profile,
-        *describe(False),
+        f"mechanism-{name}-{target}-{attack_name}",
+        {**settings, **named, "draws": draws, "seed": config.seed},
         [range(start, min(start + size, n)) for start in range(0, n, size)],
         compute,
         lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},

@@ -18,8 +18,8 @@ from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
 from coup_lib.evaluation.profiles import PROFILES
+from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import record
-from coup_lib.evaluation.run import Evaluation
 from coup_lib.files import write_atomically
 from coup_lib.reporting import paper, tables, toy_figures
 from coup_lib.reporting.plots import COLOURS

@@ -13,9 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coup_lib.defences import LABELS, PAPER
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, WorstCase, worst_of
-from coup_lib.evaluation.run import OF, Evaluation, Source, lend
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import OF, AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
 from coup_lib.reporting.plots import COLOURS, MARKERS, bars
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
@@ -63,7 +65,7 @@ LENT = ("exact", "first_order", "restart", "dlr", "margin", "pgd", "pgd_first_or
 SERIES = ("eot_1", "eot_2", "eot_3", "eot_4")  # a small budget has fewer
 
 
-def sources(config: Config, target: str) -> dict[str, Source]:
+def sources(config: Config, target: str) -> dict[str, AttackSpec]:
     """Name → source of everything that this target faces.
 
     Own attacks that a target has no use for (an undefended classifier has one gradient and no noise) are left
@@ -72,32 +74,32 @@ def sources(config: Config, target: str) -> dict[str, Source]:
     """
     half, quarter = halved(config).n_iter, max(1, config.n_iter // 4)
     found = {
-        "clean": Source("clean", "none"),
-        "noise": Source("noise", "none"),
-        "fgsm": Source("fgsm", target),
-        "exact": Source("apgd-ce", target),
-        "short": Source("apgd-ce", target, n_iter=half),
-        "quarter": Source("apgd-ce", target, n_iter=quarter),
-        "restart": Source("apgd-ce", target, seed=config.seed + 1),
-        "dlr": Source("apgd-dlr", target, n_iter=half),
-        "margin": Source("apgd-margin", target, n_iter=half),
-        "pgd": Source("pgd", target, n_iter=PGD_FACTOR * config.n_iter),
-        "square": Source("square", target),
+        "clean": against("clean", "none"),
+        "noise": against("noise", "none"),
+        "fgsm": against("fgsm", target),
+        "exact": against("apgd-ce", target),
+        "short": against("apgd-ce", target, n_iter=half),
+        "quarter": against("apgd-ce", target, n_iter=quarter),
+        "restart": against("apgd-ce", target, seed=config.seed + 1),
+        "dlr": against("apgd-dlr", target, n_iter=half),
+        "margin": against("apgd-margin", target, n_iter=half),
+        "pgd": against("pgd", target, n_iter=PGD_FACTOR * config.n_iter),
+        "square": against("square", target),
     }
-    found |= {f"from_{name}": Source("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
+    found |= {f"from_{name}": against("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
     if target == "none":
         return found
-    found["first_order"] = Source("apgd-ce", target, "first_order")
-    found |= {kind: Source("apgd-ce", target, kind, n_iter=half) for kind in ("adjoint", "bpda")}
-    found["coarse"] = Source("apgd-ce", target, n_iter=half, n_steps=max(1, config.n_steps // 2))
-    found["fixed"] = Source("apgd-ce", target, eot=1, fixed_noise=True)
+    found["first_order"] = against("apgd-ce", target, "first_order")
+    found |= {kind: against("apgd-ce", target, kind, n_iter=half) for kind in ("adjoint", "bpda")}
+    found["coarse"] = against("apgd-ce", target, n_iter=half, n_steps=max(1, config.n_steps // 2))
+    found["fixed"] = against("apgd-ce", target, eot=1, fixed_noise=True)
     counts = eot_counts(config)
     for place, eot in enumerate(counts, start=1):
-        found[f"eot_{place}"] = Source("apgd-ce", target, n_iter=half, eot=eot)
-    found["eot_first_order"] = Source("apgd-ce", target, "first_order", n_iter=half, eot=counts[-1])
-    found["pgd_first_order"] = Source("pgd", target, "first_order", n_iter=PGD_FACTOR * config.n_iter)
+        found[f"eot_{place}"] = against("apgd-ce", target, n_iter=half, eot=eot)
+    found["eot_first_order"] = against("apgd-ce", target, "first_order", n_iter=half, eot=counts[-1])
+    found["pgd_first_order"] = against("pgd", target, "first_order", n_iter=PGD_FACTOR * config.n_iter)
     for name in ("none", "reverse"):
-        found[f"warm_{name}"] = Source("apgd-ce", target, n_iter=half, start=Source("apgd-ce", name))
+        found[f"warm_{name}"] = against("apgd-ce", target, n_iter=half, start=against("apgd-ce", name))
     return found
 
 
@@ -114,7 +116,7 @@ def labels(config: Config) -> dict[str, str]:
 
 def columns(evaluation: Evaluation, defences: Sequence[str] = PAPER) -> Columns:
     """Every source on every defence, and those of `LENT` on all others: defence → name → score."""
-    rows = lend({defence: sources(evaluation.config, defence) for defence in defences}, LENT)
+    rows = with_transfers({defence: sources(evaluation.config, defence) for defence in defences}, LENT)
     return evaluation.scores(rows)
 
 
@@ -300,7 +302,7 @@ def eps_series(config: Config, *, verbose: bool = True) -> dict[str, dict[float,
     found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
     for factor in (0.0, *EPS_FACTORS[config.norm]):
         evaluation = Evaluation(replace(small, eps=(factor or 1.0) * config.eps), verbose=verbose)
-        rows = {name: {"it": Source("apgd-ce" if factor else "clean", name)} for name in PAPER}
+        rows = {name: {"it": against("apgd-ce" if factor else "clean", name)} for name in PAPER}
         for name, row in evaluation.scores(rows).items():
             found[name][factor] = row["it"].right
     return found

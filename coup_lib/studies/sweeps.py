@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 
 from coup_lib.checks import number
 from coup_lib.defences import LABELS
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.run import OF, Evaluation, Source
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import OF
 from coup_lib.evaluation.stats import LEVEL
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.toy_figures import spread
@@ -69,7 +71,7 @@ def measure(config: Config) -> Row:
     if config.guidance_weight != papers:
         gradients = {"adaptive": config.gradient, "first_order": "first_order"}
         lent = {
-            f"{name}{OF}coup": Source("apgd-ce", "coup", gradient, guidance_weight=papers)
+            f"{name}{OF}coup": against("apgd-ce", "coup", gradient, guidance_weight=papers)
             for name, gradient in gradients.items()
         }
         row[defence] |= evaluation.scores({defence: lent})[defence]

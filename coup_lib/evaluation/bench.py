@@ -1,0 +1,187 @@
+"""The named defences around a profile's networks: built when asked for, and identified by what made them."""
+
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import Any
+
+from torch import nn
+
+from coup_lib.checks import choice
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.identity import of_network
+from coup_lib.evaluation.specs import AttackSpec
+from coup_lib.gradients import GRADIENTS
+from coup_lib.likelihood import LR, N_STEPS, SIGMA
+from coup_lib.networks.compiled import compiled_score
+from coup_lib.networks.precision import check_precision
+from coup_lib.networks.zoo import check_classifier, load_classifier, load_score
+from coup_lib.paths import is_smoke
+
+
+def against(attack: str, defence: str, gradient: str = "exact", **more: Any) -> AttackSpec:
+    """An attack on a named defence; `more` are fields of `AttackSpec`.
+
+    What makes no difference to the defence is left out, so that attacks which are equal are one: without
+    guidance there is no second-order term and no λ, without a purifier only one gradient.
+
+    Raises:
+        ValueError: for an unknown attack, defence or gradient, or a number out of its range.
+    """
+    choice("defence", defence, DEFENCES)
+    choice("gradient", gradient, GRADIENTS)
+    if defence == "none" or (gradient == "first_order" and not is_guided(defence)):
+        gradient = "exact"
+    if not is_guided(defence):
+        more.pop("guidance_weight", None)
+    return AttackSpec(attack, defence, gradient, **more)
+
+
+class Bench:
+    """The defences of a configuration around one classifier.
+
+    Args:
+        classifier: takes the place of the configuration's.
+        by_name: identify networks by their names, so that none needs to be here.
+    """
+
+    recipes: Mapping[str, Recipe] = PURIFIERS  # of `defence`, by name
+
+    def __init__(self, config: Config, classifier: str | None = None, *, by_name: bool = False) -> None:
+        self.config, self.by_name = config, by_name
+        self.classifier_name = check_classifier(config.sizes.dataset, classifier or config.classifier)
+
+    @cached_property
+    def classifier(self) -> nn.Module:
+        """The undefended classifier."""
+        return self._classifier(self.classifier_name)
+
+    @cached_property
+    def score_network(self) -> nn.Module:
+        """s(x, t) of the profile, in float32."""
+        return self._score_network("float32")
+
+    @cached_property
+    def attacked_network(self) -> nn.Module:
+        """s(x, t) in the precision of attacks."""
+        precision = self.config.precision
+        return self.score_network if precision == "float32" else self._score_network(precision)
+
+    def attacked_score(self, defence: str, gradient: str) -> nn.Module:
+        """The score network that an attack differentiates; compiled if the configuration says so.
+
+        Compiled code has no second derivative, and torchsde goes through one graph twice.
+        """
+        if not self.compiles(defence, gradient):
+            return self.attacked_network
+        config = self.config
+        return compiled_score(config.sizes.dataset, config.sizes.score, config.precision, config.torch_device)
+
+    def compiles(self, defence: str, gradient: str) -> bool:
+        """Whether an attack by this gradient meets a compiled score network."""
+        possible = defence in PURIFIERS and not PURIFIERS[defence].through_score and gradient != "adjoint"
+        return self.config.compiled and possible
+
+    def precision(self, defence: str) -> str:
+        """That of an attack on the defence; an undefended classifier has no score network."""
+        return "float32" if defence == "none" else self.config.precision
+
+    def attacked(self, spec: AttackSpec) -> nn.Module:
+        """The defence as an attack meets it: its path, gradient, precision and λ.
+
+        Raises:
+            ValueError: for a precision that the device has not.
+        """
+        check_precision(self.precision(spec.surrogate), self.config.torch_device)
+        if spec.surrogate == "none":
+            return self.classifier
+        score = self.attacked_score(spec.surrogate, spec.gradient)
+        return self._build(spec.surrogate, score, spec.gradient, spec.n_steps, spec.guidance_weight)
+
+    def defence(self, name: str, gradient: str = "exact") -> nn.Module:
+        """The named defence around the classifier, in float32."""
+        choice("defence", name, DEFENCES)
+        return self.classifier if name == "none" else self._build(name, self.score_network, gradient)
+
+    def _build(
+        self,
+        name: str,
+        score: nn.Module,
+        gradient: str,
+        n_steps: int | None = None,
+        weight: float | None = None,
+    ) -> nn.Module:
+        recipe = self.recipes[name]
+        return build(
+            recipe,
+            self.classifier,
+            score,
+            self._classifier(self._guide) if recipe.robust_guide else self.classifier,
+            guidance_weight=self.config.guidance_weight if weight is None else weight,
+            t_star=self.config.t_star,
+            n_steps=n_steps or self.config.n_steps,
+            gradient=gradient,
+        )
+
+    def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, Any]:
+        """What the behaviour of a defence depends on, for the name of its records.
+
+        spec: where it is attacked; with a path or λ of its own, it is another defence.
+        """
+        config = self.config
+        found: dict[str, Any] = {"name": name, "classifier": self.classifier_name}
+        found["classifier_sha256"] = self._identity(self.classifier_name)
+        if name == "none":
+            return found
+        found["score_sha256"] = self._identity(config.sizes.score)
+        if name in MAXIMISERS:
+            found |= {"n_steps": N_STEPS, "lr": LR, "sigma": SIGMA}
+        else:
+            found |= {"t_star": config.t_star, "n_steps": config.n_steps}
+        if is_guided(name):
+            found["guidance_weight"] = config.guidance_weight
+        if PURIFIERS[name].robust_guide:
+            found["guide_sha256"] = self._identity(self._guide)
+        if spec and spec.n_steps:
+            found["n_steps"] = spec.n_steps
+        if spec and spec.guidance_weight is not None:
+            found["guidance_weight"] = spec.guidance_weight
+        return found
+
+    def how_attacked(self, spec: AttackSpec) -> dict[str, Any]:
+        """What else an attack's numbers depend on: the arithmetic in the score network, if not float32."""
+        found: dict[str, Any] = {}
+        if (precision := self.precision(spec.surrogate)) != "float32":
+            found["precision"] = precision
+        if self.compiles(spec.surrogate, spec.gradient):
+            found["compiled"] = True
+        return found
+
+    def _identity(self, network: str) -> str:
+        """The content of the network in hand, or of the zoo's while none is loaded here."""
+        if self.by_name:
+            return network
+        ours = {self.classifier_name: "classifier", self.config.sizes.score: "score_network"}
+        if (attribute := ours.get(network)) in vars(self):
+            return of_network(getattr(self, attribute))
+        return _identity_in_zoo(
+            self.config.sizes.dataset, network, network == self.config.sizes.score, is_smoke()
+        )
+
+    @property
+    def _guide(self) -> str:
+        return self.config.sizes.robust_classifiers[self.config.norm]
+
+    def _score_network(self, precision: str) -> nn.Module:
+        config = self.config
+        score = load_score(config.sizes.dataset, config.sizes.score, precision=precision)
+        return score.to(config.torch_device)
+
+    def _classifier(self, name: str) -> nn.Module:
+        return load_classifier(self.config.sizes.dataset, name).to(self.config.torch_device)
+
+
+@cache
+def _identity_in_zoo(dataset: str, name: str, is_score: bool, _smoke: bool) -> str:
+    """The content of a network of the zoo, which is loaded once for it; a smoke run has other networks."""
+    return of_network(load_score(dataset, name) if is_score else load_classifier(dataset, name))

@@ -1,0 +1,372 @@
+"""What experiments cost on this machine: their network calls counted, at the speed of one of them here."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from coup_lib.data import SHAPES, is_here, load_split
+from coup_lib.defences import PURIFIERS, SWITCH, is_guided, purifications
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.records import config_hash, is_complete, record_path
+from coup_lib.evaluation.specs import AttackSpec, Rows
+from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
+from coup_lib.likelihood import N_STEPS
+from coup_lib.networks import published, zoo
+from coup_lib.networks.precision import products
+from coup_lib.sde import VPSDE
+from coup_lib.solver import time_grid
+
+SHORT = 120  # seconds: of less work than that nothing is said
+TIMED_FLOP = {"cpu": 5e8, "cuda": 5e12}  # in one timed call, a tenth of a second or so
+USABLE = 0.8  # of the free memory
+SMOOTHED = 4  # calls of the classifier that a smoothed one takes
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A part of a study: targets, each on the images of its attacks, under one configuration.
+
+    classifier: takes the place of the configuration's.
+    """
+
+    config: Config
+    rows: Rows
+    classifier: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A part of a study that is no attack: gradients and forward passes of a defence, per image.
+
+    Whether it is on record is not asked for: it counts as done when all attacks of its grid are.
+    """
+
+    config: Config
+    defence: str
+    calls: tuple[int, int]
+    n_images: int
+
+
+Grid = Sequence[Experiment | Measurement]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack of a grid, or a measurement, and the targets whose predictions on its images are wanted."""
+
+    config: Config
+    classifier: str
+    spec: AttackSpec
+    targets: tuple[str, ...]
+    calls: tuple[int, int]
+    n_images: int
+    done: bool
+    makes_images: bool = True
+
+    @property
+    def classifiers(self) -> list[str]:
+        """The classifier that decides, and the robust one where that guides."""
+        guided = any(PURIFIERS[name].robust_guide for name in {self.spec.surrogate, *self.targets} - {"none"})
+        return [self.classifier, *[self.config.sizes.robust_classifiers[self.config.norm]] * guided]
+
+
+def jobs(grid: Grid) -> list[Job]:
+    """What is to be done, each attack and each prediction once."""
+    found: list[Job] = []
+    known: set[Any] = set()  # attacks and predictions that are made by then
+    for part in (part for part in grid if isinstance(part, Experiment)):
+        named = Evaluation(part.config, part.classifier, by_name=True)
+        specs = dict.fromkeys(spec for row in part.rows.values() for spec in row.values())
+        for spec in specs:
+            key = config_hash(named.attack_settings(spec)[1])
+            scored = {target: (key, target, str(part.config)) for target, row in part.rows.items()}
+            scored = {target: scored[target] for target, row in part.rows.items() if spec in row.values()}
+            left = tuple(target for target, score in scored.items() if score not in known)
+            if left or key not in known:
+                found.append(_job(part, named.bench.classifier_name, spec, left, made=key in known))
+            known |= {key, *scored.values()}
+    done = all(job.done for job in found)
+    return found + [_measured(part, done) for part in grid if isinstance(part, Measurement)]
+
+
+def _measured(part: Measurement, done: bool) -> Job:
+    config, spec = part.config, AttackSpec("apgd-ce", part.defence)
+    return Job(config, config.classifier, spec, (), part.calls, part.n_images, done, makes_images=False)
+
+
+def _job(part: Experiment, classifier: str, spec: AttackSpec, targets: tuple[str, ...], *, made: bool) -> Job:
+    config = part.config
+    calls = (0, 0) if made else spec.calls(config)
+    job = Job(config, classifier, spec, targets, calls, config.n_images, done=False, makes_images=not made)
+    if not _at_hand(job):  # then no record can be named, and to look ahead nothing is fetched
+        return job
+    settings = Evaluation(config, classifier).attack_settings(spec)
+    return replace(job, done=is_complete(record_path(config.profile, *settings)))
+
+
+def _at_hand(job: Job) -> bool:
+    dataset, score = job.config.sizes.dataset, job.config.sizes.score
+    return is_here(dataset) and not zoo.missing(dataset, job.classifiers, score)
+
+
+def show(name: str, grid: Grid) -> None:
+    """Print what is ahead, and a batch size that fits, before long work starts.
+
+    Data and networks are looked for first, see `obtain`.
+    """
+    obtain(jobs(grid))
+    planned = jobs(grid)  # again, for records have names now
+    if all(job.done for job in planned):
+        print(f"{name}: the record of every attack is here, none is to be computed")
+        return
+    row = estimate(planned)
+    if row["hours"] * 3600 > SHORT:
+        print(*table_lines(name, row), f"\n{suggestion(planned[0].config, row['GiB'])}", sep="\n")
+
+
+def obtain(planned: Iterable[Job]) -> None:
+    """See that the images and networks that these jobs take are here, or fetch them.
+
+    Raises what `data.load_split` and `published.obtain` raise where they cannot be had: of networks, all that
+    are missing are named at once.
+    """
+    planned = list(planned)
+    for which in {(job.config.sizes.dataset, job.config.split, job.config.subset) for job in planned}:
+        load_split(*which)
+    published.obtain(networks(planned, zoo.needed))
+
+
+def networks(planned: Iterable[Job], which: Callable[..., list[str]]) -> list[str]:
+    """Of the networks that the jobs take those that are `zoo.needed` or `zoo.missing`."""
+    taken: dict[tuple[str, str], dict[str, None]] = {}
+    for job in planned:
+        sizes = job.config.sizes
+        taken.setdefault((sizes.dataset, sizes.score), {}).update(dict.fromkeys(job.classifiers))
+    return [name for (dataset, score), names in taken.items() for name in which(dataset, names, score)]
+
+
+# --- counting ---
+
+
+def work(job: Job, *, replayed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`network_calls` of one image's attack, and of the predictions on what it found."""
+    (gradients, forwards), spec = job.calls, job.spec
+    attack = forwards * network_calls(job, spec.surrogate)
+    if gradients:
+        attack = attack + gradients * network_calls(job, spec.surrogate, spec.gradient, replayed=replayed)
+    scored = [network_calls(job, target) for target in job.targets if target != "none"]
+    return attack, 2 * job.config.n_draws * sum(scored, np.zeros(2))
+
+
+def network_calls(
+    job: Job, defence: str, gradient: str | None = None, *, replayed: bool = False
+) -> np.ndarray:
+    """Calls of the score network and of the classifier, (2,), in one image's purifications and decision.
+
+    A derivative counts as a call: that of a convolution takes as many operations as the convolution.
+
+    gradient: of a loss of the decision; None: no gradient. replayed: each step is taken once more for it.
+    """
+    decision = np.array([0, 1 if gradient is None else 2])
+    if defence == "none":
+        return decision
+    own, guidance = calls_of_a_step(defence)
+    step, steps = own + _guided_share(defence, job.config.t_star) * guidance, _steps(job, defence)
+    if gradient == "adjoint":  # the path, torchsde's own path, and back with the drift and its derivative
+        step = 4 * step
+    elif gradient is not None:
+        again = replayed or PURIFIERS[defence].maximised
+        step = (1 + again) * step + (own if gradient == "first_order" else step)
+    return purifications(defence) * (steps * step + decision)
+
+
+def calls_of_a_step(defence: str) -> tuple[np.ndarray, np.ndarray]:
+    """Calls of the score network and of the classifier, (2,), in a purifier's step, and in its guidance."""
+    recipe = PURIFIERS[defence]
+    if recipe.maximised:  # by the gradient of a denoiser's error
+        return np.array([2, 0]), np.array([0, 2 * is_guided(defence)])
+    draws = SMOOTHED if defence == "smoothed" else 1
+    return np.array([1, 0]), np.array([2 * recipe.through_score, 2 * draws * is_guided(defence)])
+
+
+def _guided_share(defence: str, t_star: float) -> float:
+    """The part of a path's steps that have guidance, if any has."""
+    late = min(SWITCH / t_star, 1.0)
+    return {"late": late, "late-denoised": late, "early": 1 - late}.get(defence, 1.0)
+
+
+def _steps(job: Job, defence: str) -> int:
+    if PURIFIERS[defence].maximised:
+        return N_STEPS
+    return (job.spec.n_steps if defence == job.spec.surrogate else None) or job.config.n_steps
+
+
+# --- time and memory ---
+
+
+def estimate(planned: Iterable[Job]) -> dict[str, float]:
+    """A row of all that the jobs compute, but hours only of what is left.
+
+    network calls: of the score network, a derivative counting as one. GiB: of its activations and the states
+    at the batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32.
+    hours: at the speed of the score network and its derivative.
+    """
+    row = dict.fromkeys(("images", "purifications", "gradients", "network calls", "PFLOP", "GiB"), 0.0)
+    row |= {"GiB on disk": 0.0, "hours": 0.0}
+    for job in planned:
+        config, spec, (gradients, forwards) = job.config, job.spec, job.calls
+        n, pixels = job.n_images, prod(SHAPES[config.sizes.dataset])
+        attack, scores = work(job, replayed=_replays(job))
+        flop = np.array([_score_network(config).flop, _classifier_flop(config.sizes.dataset, job.classifier)])
+        decided = [(spec.surrogate, forwards), *((target, 2 * config.n_draws) for target in job.targets)]
+        row["images"] = max(row["images"], n)
+        row["purifications"] += n * sum(k * purifications(name) for name, k in decided if name != "none")
+        row["gradients"] += n * gradients
+        row["network calls"] += n * float((attack + scores)[0])
+        row["PFLOP"] += n * float((attack + scores) @ flop) / 1e15
+        row["GiB on disk"] += n * pixels * 4 / 2**30 * job.makes_images
+        row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.sizes.max_batch / 2**30)
+        if not job.done:
+            speeds = {name: _score_network(config, name).speed for name in {"float32", config.precision}}
+            row["hours"] += n * seconds(attack * flop, scores * flop, config.precision, speeds) / 3600
+    return row
+
+
+def seconds(attack: np.ndarray, scores: np.ndarray, precision: str, speeds: dict[str, float]) -> float:
+    """How long it takes to attack in this precision and to score what was found, always in float32.
+
+    attack, scores: operations in the score network and in the classifier, (2,). speeds: of each precision,
+    operations per second. Only TF32 is the classifier's, too.
+    """
+    classifier = speeds[precision if precision == "tf32" else "float32"]
+    attacking = attack[0] / speeds[precision] + attack[1] / classifier
+    return float(attacking + scores.sum() / speeds["float32"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network on this machine.
+
+    flop: of one call on one image; multiply and add are two. kept: bytes, for its derivative. speed:
+    operations per second, of calls with their derivatives.
+    """
+
+    flop: float
+    kept: int
+    speed: float
+
+
+def _score_network(config: Config, precision: str = "float32") -> Measured:
+    return _measured_once(config.profile, config.device, precision)
+
+
+@cache
+def _measured_once(profile: str, device: str, precision: str) -> Measured:
+    config = Config(profile=profile, device=device, n_images=1)
+    dataset, where = config.sizes.dataset, config.torch_device
+    score = zoo.load_score(dataset, config.sizes.score, trained=False, precision=precision).to(where)
+    x, times = torch.rand(1, *SHAPES[dataset], device=where), time_grid(0.1, 1)
+    with FlopCounter() as counter, products(precision):
+        kept = activation_bytes(score, VPSDE(), x, times)
+    most = min(TIMED_FLOP.get(where.type, TIMED_FLOP["cpu"]) / counter.total, fitting(config, kept))
+    x = x.repeat(int(min(max(most, 1), config.sizes.max_batch)), 1, 1, 1).requires_grad_()
+    for _ in range(1 if len(x) == 1 else 2):  # the first call of a shape is slower
+        began = time.perf_counter()
+        with products(precision):
+            torch.autograd.grad(score(x, times[0].to(x)).sum(), x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    took = time.perf_counter() - began
+    return Measured(counter.total, kept, speed=2 * len(x) * counter.total / took)
+
+
+@cache
+def _classifier_flop(dataset: str, name: str) -> float:
+    """Of one call on one image."""
+    # Published networks are large; on the meta device they take neither memory nor time.
+    with torch.device("cpu" if zoo.is_ours(dataset, name) else "meta"), torch.no_grad():
+        classifier = zoo.load_classifier(dataset, name, trained=False)
+        with FlopCounter() as counter:
+            classifier(torch.zeros(1, *SHAPES[dataset]))
+    return float(counter.total)
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts in `total` what convolutions and matrix products take, derivatives of any order included.
+
+    torch.utils' own counter follows modules too, and its hooks fail where a gradient is taken inside of one.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def bytes_per_image(job: Job) -> int:
+    """What a gradient keeps at once: of one step, which is replayed, and all N + 1 states."""
+    config, defence = job.config, job.spec.surrogate
+    if defence == "none":
+        return 0
+    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.sizes.dataset]) * 4
+
+
+def _step_bytes(job: Job) -> int:
+    own, guidance = calls_of_a_step(job.spec.surrogate)
+    return (own + guidance)[0] * _score_network(job.config).kept
+
+
+def _replays(job: Job) -> bool:
+    """Whether the attacked path has too many activations to be kept, so that every step is gone once more."""
+    config, spec = job.config, job.spec
+    if spec.surrogate == "none":
+        return False
+    together = min(job.n_images, config.sizes.chunk_size) * (spec.eot or config.eot)
+    # On a CPU an attack takes as few images at once as fit.
+    batch = 1 if config.torch_device.type == "cpu" else min(together, config.sizes.max_batch)
+    return _step_bytes(job) * _steps(job, spec.surrogate) * batch > ACTIVATION_BUDGET
+
+
+def suggestion(config: Config, gib: float) -> str:
+    """What batch fits into this device's memory, when the profile's takes so many GiB."""
+    batch = config.sizes.max_batch
+    free, fits = _free_memory(config) / 2**30, fitting(config, gib / batch * 2**30)
+    return (
+        f"On {config.torch_device}, {free:.0f} GiB free, up to {fits:,} images fit into one call of the "
+        f"score network; the profile takes {batch:,} (max_batch in coup_lib/evaluation/profiles.py). "
+        "Should memory run out all the same, the batch is halved."
+    )
+
+
+def fitting(config: Config, per_image: float) -> int:
+    """How many images of so many bytes fit into the device's free memory: a power of two."""
+    return 2 ** max(0, int(USABLE * _free_memory(config) / max(per_image, 1)).bit_length() - 1)
+
+
+def _free_memory(config: Config) -> int:
+    """Bytes."""
+    if config.torch_device.type == "cuda":
+        return torch.cuda.mem_get_info(config.torch_device)[0]
+    return psutil.virtual_memory().available
+
+
+def table_lines(name: str, row: dict[str, float]) -> list[str]:
+    """Heading, rule and row of a table; hours below a tenth as minutes."""
+    cells = {head: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for head, value in row.items()}
+    if row["hours"] < 0.1:
+        cells["hours"] = f"{60 * row['hours']:.1f} min"
+    lines = [["notebook", *cells], ["---"] * (len(cells) + 1), [name, *cells.values()]]
+    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,0 +1,35 @@
+"""What identifies the networks and images behind a record: their content, whatever they are called."""
+
+import hashlib
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from coup_lib.data import Images
+
+DIGITS = 16  # of a hash, hexadecimal
+
+_known: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def of_network(network: nn.Module) -> str:
+    """A hash of a network's weights and buffers with their names, on any device and in any precision."""
+    if network not in _known:
+        _known[network] = _hashed(sorted(network.state_dict().items()))
+    return _known[network]
+
+
+def of_images(images: Images) -> str:
+    """A hash of pixels and labels, in order."""
+    return _hashed([("x", images.x), ("y", images.y)])
+
+
+def _hashed(named: Iterable[tuple[str, Tensor]]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in named:
+        values = tensor.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+        found.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+        found.update(values.contiguous().numpy().tobytes())
+    return found.hexdigest()[:DIGITS]

@@ -1,0 +1,90 @@
+"""The strict protocol on a profile's images: what each defence faces, and its worst case on record."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from coup_lib.data import load_split
+from coup_lib.evaluation.bench import Bench, against
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.identity import of_images
+from coup_lib.evaluation.outcomes import Score, WorstCase
+from coup_lib.evaluation.run import Runner
+from coup_lib.evaluation.specs import CLEAN, AttackSpec, with_transfers
+
+
+class Evaluation(Runner):
+    """Attacks on the named defences around one classifier, on a profile's images.
+
+    Args:
+        classifier: takes the place of the configuration's.
+        verbose: print progress with an estimate of the time left.
+        by_name: name records by the names of networks and images, so that none needs to be here.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        classifier: str | None = None,
+        *,
+        verbose: bool = True,
+        by_name: bool = False,
+        bench: type[Bench] = Bench,
+    ) -> None:
+        super().__init__(
+            config,
+            bench(config, classifier, by_name=by_name),
+            lambda: load_split(config.sizes.dataset, config.split, config.subset),
+            lambda: images_identity(config, by_name=by_name),
+            verbose=verbose,
+        )
+
+    def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[str, Score]]:
+        """The columns that every robustness table here has, see `paper_rows`: defence → column → score."""
+        return self.scores(with_transfers(paper_rows(defences, self.config, autoattack=autoattack)))
+
+    def recorded(self, rows: Mapping[str, Mapping[str, Score]]) -> dict[str, WorstCase]:
+        """Target → its worst case over all of its scores in the store, these among them."""
+        return {target: self.worst_on_record(target, [*row.values()]) for target, row in rows.items()}
+
+    def warnings(self, defence: str) -> list[str]:
+        """What AutoAttack said of a defence in its two versions, each sentence once."""
+        row = paper_rows([defence], self.config, autoattack=True)[defence]
+        said = [self.attack(row[name])["result"]["warnings"] for name in ("standard", "adaptive", "dlr")]
+        return list(dict.fromkeys(text for texts in said for text in texts))
+
+
+def images_identity(config: Config, *, by_name: bool = False) -> dict[str, Any]:
+    """What identifies a configuration's images: data set, split, and the pixels (or their name)."""
+    dataset = config.sizes.dataset
+    which = config.subset if by_name else _pixels(dataset, config.split, config.subset, config.n_images)
+    return {"dataset": dataset, "split": config.split, "images": which}
+
+
+@cache
+def _pixels(dataset: str, split: str, subset: str, n: int) -> str:
+    return of_images(load_split(dataset, split, subset).first(n))
+
+
+def paper_rows(
+    defences: Sequence[str], config: Config, *, autoattack: bool = False
+) -> dict[str, dict[str, AttackSpec]]:
+    """What each defence faces by the paper's protocol and by cheaper gradients: defence → column → attack.
+
+    clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order guidance
+    term); from_none and from_reverse (APGD-ce's images against the undefended classifier and against the
+    reverse SDE). With autoattack also standard and dlr (APGD-dlr, the other half of AutoAttack's "rand").
+    """
+    rows = {}
+    for defence in defences:
+        row = rows[defence] = {
+            "clean": CLEAN,
+            "adaptive": against("apgd-ce", defence, config.gradient),
+            "first_order": against("apgd-ce", defence, "first_order"),
+            "from_none": against("apgd-ce", "none"),
+            "from_reverse": against("apgd-ce", "reverse"),
+        }
+        if autoattack:
+            row["standard"] = against("standard", defence, config.gradient)
+            row["dlr"] = against("apgd-dlr", defence, config.gradient)
+    return rows
