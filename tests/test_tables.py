@@ -225,7 +225,6 @@ def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
     plan.advance(2, 2)
     plan.start("third")
     assert capsys.readouterr().out.splitlines() == [
-        "[1/3] first: read back; 0:00 gone",
         "[2/3] second: started; 0:00 gone",
         "[2/3] second: 1 of 2 done; 0:20 gone, about 2:20 left",
         "[3/3] third: started; 0:40 gone, about 2:00 left",

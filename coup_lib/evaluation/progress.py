@@ -7,8 +7,10 @@ from collections.abc import Sequence
 class Plan:
     """Progress over a list of jobs of foreseen cost, with an estimate of the time left.
 
+    Jobs that are done already are passed over in silence.
+
     Args:
-        costs: of each job, in any unit; 0 for a job that is done already.
+        costs: of each job, in any unit; 0 for one that is done already.
         every: seconds between two lines within a job; the first estimate comes after as many.
     """
 
@@ -20,7 +22,8 @@ class Plan:
     def start(self, label: str) -> None:
         """Begin the next job."""
         self.index, self.label, self.here = self.index + 1, label, 0.0
-        self._say("started" if self.costs[self.index] else "read back")
+        if self.costs[self.index]:
+            self._say("started")
 
     def advance(self, done: int, total: int) -> None:
         """`done` of the current job's `total` parts are finished."""

@@ -1,0 +1,96 @@
+"""Whose record is it? A record is found by the content of what made it, whatever that is called."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from coup_lib import paths
+from coup_lib.data import Images, load_split
+from coup_lib.evaluation import identity
+from coup_lib.evaluation.bench import Bench, against
+from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.run import Runner
+from coup_lib.evaluation.specs import CLEAN, AttackSpec
+
+TINY = Config(n_images=6, n_iter=2, eot=1, n_draws=2, n_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def results_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+
+
+def untrained() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
+
+
+def test_the_name_of_a_network_does_not_matter_and_its_weights_do():
+    one, other = untrained(), untrained()
+    assert identity.of_network(one) == identity.of_network(other)
+    assert identity.of_network(other.double()) == identity.of_network(one)
+    changed = untrained()
+    changed[1].bias += 1e-3
+    assert identity.of_network(changed) != identity.of_network(one)
+
+
+def test_a_classifier_that_a_caller_puts_in_gets_no_record_of_another():
+    """An untrained network has no part in what was published of cnn-small."""
+    usual = Evaluation(TINY, verbose=False)
+    there = usual.scores({"none": {"clean": CLEAN}})["none"]["clean"]
+    mine = Evaluation(TINY, verbose=False)
+    mine.bench.classifier = untrained()
+    for spec in (against("apgd-ce", "none"), against("apgd-ce", "coup")):
+        assert mine.attack_settings(spec) != usual.attack_settings(spec)
+    assert mine.scores({"none": {"clean": CLEAN}})["none"]["clean"].right.mean() < there.right.mean()
+
+
+def test_the_zoos_network_is_the_same_loaded_or_not():
+    evaluation = Evaluation(TINY, verbose=False)
+    before = evaluation.bench.settings("coup")
+    assert evaluation.bench.classifier is not None and evaluation.bench.score_network is not None
+    assert evaluation.bench.settings("coup") == before
+
+
+def test_other_pixels_at_the_same_places_are_another_record():
+    usual, mine = Evaluation(TINY, verbose=False), Evaluation(TINY, verbose=False)
+    images = load_split("digits", "test").first(TINY.n_images)
+    mine.images = images
+    assert mine.attack_settings(CLEAN) == usual.attack_settings(CLEAN)
+    mine.images = Images(1 - images.x, images.y)
+    assert mine.attack_settings(CLEAN) != usual.attack_settings(CLEAN)
+
+
+class Foreign(Bench):
+    """A bench with one defence that nobody knows by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.classifier_name = model, "foreign"
+
+    def attacked(self, spec: AttackSpec) -> nn.Module:
+        return self.model
+
+    def defence(self, name: str, gradient: str = "exact") -> nn.Module:
+        return self.model
+
+    def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, str]:
+        return {"name": name, "sha256": identity.of_network(self.model)}
+
+    def how_attacked(self, spec: AttackSpec) -> dict[str, str]:
+        return {}
+
+    def precision(self, defence: str) -> str:
+        return "float32"
+
+
+def test_a_defence_that_nobody_knows_by_name_is_attacked_and_scored_like_the_papers():
+    model, x = untrained(), load_split("digits", "test").first(TINY.n_images).x
+    images = Images(x, model(x).argmax(1))  # so that it is right on all of them
+    runner = Runner(replace(TINY, eps=0.9), Foreign(model), lambda: images, dict, verbose=False)
+    row = {"clean": CLEAN, "own": AttackSpec("apgd-ce", "mine")}
+    scores = runner.scores({"mine": row})["mine"]
+    assert scores["own"].counted.shape == (6,)
+    assert scores["own"].right.mean() < scores["clean"].right.mean() == 1
