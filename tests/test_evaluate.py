@@ -273,17 +273,17 @@ def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
     sources = [CLEAN, against("noise", "none"), against("pgd", "none")]
     rows = {str(source): source for source in sources}
     evaluation.scores({"none": rows})
-    first, *others = (evaluation._score_record("reverse", source).path for source in sources)
+    first, *others = (evaluation._score_record("reverse", source) for source in sources)
     thread = threading.Thread(target=evaluation.scores, args=({"reverse": rows},))
-    with records._lock(records._chunk_path(first, 0, "lock")):
+    with records._lock(first._files()[0].with_suffix(".lock")):
         thread.start()
         deadline = time.monotonic() + 60
-        while not all(list(path.parent.glob(f"{path.stem}.*journal")) for path in others):
+        while not all(other._files()[0].exists() or other.path.exists() for other in others):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert not first.exists() and thread.is_alive()
+        assert not first.path.exists() and thread.is_alive()
     thread.join(60)
-    assert all(path.exists() for path in (first, *others))
+    assert all(record.path.exists() for record in (first, *others))
 
 
 def test_an_unknown_classifier_is_refused():

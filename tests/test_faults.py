@@ -29,10 +29,10 @@ from test_artefacts import Hostile
 from torch import nn
 
 from coup_lib import paths
+from coup_lib.attacks import Attack
 from coup_lib.data import load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build
 from coup_lib.evaluation import config, records
-from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Evaluation
@@ -68,7 +68,7 @@ CHUNKS, ALONE = 12, records.Worker()
 
 
 def chunk_of_numbers(chunk):
-    return {"value": chunk**2, "x": np.random.default_rng(chunk).random(200)}
+    return {"value": chunk**2, "x": np.random.default_rng(chunk).random(100 * (chunk + 1))}
 
 
 def combined(parts):
@@ -107,8 +107,8 @@ def found(folder):
     return there
 
 
-def chunks_in_journals(folder):
-    return sum(len(list(records.entries(path))) for path in folder.glob("*/*journal"))
+def chunk_files(folder):
+    return [path for path in folder.glob("*/*.npz") if "." in path.stem]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,14 +137,14 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path, run
                 process.kill()
                 process.join()
             killed += sum(process.exitcode == -signal.SIGKILL for process in running)
-            seen.add(chunks_in_journals(folder))
+            seen.add(len(chunk_files(folder)))
         finish(run, folder)
         assert found(folder) == expected
 
 
 @pytest.fixture(scope="module")
 def broken_off(server, tmp_path_factory):
-    """(a journal with half of the chunks, its content, the folder of an undisturbed run)."""
+    """(the file of one of the chunks that a run has left, its content, the folder of an undisturbed run)."""
     folder, undisturbed = (tmp_path_factory.mktemp(name) for name in ("broken", "undisturbed"))
     finish(numbers, undisturbed)
 
@@ -154,23 +154,23 @@ def broken_off(server, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(paths, "RESULTS", folder)
         record_of_numbers(breaks_off).finish()
-    (journal,) = folder.glob("*/*.journal")
-    return journal, journal.read_bytes(), undisturbed
+    _, damaged, *_ = sorted(chunk_files(folder))
+    return damaged, damaged.read_bytes(), undisturbed
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(place=st.floats(0, 1), rubbish=st.binary(max_size=20))
-def test_a_journal_cut_anywhere_costs_what_is_behind_the_cut(tmp_path_factory, broken_off, place, rubbish):
-    """As a full disk or a power cut leaves it: cut at any byte, perhaps with rubbish in the rest's place."""
-    journal, content, undisturbed = broken_off
+def test_a_chunk_cut_anywhere_costs_that_chunk_alone(tmp_path_factory, broken_off, place, rubbish):
+    """As a power cut or a bad disk leaves it: cut at any byte, perhaps with rubbish in the rest's place."""
+    damaged, content, undisturbed = broken_off
     folder, made = tmp_path_factory.mktemp("cut"), []
-    shutil.copytree(journal.parent, folder / "digits")
-    kept = content[: round(place * len(content))]
-    (folder / "digits" / journal.name).write_bytes(kept + rubbish.replace(b"\n", b""))
+    shutil.copytree(damaged.parent, folder / "digits")
+    kept = content[: int(place * (len(content) - 1))]
+    (folder / "digits" / damaged.name).write_bytes(kept + rubbish)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "RESULTS", folder)
         record_of_numbers(lambda chunk: made.append(chunk) or chunk_of_numbers(chunk)).finish()
-    assert made == list(range(kept.count(b"\n"), CHUNKS))
+    assert sorted(made) == [int(damaged.stem.rpartition("-")[2]), *range(CHUNKS // 2, CHUNKS)]
     assert found(folder) == found(undisturbed)
 
 
@@ -183,17 +183,17 @@ def on_a_full_disk(folder, room):
         record_of_numbers().finish()
     assert error.value.errno == errno.EFBIG
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    (folder / "stopped at").write_text(str(chunks_in_journals(folder)))
+    (folder / "stopped at").write_text(str(len(chunk_files(folder))))
     assert not list(folder.glob("*/.*")), "half a file was left behind"
     record_of_numbers().finish()
 
 
 def test_a_run_goes_on_after_the_disk_was_full(tmp_path):
-    """Wherever the disk fills up: a chunk's arrays, a line of the journal, or the record's own files."""
+    """Wherever the disk fills up: a chunk, or the record's own files."""
     numbers_of = tmp_path / "undisturbed"
     finish(numbers, numbers_of)
     places = set()
-    for room in (1000, 3000, 10_000):
+    for room in (1000, 5000, 20_000):
         folder = tmp_path / str(room)
         folder.mkdir()
         finish(on_a_full_disk, folder, room)
@@ -277,7 +277,7 @@ def without_permission(tmp_path):
 @pytest.mark.parametrize("place", [below_a_file, below_proc, without_permission])
 def test_a_results_folder_that_cannot_be_written_ends_the_run_before_its_work(tmp_path, monkeypatch, place):
     monkeypatch.setattr(paths, "RESULTS", place(tmp_path))
-    monkeypatch.setattr(evaluate, "load_classifier", lambda *_, **__: pytest.fail("it had begun"))
+    monkeypatch.setattr(Attack, "__call__", lambda *_, **__: pytest.fail("it had begun"))
     with pytest.raises(OSError, match=str(paths.RESULTS / "digits")):
         Evaluation(Config(), verbose=False).columns(["coup"])
 

@@ -1,13 +1,12 @@
-"""Results of runs: a JSON record per experiment, a journal while it is being made, and reading both back.
+"""Results of runs: a JSON record per experiment, a file per chunk while it is made, and reading it back.
 
-Work is a list of chunks. Each finished chunk is appended to `results/<profile>/<name>-<hash>.journal` and
-synced, so a killed run continues behind its last whole chunk. When all are there, the JSON record is moved
-into place in one step and the journal goes. The hash is that of the settings: asking for the same settings
-reads the record back, from such a file or from the published ones (`store`); changed ones are another record.
+Work is a list of chunks. Each finished chunk is a file beside the future record, renamed into place when it
+is whole: what is there is done, and a killed run goes on behind it. When all are there, the record is moved
+into place in one step and the chunks go. A record is called by the hash of its settings: asking for these
+settings again reads it back, from such a file or from the published ones (`store`).
 
-Several processes, on one machine or on many with a common folder, may share the chunks of all records: each
-`Worker` has a journal of its own, and a lock for each chunk says what is in work. The numbers do not depend
-on who did what.
+Several processes, on one machine or on many with a common folder, may share the chunks of all records: a lock
+for each chunk says what is in work. The numbers do not depend on who did what.
 """
 
 import hashlib
@@ -20,11 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import filelock
 import numpy as np
@@ -38,9 +39,27 @@ from coup_lib.networks.precision import products
 APART = "images"  # the folder beside the records for arrays that can be made again
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
+JSON = "values.json"  # of a chunk's file, what is no array
 
 Progress = Callable[[int, int], None]
 Values = dict[str, Any]
+
+
+class Missing(LookupError):
+    """A record that is not there, and was not to be made."""
+
+
+_reading_only = ContextVar("no record may be made", default=False)
+
+
+@contextmanager
+def reading_only() -> Iterator[None]:
+    """In here a record that is not there is not made: `Missing` is raised."""
+    token = _reading_only.set(True)
+    try:
+        yield
+    finally:
+        _reading_only.reset(token)
 
 
 def config_hash(settings: dict[str, Any]) -> str:
@@ -101,32 +120,34 @@ class ChunkedRecord:
     def share(self, progress: Progress | None = None) -> None:
         """Compute the chunks that are not there yet and that nobody works on; wait for nobody else's.
 
-        progress is called as progress(chunks done, chunks in all) after each.
+        progress is called as progress(chunks done, chunks in all) after each. Raises `Missing` in
+        `reading_only` where the record is not there.
         """
-        journal = Journal(self.path, self.worker)
         if is_complete(self.path):
-            journal.remove()  # its writer may have been killed before it came to that
+            if any(file.exists() for file in self._files()):
+                self._clear()  # whoever wrote the record may have been killed before it came to that
             return
+        if _reading_only.get():
+            raise Missing(f"{self.name} is not on record")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(journal.path.with_suffix(".journal.lock")):
-            journal.mend()
-            for index in self.worker.order(len(self.chunks)):
-                with _lock(_chunk_path(self.path, index, "lock"), wait=False) as free:
-                    if free:
-                        self._compute(index, journal)
-                if progress:
-                    progress(len(journal.parts()), len(self.chunks))
-        if is_complete(self.path):  # by another: the locks taken since are for nobody
-            journal.remove()
+        for index in self.worker.order(len(self.chunks)):
+            self._compute(index, wait=False)
+            if progress:
+                progress(sum(path.exists() for path in self._files()), len(self.chunks))
 
     def finish(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Read the record back, or compute what is missing (resuming a journal), write it and return it.
+        """Read the record back, or compute what is missing, write it and return it.
 
-        Where another process works on a chunk, or as the same worker, this one says so and waits for it.
+        Where another process works on a chunk, this one says so and waits for it.
         """
         self.share(progress)
-        if not is_complete(self.path):
-            self._await_and_write()
+        while not is_complete(self.path):
+            for index in range(len(self.chunks)):
+                self._compute(index, wait=True)
+            with _lock(self.path.with_suffix(".lock")):
+                if not is_complete(self.path):
+                    self._combine()
+        self._clear()
         return read(self.path)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -143,43 +164,44 @@ class ChunkedRecord:
         """This record with its arrays beside it, in the folder where they are kept apart."""
         return replace(self, profile=f"{self.profile}/{APART}", apart=False)
 
-    def _await_and_write(self) -> None:
-        journal = Journal(self.path, self.worker)
-        for index in range(len(self.chunks)):
-            if is_complete(self.path):
-                break
-            if index not in journal.parts():
-                with _lock(_chunk_path(self.path, index, "lock")):
-                    self._compute(index, journal)
-        if not is_complete(self.path):
-            with _lock(self.path.with_suffix(".lock")):
-                if not is_complete(self.path):
-                    self._write([journal.parts()[index] for index in range(len(self.chunks))])
-        journal.remove()
+    def _files(self) -> list[Path]:
+        """Of every chunk its file. Chunks that were cut in another way are called otherwise."""
+        cut = hashlib.sha256(repr(list(self.chunks)).encode()).hexdigest()[:6]
+        return [self.path.with_name(f"{self.path.stem}.{cut}-{i}.npz") for i in range(len(self.chunks))]
 
-    def _compute(self, index: int, journal: "Journal") -> None:
-        """The chunk whose lock is held, unless somebody did it in the meantime."""
-        if index in journal.parts() or is_complete(self.path):
+    def _compute(self, index: int, *, wait: bool) -> None:
+        """The chunk, unless it is there, or another process is at it and this one is not to wait."""
+        file = self._files()[index]
+        if file.exists():
             return
-        started = time.perf_counter()
-        with products("float32"):  # unless `compute` says otherwise, as attacks may
-            arrays, values = _split(self.compute(self.chunks[index]))
-        values["seconds"] = round(time.perf_counter() - started, 3)
-        journal.append(index, len(self.chunks), values, arrays)
+        with _lock(file.with_suffix(".lock"), wait=wait) as free:
+            # Somebody may have done it in the meantime.
+            if not free or file.exists() or is_complete(self.path):
+                return
+            started = time.perf_counter()
+            with products("float32"):  # unless `compute` says otherwise, as attacks may
+                values = self.compute(self.chunks[index])
+            values["seconds"] = round(time.perf_counter() - started, 3)
+            _write_chunk(file, values)
 
-    def _write(self, parts: list["Part"]) -> None:
-        made = provenance()
-        others = {repr(_code(part.made)): part.made for part in parts if part.made}
-        others.pop(repr(_code(made)), None)
-        made |= {"seconds": round(sum(part.values.pop("seconds") for part in parts), 3)}
-        made |= {"peak_memory_mib": _peak_memory()} | ({"also": list(others.values())} if others else {})
-        self._put(*_split(self.combine([part.values for part in parts])), made)
+    def _combine(self) -> None:
+        """Write the record from its chunks; one that cannot be read is removed instead, to be made again."""
+        parts = []
+        for file in self._files():
+            try:
+                parts.append(_read_chunk(file))
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+                file.unlink(missing_ok=True)
+        if len(parts) == len(self.chunks):
+            made = _made_by(parts)
+            self._put(self.combine([values for values, _ in parts]), made)
 
-    def _put(self, arrays: Values, result: Values, made: dict[str, Any]) -> None:
+    def _put(self, result: Values, made: dict[str, Any]) -> None:
         """Write the record, its arrays first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        arrays, values = _split(result)
         if self.apart:
-            self._with_arrays()._put(arrays, result, made)
+            self._with_arrays()._put(result, made)
             arrays = {}
         elif arrays:
             _write_arrays(self.path.with_suffix(".npz"), arrays)
@@ -187,28 +209,40 @@ class ChunkedRecord:
             "name": self.name,
             "settings": self.settings,
             "hash": config_hash(self.settings),
-            "result": result,
+            "result": values,
             "arrays": sorted(arrays),
             "provenance": made,
         }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
         write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
+    def _clear(self) -> None:
+        """Delete chunks and locks; the record now holds all of it."""
+        folder, start = self.path.parent, f"{self.path.stem}."
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            if name.startswith(start) and name not in (self.path.name, f"{self.path.stem}.npz"):
+                (folder / name).unlink(missing_ok=True)
+
 
 def is_complete(path: Path) -> bool:
     """Whether the record is there, with the arrays it names (they may have been cleaned away)."""
-    document, place = _document(path)
-    return document is not None and (not document["arrays"] or place.with_suffix(".npz").exists())
+    found = _found(path)
+    return found is not None and (not found[1] or found[0].with_suffix(".npz").exists())
 
 
-def _document(path: Path) -> tuple[Document | None, Path]:
-    """The record of this file or else the published one, if any, and the file that its arrays lie beside."""
+def _found(path: Path) -> tuple[Path, list[str]] | None:
+    """Where the record lies, as a file of its own or published, and the names of its arrays."""
     if path.exists():
-        return json.loads(path.read_text()), path
+        return path, _own(path, path.stat().st_mtime_ns)
     for folder in (path.parent, paths.PUBLISHED / path.parent.name):
-        if document := published(folder).get(path.stem):
-            return document, folder / path.name
-    return None, path
+        if path.stem in (there := published(folder)):
+            return folder / path.name, there.arrays(path.stem)
+    return None
+
+
+@cache
+def _own(path: Path, _changed: int) -> list[str]:
+    return json.loads(path.read_text())["arrays"]
 
 
 def read(path: Path) -> Document:
@@ -217,101 +251,42 @@ def read(path: Path) -> Document:
     Raises:
         FileNotFoundError: where there is none.
     """
-    document, place = _document(path)
-    if document is None:
+    found = _found(path)
+    if found is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
-    if document["arrays"]:
+    place, names = found
+    document = json.loads(place.read_text()) if place.exists() else published(place.parent)[path.stem]
+    document["arrays"] = {}
+    if names:
         with np.load(place.with_suffix(".npz"), allow_pickle=False) as file:
-            document["arrays"] = {name: file[name] for name in document["arrays"]}
-    else:
-        document["arrays"] = {}
+            document["arrays"] = {name: file[name] for name in names}
     return document
 
 
-@dataclass(frozen=True)
-class Part:
-    """A finished chunk: its numbers and arrays, and the provenance of the process that made it."""
-
-    values: Values
-    made: dict[str, Any] | None
+def _write_chunk(file: Path, values: Values) -> None:
+    arrays, plain = _split(values)
+    text = json.dumps({"values": plain, "made": provenance()}, allow_nan=False)
+    _write_arrays(file, arrays | {JSON: np.array(text)})
 
 
-class Journal:
-    """Finished chunks, one JSON line each, in the order they were finished; arrays lie beside it.
-
-    A worker appends to its own file and reads those of all.
-    """
-
-    def __init__(self, record: Path, worker: Worker = Worker()) -> None:
-        self.record = record
-        name = "journal" if worker.count == 1 else f"{worker.index}of{worker.count}.journal"
-        self.path = record.with_name(f"{record.stem}.{name}")
-        self._parts: dict[int, Part] = {}
-
-    def parts(self) -> dict[int, Part]:
-        """Chunk index → what any worker made of it; a line cut short, or without its arrays, is none."""
-        for path in (path for path in self._files() if path.suffix == ".journal"):
-            for entry in entries(path):
-                if entry["chunk"] not in self._parts:
-                    try:
-                        values = entry["values"] | self._arrays(entry)
-                    except (OSError, ValueError):
-                        continue
-                    self._parts[entry["chunk"]] = Part(values, entry.get("made"))
-        return self._parts
-
-    def mend(self) -> None:
-        """Cut off a last line that a crash left half written: the next one has to start on its own."""
-        if self.path.exists():
-            text = self.path.read_bytes()
-            os.truncate(self.path, text.rfind(b"\n") + 1)
-
-    def append(self, index: int, count: int, values: Values, arrays: dict[str, np.ndarray]) -> None:
-        """Write one chunk of `count` and sync it to the disk."""
-        if arrays:
-            _write_arrays(_chunk_path(self.record, index, "npz"), arrays)
-        entry = {"chunk": index, "of": count, "values": values, "arrays": bool(arrays), "made": provenance()}
-        with self.path.open("ab") as file:
-            file.write((json.dumps(entry, allow_nan=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Delete all workers' journals, arrays and locks; the record now holds all of it."""
-        for path in self._files():
-            if path not in (self.record, self.record.with_suffix(".npz")):
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        """Whatever is called like the record. Not by a pattern: to match thousands of names takes longer."""
-        folder, start = self.record.parent, f"{self.record.stem}."
-        names = os.listdir(folder) if folder.is_dir() else []
-        return sorted(folder / name for name in names if name.startswith(start))
-
-    def _arrays(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-        if not entry["arrays"]:
-            return {}
-        with np.load(_chunk_path(self.record, entry["chunk"], "npz"), allow_pickle=False) as file:
-            return dict(file)
+def _read_chunk(file: Path) -> tuple[Values, dict[str, Any]]:
+    """A chunk's values, arrays among them, and the provenance of the process that made it."""
+    with np.load(file, allow_pickle=False) as stored:
+        plain = json.loads(str(stored[JSON]))
+        arrays = {name: stored[name] for name in stored.files if name != JSON}
+    return plain["values"] | arrays, plain["made"]
 
 
-def entries(journal: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a journal: chunk, of (how many), values, arrays (whether there are any), made."""
-    try:
-        lines = journal.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:  # the record was finished since we looked
-        return
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n"):
-            yield entry
-
-
-def _chunk_path(record: Path, index: int, suffix: str) -> Path:
-    return record.with_name(f"{record.stem}.chunk{index}.{suffix}")
+def _made_by(parts: Sequence[tuple[Values, dict[str, Any]]]) -> dict[str, Any]:
+    """The provenance of a record of these chunks; "also": of chunks that other code made, which is said."""
+    made = provenance()
+    others = {repr(_code(each)): each for _, each in parts}
+    others.pop(repr(_code(made)), None)
+    if others:
+        commits = ", ".join(sorted({each["commit"][:12] for each in (made, *others.values())}))
+        print(f"warning: a record was made by several versions of the code (commits {commits})", flush=True)
+    made |= {"seconds": round(sum(values.pop("seconds") for values, _ in parts), 3)}
+    return made | {"peak_memory_mib": _peak_memory()} | ({"also": [*others.values()]} if others else {})
 
 
 def provenance() -> dict[str, Any]:

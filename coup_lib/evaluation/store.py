@@ -59,6 +59,13 @@ class Published(Mapping[str, Document]):
     def __len__(self) -> int:
         return len(self._packed)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed
+
+    def arrays(self, name: str) -> list[str]:
+        """The names of a record's arrays, which lie in a file beside it."""
+        return self._packed[name]["arrays"]
+
 
 def key(document: Document) -> str:
     """What a record is called: its readable name and the hash of its settings."""

@@ -1,12 +1,11 @@
 """Publishing what a run made: its figures and tables into figures/, its records into results/."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from coup_lib import paths
-from coup_lib.evaluation import records, store
+from coup_lib.evaluation import store
 from coup_lib.evaluation.profiles import BUDGETS
 from coup_lib.files import write_atomically
 
