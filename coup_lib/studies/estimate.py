@@ -30,7 +30,7 @@ from coup_lib.evaluation.profiles import BUDGETS, PROFILES
 from coup_lib.evaluation.run import Evaluation, Job, Source, planning
 from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
 from coup_lib.likelihood import N_STEPS
-from coup_lib.networks import published as artefacts
+from coup_lib.networks import published
 from coup_lib.networks.checkpoints import CheckpointError
 from coup_lib.networks.precision import PRECISIONS, products
 from coup_lib.networks.zoo import is_ours, load_classifier, load_score, missing, needed
@@ -166,13 +166,13 @@ def show(name: str, *configs: Config, **own: Any) -> None:
 def obtain(planned: Iterable[Job]) -> None:
     """See that the images and networks that these jobs take are here, or fetch them.
 
-    Raises what `data.load_split` and `artefacts.obtain` raise where they cannot be had: of networks, all that
+    Raises what `data.load_split` and `published.obtain` raise where they cannot be had: of networks, all that
     are missing are named at once.
     """
     planned = list(planned)
     for which in {(job.config.sizes.dataset, job.config.split, job.config.subset) for job in planned}:
         load_split(*which)
-    artefacts.obtain(_networks(planned, needed))
+    published.obtain(_networks(planned, needed))
 
 
 def _networks(planned: Iterable[Job], which: Callable[..., list[str]]) -> list[str]:
