@@ -148,7 +148,7 @@ def test_robustbenchs_own_class_still_computes_what_it_did(name, classes, monkey
 def test_normalisation_is_inside_and_not_in_the_state():
     mean, std = CIFAR10_STATISTICS
     plain = WideResNet(10, 1)
-    normalised = load_state(WideResNet(10, 1, 10, mean, std), plain.state_dict(), "weights")
+    normalised = load_state(WideResNet(10, 1, 10, CIFAR10_STATISTICS), plain.state_dict(), "weights")
     x = torch.rand(2, 3, 32, 32)
     outside = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(normalised(x), plain.eval()(outside))
@@ -157,8 +157,7 @@ def test_normalisation_is_inside_and_not_in_the_state():
 def test_the_second_derivative_is_the_slope_of_the_first():
     """Float64, a Hessian-vector product of the confidence against a difference too small to meet a kink."""
     torch.manual_seed(0)
-    mean, std = CIFAR10_STATISTICS
-    network = WideResNet(10, 1, 10, mean, std)
+    network = WideResNet(10, 1, 10, CIFAR10_STATISTICS)
     io = published("wrn_10_1_io")
     network = load_state(network, seeded_weights(network, io), "weights").double()
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64).requires_grad_()
@@ -176,11 +175,6 @@ def test_the_second_derivative_is_the_slope_of_the_first():
 def test_another_depth_is_refused(depth):
     with pytest.raises(ValueError, match=rf"6n \+ 4.*got {depth}"):
         WideResNet(depth, 1)
-
-
-def test_a_mean_without_a_std_is_refused():
-    with pytest.raises(ValueError, match="expected mean and std, or neither"):
-        WideResNet(10, 1, mean=(0.5, 0.5, 0.5))
 
 
 def test_load_state_freezes_in_eval_mode_and_copies_every_weight():

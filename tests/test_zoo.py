@@ -85,7 +85,7 @@ def test_edms_denoiser_becomes_a_score(models, monkeypatch):
 )
 def test_classifiers_lose_the_prefixes_of_their_files(models, monkeypatch, dataset, name, place, wrap):
     classes = int(dataset.removeprefix("cifar"))
-    build = partial(WideResNet, depth=10, widen=1, classes=classes, mean=[0.5] * 3, std=[0.2] * 3)
+    build = partial(WideResNet, depth=10, widen=1, classes=classes, statistics=([0.5] * 3, [0.2] * 3))
     sized(monkeypatch, zoo.CLASSIFIERS, dataset, name, build)
     torch.manual_seed(0)
     trained, x = build().eval(), torch.rand(2, 3, 32, 32)
@@ -137,7 +137,7 @@ def test_listed_names(models):
 def test_a_readable_file_of_another_network_is_refused_and_not_recorded(models, monkeypatch):
     """Put under the right name: its first use ends in an error; the right file is taken after it."""
     place = "cifar10/classifier/wrn-70-16-dropout.pt"
-    build = partial(WideResNet, depth=10, widen=1, classes=10, mean=[0.5] * 3, std=[0.2] * 3)
+    build = partial(WideResNet, depth=10, widen=1, classes=10, statistics=([0.5] * 3, [0.2] * 3))
     sized(monkeypatch, zoo.CLASSIFIERS, "cifar10", "wrn-70-16-dropout", build)
     put(models, place, {"state_dict": SMALL().state_dict()})
     with pytest.raises(CheckpointError) as caught:

@@ -58,7 +58,7 @@ class TrainState:
     """All that a run needs to go on: network, moving average and the best of it, optimisers, chance, step."""
 
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
-        self.network, self.recipe, self.average = network, recipe, copy.deepcopy(network)
+        self.recipe, self.average = recipe, copy.deepcopy(network)
         self.step, self.lowest = 0, math.inf
         self.best: dict[str, Any] | None = None  # weights
         self.generator = Generator(next(network.parameters()).device).manual_seed(recipe.seed)
@@ -69,12 +69,13 @@ class TrainState:
         adam = torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=recipe.weight_decay)
         muon = [KernelMuon(kernels, recipe.muon_lr)] if recipe.muon_lr else []
         self.optimizers: list[torch.optim.Optimizer] = [adam, *muon]
+        self.parts: list[Any] = [network, self.average, *self.optimizers]
 
     def save(self, path: Path) -> None:
         """Write the state, whole or not at all."""
         content = {key: getattr(self, key) for key in ("step", "lowest", "best")}
         content |= {"recipe": repr(self.recipe), "generator": self.generator.get_state()}
-        content["parts"] = [part.state_dict() for part in (self.network, self.average, *self.optimizers)]
+        content["parts"] = [part.state_dict() for part in self.parts]
         write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     def load(self, path: Path) -> None:
@@ -87,7 +88,7 @@ class TrainState:
             )
         self.step, self.lowest, self.best = saved["step"], saved["lowest"], saved["best"]
         self.generator.set_state(saved["generator"].cpu())
-        for part, content in zip((self.network, self.average, *self.optimizers), saved["parts"], strict=True):
+        for part, content in zip(self.parts, saved["parts"], strict=True):
             part.load_state_dict(content)
 
 

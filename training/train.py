@@ -76,12 +76,12 @@ def train(
         if isinstance(network, NoiseNet):
             return train_digits.train_noise_net(network, data, load_split(dataset, "validation"), recipe)
         return train_digits.train_classifier(network, data, recipe, training_attack(dataset, name))
-    device = named_device("auto")
+    device, attack = named_device("auto"), training_attack(dataset, name)
     network, data = network.to(device), data.to(device)
     recipe = replace(RECIPES[dataset][name], precision=precision, **changes)
-    if not isinstance(network, PatchedDDPMpp):
+    if attack:
         network.load_state_dict(load_classifier(dataset, recipe.begins_with).state_dict())
-        return train_cifar.train_robust(network, data, training_attack(dataset, name), recipe, state)
+        return train_cifar.train_robust(network, data, attack, recipe, state)
     recipe = replace(recipe, compiled=compiled, batch=batch or recipe.batch)
     if begin_with:
         load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)

@@ -111,8 +111,7 @@ def _ours(state: Mapping[str, Any], network: DDPMpp, name: str) -> dict[str, Any
         if layer == "map_augment":
             continue  # describes how a training image was augmented, zero for an image as it is
         if kind == "resample_filter":  # a 2×2 box is what average pooling and repetition do anyway
-            if value.shape != (1, 1, 2, 2):
-                got = tuple(value.shape)
+            if (got := tuple(getattr(value, "shape", ()))) != (1, 1, 2, 2):
                 raise CheckpointError(f"{name}: {key}: expected shape (1, 1, 2, 2), got {got}")
         elif last in ("qkv", "NIN_3") and isinstance(value, Tensor):
             # A channel's query, key and value are neighbours among the outputs of qkv.

@@ -74,17 +74,15 @@ class Artefact:
 
 DRIVE = "https://drive.google.com/file/d/{}/view"
 AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-
-
-def _robustbench(name: str, what: str, drive: str) -> dict[str, Artefact]:
-    """A WRN-28-10 of RobustBench, which loads <name>.pt."""
-    return {
-        name: Artefact(
-            f"{name}.pt", f"RobustBench's WRN-28-10{what}", DRIVE.format(drive), "MIT", 4 * 36_490_000
-        )
-    }
-
-
+ROBUSTBENCH = {  # the name but for ".pt" → what the WRN-28-10 was trained for, and its id on Google Drive
+    "cifar10/Linf/Standard": (
+        "not adversarially; the paper's classifier",
+        "1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC",
+    ),
+    "cifar10/Linf/Wang2023Better_WRN-28-10": ("adversarially for Linf", "1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI"),
+    "cifar10/L2/Wang2023Better_WRN-28-10": ("adversarially for L2", "1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC"),
+    "cifar100/Linf/Wang2023Better_WRN-28-10": ("adversarially for Linf", "1-jOu3wKWyw0XnBCXDGR32xn8Bw9GTJgh"),
+}
 ARTEFACTS = {
     "ddpmpp-deep": Artefact(
         place="cifar10/score/checkpoint_8.pth",
@@ -93,26 +91,16 @@ ARTEFACTS = {
         licence="Apache-2.0 (the code's)",
         size=4 * 4 * 106_632_579,  # the weights, their averages and Adam's two moments
     ),
-    **_robustbench(
-        "cifar10/Linf/Standard",
-        ", not adversarially trained; the paper's classifier",
-        "1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC",
-    ),
-    **_robustbench(
-        "cifar10/Linf/Wang2023Better_WRN-28-10",
-        " adversarially trained for Linf",
-        "1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI",
-    ),
-    **_robustbench(
-        "cifar10/L2/Wang2023Better_WRN-28-10",
-        " adversarially trained for L2",
-        "1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC",
-    ),
-    **_robustbench(
-        "cifar100/Linf/Wang2023Better_WRN-28-10",
-        " adversarially trained for Linf on CIFAR-100",
-        "1-jOu3wKWyw0XnBCXDGR32xn8Bw9GTJgh",
-    ),
+    **{
+        name: Artefact(
+            place=f"{name}.pt",
+            what=f"RobustBench's WRN-28-10 trained {how}",
+            source=DRIVE.format(drive),
+            licence="MIT",
+            size=4 * 36_490_000,
+        )
+        for name, (how, drive) in ROBUSTBENCH.items()
+    },
     "wrn-70-16-dropout": Artefact(
         place="cifar10/classifier/wrn-70-16-dropout.pt",
         what="DiffPure's WRN-70-16 with dropout",
