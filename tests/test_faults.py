@@ -25,7 +25,7 @@ from closed_forms import small_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_thread import one_thread  # noqa: F401
-from test_artefacts import Hostile
+from test_published import Hostile
 from torch import nn
 
 from coup_lib import paths
@@ -475,7 +475,7 @@ def test_a_network_on_another_device_is_named(digits, build, who):
         defence(digits)
 
 
-# Files that run code; checkpoints that others published are in test_artefacts.py.
+# Files that run code; checkpoints that others published are in test_published.py.
 
 
 def test_a_pickle_among_our_own_weights_does_not_run(tmp_path):
@@ -486,7 +486,7 @@ def test_a_pickle_among_our_own_weights_does_not_run(tmp_path):
     torch.save({"weight": Hostile(proof)}, path)
     with pytest.raises(checkpoints.CheckpointError, match="expected SHA-256"):
         load_network("digits", "score", folder=folder)
-    checkpoints.write_sums({"digits/score.safetensors": zoo.artefacts.file_digest(path)}, folder)
+    checkpoints.record_sum("digits/score.safetensors", zoo.published.file_digest(path), folder)
     with pytest.raises(Exception, match="header too large"):
         load_network("digits", "score", folder=folder)
     assert not proof.exists()
@@ -499,7 +499,7 @@ def test_a_pickle_in_place_of_a_published_network_does_not_run(tmp_path, monkeyp
     monkeypatch.setenv("COUP_MODELS", str(tmp_path))
     monkeypatch.setattr(zoo, "is_smoke", lambda: False)
     listed = "cifar10/Linf/Standard" if name == "Standard" else name
-    file = zoo.artefacts.locate(listed)
+    file = zoo.published.locate(listed)
     file.parent.mkdir(parents=True)
     file.write_bytes(pickle.dumps({"state_dict": Hostile(proof)}, protocol=2))
     load = zoo.load_score if name in zoo.SCORES["cifar10"] else zoo.load_classifier

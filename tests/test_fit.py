@@ -1,12 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 
 from training import fit as fitting
-from training.fit import KernelMuon, average_into, fit
+from training.fit import KernelMuon, Recipe, average_into, fit
 
-SETTINGS = {"seed": 3, "steps": 12, "lr": 0.1, "decay": 0.9, "weight_decay": 0.0}
+RECIPE = Recipe(steps=12, batch=8, lr=0.1, decay=0.9, weight_decay=0.0, seed=3)
 
 
 class Killed(BaseException):
@@ -56,18 +58,18 @@ def numbers(network):
 @pytest.mark.parametrize("dies", [1, 4, 9, 12])
 def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, dies, score, muon_lr):
     monkeypatch.setattr(fitting, "SAVE_EVERY", -1)  # at every step
-    state, settings = tmp_path / "state.pt", SETTINGS | {"every": 2, "muon_lr": muon_lr}
+    state, recipe = tmp_path / "state.pt", replace(RECIPE, every=2, muon_lr=muon_lr)
 
     def network():
         return nn.Sequential(*line(), nn.Linear(1, 1))
 
-    undisturbed = fit(network(), loss_until(), score, **settings)
+    undisturbed = fit(network(), loss_until(), recipe, score)
     with pytest.raises(Killed):
-        fit(network(), loss_until(dies), score, state=state, **settings)
-    resumed = fit(network(), loss_until(), score, state=state, **settings)
+        fit(network(), loss_until(dies), recipe, score, state)
+    resumed = fit(network(), loss_until(), recipe, score, state)
     assert torch.equal(numbers(resumed), numbers(undisturbed))
     # Done is done: asked again, it takes no step.
-    again = fit(network(), loss_until(dies=1), score, state=state, **settings)
+    again = fit(network(), loss_until(dies=1), recipe, score, state)
     assert torch.equal(numbers(again), numbers(undisturbed))
 
 
@@ -80,22 +82,22 @@ def test_a_compiled_network_is_trained_as_itself_and_returned_without_its_progra
 
     monkeypatch.setattr(nn.Module, "compile", eager)
     network = kernels()
-    best = fit(network, images_loss, muon_lr=0.02, compiled=True, **SETTINGS)
+    best = fit(network, images_loss, replace(RECIPE, muon_lr=0.02, compiled=True))
     assert compiled == [network] and best._compiled_call_impl is None
-    assert torch.equal(numbers(best), numbers(fit(kernels(), images_loss, muon_lr=0.02, **SETTINGS)))
+    assert torch.equal(numbers(best), numbers(fit(kernels(), images_loss, replace(RECIPE, muon_lr=0.02))))
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):
     state = tmp_path / "state.pt"
-    fit(line(), loss_until(), state=state, **SETTINGS)
-    with pytest.raises(ValueError, match=r"state\.pt: expected .*'steps': 13.* got one with .*'steps': 12"):
-        fit(line(), loss_until(), state=state, **SETTINGS | {"steps": 13})
+    fit(line(), loss_until(), RECIPE, state=state)
+    with pytest.raises(ValueError, match=r"state\.pt: expected .*steps=13.* got one with .*steps=12"):
+        fit(line(), loss_until(), replace(RECIPE, steps=13), state=state)
 
 
 def test_muon_moves_every_kernel_but_the_last_by_a_nearly_orthogonal_matrix():
-    before, one_step = kernels(), SETTINGS | {"steps": 1, "decay": 0.0}
-    after = fit(kernels(), images_loss, muon_lr=0.02, **one_step)
-    adam = fit(kernels(), images_loss, **one_step)
+    before, one_step = kernels(), replace(RECIPE, steps=1, decay=0.0)
+    after = fit(kernels(), images_loss, replace(one_step, muon_lr=0.02))
+    adam = fit(kernels(), images_loss, one_step)
     moved = (after[0].weight - before[0].weight).detach().flatten(1)
     # The first of 100 steps of warming up; Muon's five iterations end between 0.68 and 1.13.
     singular = torch.linalg.svdvals(moved) / (0.02 / 100)
@@ -125,8 +127,8 @@ def test_the_average_of_lowest_score_is_returned():
         seen.append((away(network), numbers(network)))
         return seen[-1][0]
 
-    best = fit(line(), loss_until(), score, every=1, **SETTINGS)
-    assert len(seen) == SETTINGS["steps"]
+    best = fit(line(), loss_until(), replace(RECIPE, every=1), score)
+    assert len(seen) == RECIPE.steps
     lowest = min(range(len(seen)), key=lambda i: seen[i][0])
     assert 0 < lowest < len(seen) - 1
     assert torch.equal(numbers(best), seen[lowest][1])
@@ -134,7 +136,7 @@ def test_the_average_of_lowest_score_is_returned():
 
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision: expected one of float32, bfloat16; got 'half'"):
-        fit(line(), loss_until(), precision="half", **SETTINGS)
+        replace(RECIPE, precision="half")
 
 
 def test_average_into_averages_weights_and_copies_statistics():

@@ -1,5 +1,6 @@
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from training.denoising import denoising_loss
 from training.digits import deformed, redrawable, redrawn, train_classifier
 from training.train import flops, main, model_card, right, train
 
+TWO_STEPS = replace(train_digits.ROBUST, steps=2)
 NUMBER = r"\d+\.?\d*"
 # Accuracy on validation that each classifier is above; robustness costs some.
 CLASSIFIERS = {"cnn-small": 0.97, "cnn-large": 0.97, "cnn-small-linf": 0.94, "cnn-small-l2": 0.97}
@@ -169,7 +171,7 @@ def test_classifiers_learn_from_the_attacked_images():
     network = build_network("digits", "cnn-small")
     network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
     attack = Stub("pgd", "Linf", 0.1)
-    train_classifier(network, load_split("digits", "train"), seed=0, steps=2, attack=attack)
+    train_classifier(network, load_split("digits", "train"), TWO_STEPS, attack)
     assert len(made) == 2 and all(torch.equal(a, b) for a, b in zip(made, shown, strict=True))
 
 
@@ -179,7 +181,7 @@ def test_each_step_of_adversarial_training_starts_elsewhere(monkeypatch):
     one, shown, network = load_split("digits", "train").first(1), [], build_network("digits", "cnn-small")
     network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0].detach().clone()))
     attack = Attack("pgd", "Linf", 0.1, n_iter=1, eot=1)
-    train_classifier(network, one, seed=0, steps=2, attack=attack)
+    train_classifier(network, one, TWO_STEPS, attack)
     (clean, start), (again, other) = (shown[place : place + 2] for place in (0, len(shown) // 2))
     assert torch.equal(clean, again) and not torch.equal(start, other)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coup_lib.guidance import gradient_of
 from coup_lib.networks.checkpoints import load_state
-from coup_lib.networks.resnet import Block, Normalise, cifar_resnet, resnet18
+from coup_lib.networks.resnet import Block, cifar_resnet, resnet18
 
 DATA = Path(os.environ.get("COUP_DATA", ""))
 IMAGES = DATA / "cifar10_exact_subset.npz"
@@ -97,12 +97,6 @@ def test_another_depth_is_refused(depth):
 def test_a_grey_image_is_refused_rather_than_broadcast():
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 1, 32, 32\)"):
         cifar_resnet(20)(torch.rand(1, 1, 32, 32))
-
-
-@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.5, 0.5, 0.5), (0.2, 0.0, 0.2))])
-def test_statistics_that_cannot_normalise_are_refused(mean, std):
-    with pytest.raises(ValueError, match="three means and three positive stds"):
-        Normalise(mean, std)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

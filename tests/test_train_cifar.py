@@ -1,5 +1,6 @@
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from training.denoising import denoising_loss, noise_error
 
 TINY = {"width": 8, "multipliers": (1, 1), "blocks": 1, "attention_at": (8,)}
 SMALL = PROFILES["cifar10-small"]
+SCORE, ROBUST = (train_cifar.RECIPES[name] for name in ("score-small", "resnet20-linf"))
 KEY = "network.all_modules.0.weight"
 NUMBER = r"\d+\.?\d*"
 
@@ -128,7 +130,7 @@ def test_most_times_of_training_are_short_few_next_to_zero(images, monkeypatch):
         return noise_error(network, x, t, noise)
 
     monkeypatch.setattr(train_cifar, "noise_error", seen)
-    train_cifar.train_score(PatchedDDPMpp(**TINY), images, images, seed=0, steps=8, batch=64)
+    train_cifar.train_score(PatchedDDPMpp(**TINY), images, images, replace(SCORE, steps=8, batch=64))
     t = torch.cat(times)
     assert t.min() > 0 and t.max() <= T_MAX + 1e-4
     for s in (1 / 15, 1 / 3, 1 / 2):
@@ -142,7 +144,7 @@ def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monke
     def weights(state=None):
         torch.manual_seed(0)
         network = PatchedDDPMpp(**TINY)
-        trained = train_cifar.train_score(network, images, images, seed=1, steps=3, batch=4, state=state)
+        trained = train_cifar.train_score(network, images, images, replace(SCORE, steps=3, batch=4), state)
         return torch.cat([p.flatten() for p in trained.parameters()])
 
     def killed(*given):
@@ -178,7 +180,7 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
 
     with pytest.raises(ValueError, match="--only: expected one of resnet20-l2, resnet20-linf, score-small"):
         train.main(["--dataset", "cifar10", "--only", "score"])
-    with pytest.raises(ValueError, match=r"'batch': 3.* got one with .*'batch': 2"):
+    with pytest.raises(ValueError, match=r"batch=3.* got one with .*batch=2"):
         train.main([*arguments, "--batch", "3"])
     with pytest.raises(ValueError, match="--batch: expected a number greater than 0"):
         train.main([*arguments, "--batch", "0"])
@@ -208,13 +210,13 @@ def test_a_score_network_is_trained_further_from_weights_that_are_named(random_c
     first = train.train("cifar10", SMALL.score, seed=0, steps=1, batch=2)
     path = save_network(first, "cifar10", SMALL.score, folder=tmp_path, half=True)
     given = []
-    monkeypatch.setattr(train_cifar, "fit", lambda network, *_, **settings: given.append(settings) or network)
+    monkeypatch.setattr(train_cifar, "fit", lambda network, loss, recipe, *_: given.append(recipe) or network)
     begun = train.train("cifar10", SMALL.score, seed=1, begin_with=path)
     assert all(parameter.requires_grad for parameter in begun.parameters()) and begun.training
     for key, value in first.state_dict().items():
         assert torch.equal(begun.state_dict()[key].half(), value.half()), key
     # Another run's state is not taken up: the file's digest is among what tells runs apart.
-    assert read_sums(tmp_path)[f"cifar10/{SMALL.score}.safetensors"] == given[0]["also"]["begins with"]
+    assert read_sums(tmp_path)[f"cifar10/{SMALL.score}.safetensors"] == given[0].begins_with
 
 
 @pytest.mark.parametrize(
@@ -238,8 +240,8 @@ def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
         begun.append(name)
         return published
 
-    def train_robust(network, data, attack, *, seed, steps, lr, **_):
-        met.append((attack.norm, attack.n_iter, steps, lr))
+    def train_robust(network, data, attack, recipe, state):
+        met.append((attack.norm, attack.n_iter, recipe.steps, recipe.lr))
         return network
 
     monkeypatch.setattr(train, "load_classifier", load)
@@ -247,7 +249,7 @@ def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
     for name in SMALL.robust_classifiers.values():
         assert torch.equal(train.train("cifar10", name, seed=0).conv1.weight, published.conv1.weight)
     assert begun == ["resnet20-l2", "resnet20"]
-    recipes = {norm: train_cifar.ROBUST[name] for norm, name in SMALL.robust_classifiers.items()}
+    recipes = {norm: train_cifar.RECIPES[name] for norm, name in SMALL.robust_classifiers.items()}
     assert met == [(NORM_LABELS[norm], r.pgd_steps, r.steps, r.lr) for norm, r in recipes.items()]
 
 
@@ -262,7 +264,7 @@ def test_adversarial_training_keeps_the_statistics(images):
             return super().__call__(network, x, y)
 
     attack = Spy("clean", "Linf", 0.1)
-    trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, seed=0, steps=2, lr=1e-3)
+    trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, replace(ROBUST, steps=2))
     assert len(seen) == 2 and not any(training for training, _, _ in seen)
     for key, value in published.state_dict().items():
         same = torch.equal(trained.state_dict()[key], value)
@@ -283,8 +285,8 @@ def test_each_step_of_adversarial_training_starts_elsewhere_also_after_a_kill(im
 
     def weights(state=None):
         attack = Spy("pgd", "Linf", 0.1, n_iter=1, eot=1)
-        settings = {"seed": 0, "steps": 3, "lr": 1e-3, "state": state}
-        trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, **settings)
+        recipe = replace(ROBUST, steps=3)
+        trained = train_cifar.train_robust(copy.deepcopy(published), images, attack, recipe, state)
         return torch.cat([p.flatten() for p in trained.parameters()])
 
     dies_at = None

@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+from test_edm import fresh, weights
 
 from coup_lib.networks import zoo
 from coup_lib.networks.checkpoints import CheckpointError
 from coup_lib.networks.ddpmpp import DDPMpp
-from coup_lib.networks.edm import Denoiser
+from coup_lib.networks.edm import Denoiser, load_edm
 from coup_lib.networks.wideresnet import WideResNet
 from coup_lib.score import DenoisedScore, NoiseScore
 
@@ -67,10 +68,9 @@ def test_a_checkpoint_of_another_network_is_refused(models):
 
 
 def test_edms_denoiser_becomes_a_score(models, monkeypatch):
-    sized(monkeypatch, zoo.SCORES, "cifar100", "edm-vp", zoo.small_edm)
-    torch.manual_seed(0)
-    trained = zoo.small_edm().eval()
-    put(models, "cifar100/score/edm_cifar100_uncond_vp.pt", trained.state_dict())
+    sized(monkeypatch, zoo.SCORES, "cifar100", "edm-vp", fresh)
+    trained = load_edm(fresh(), weights())
+    put(models, "cifar100/score/edm_cifar100_uncond_vp.pt", weights())
     score, x, t = zoo.load_score("cifar100", "edm-vp"), torch.randn(2, 3, 32, 32), torch.tensor(0.1)
     assert isinstance(score, DenoisedScore) and isinstance(score.denoiser, Denoiser)
     assert torch.equal(score(x, t), DenoisedScore(trained)(x, t))
@@ -85,7 +85,7 @@ def test_edms_denoiser_becomes_a_score(models, monkeypatch):
 )
 def test_classifiers_lose_the_prefixes_of_their_files(models, monkeypatch, dataset, name, place, wrap):
     classes = int(dataset.removeprefix("cifar"))
-    build = partial(WideResNet, depth=10, widen=1, classes=classes, mean=[0.5] * 3, std=[0.2] * 3)
+    build = partial(WideResNet, depth=10, widen=1, classes=classes, statistics=([0.5] * 3, [0.2] * 3))
     sized(monkeypatch, zoo.CLASSIFIERS, dataset, name, build)
     torch.manual_seed(0)
     trained, x = build().eval(), torch.rand(2, 3, 32, 32)
@@ -108,7 +108,7 @@ def test_untrained_networks_are_of_full_size_and_need_no_file(models):
             zoo.load_score("cifar100", "edm-vp", trained=False),
         )
     }
-    assert list(sizes.values()) == [36_479_194, 2_255_156, 55_733_891]
+    assert list(sizes.values()) == [36_479_194, 2_255_156, 55_732_739]
     assert not list(models.iterdir())
 
 
@@ -134,24 +134,22 @@ def test_listed_names(models):
     assert zoo.needed("cifar10", ["resnet20-linf"], "score-small") == []
 
 
-def test_a_readable_file_of_another_network_is_found_before_work_and_not_recorded(models, monkeypatch):
+def test_a_readable_file_of_another_network_is_refused_and_not_recorded(models, monkeypatch):
     """Put under the right name: its first use ends in an error; the right file is taken after it."""
     place = "cifar10/classifier/wrn-70-16-dropout.pt"
-    build = partial(WideResNet, depth=10, widen=1, classes=10, mean=[0.5] * 3, std=[0.2] * 3)
+    build = partial(WideResNet, depth=10, widen=1, classes=10, statistics=([0.5] * 3, [0.2] * 3))
     sized(monkeypatch, zoo.CLASSIFIERS, "cifar10", "wrn-70-16-dropout", build)
-    put(models, place, {"state_dict": zoo.small_edm().state_dict()})
+    put(models, place, {"state_dict": SMALL().state_dict()})
     with pytest.raises(CheckpointError) as caught:
-        zoo.obtain("cifar10", ["wrn-70-16-dropout"])
+        zoo.load_classifier("cifar10", "wrn-70-16-dropout")
     first, *rest = str(caught.value).splitlines()
-    assert first.startswith(f"{models / place}: wrn-70-16-dropout does not fit WideResNet: ")
-    assert "missing, the first " in first and "unexpected, the first " in first
+    assert first.startswith(f"{models / place}: wrn-70-16-dropout does not fit WideResNet at ")
+    assert "got nothing; and all_modules" in first and "expected nothing" in first
     assert any("from https://drive.google.com" in line for line in rest)
     assert not (models / "SHA256SUMS").exists()
     put(models, place, build().state_dict())
-    zoo.obtain("cifar10", ["wrn-70-16-dropout"])
+    zoo.load_classifier("cifar10", "wrn-70-16-dropout")
     assert place in (models / "SHA256SUMS").read_text()
-    monkeypatch.setattr(zoo, "load_classifier", lambda *_: pytest.fail("it was used before"))
-    zoo.obtain("cifar10", ["wrn-70-16-dropout"])
 
 
 @pytest.mark.parametrize("name", ["Standard", "Carmon2019Unlabeled"])
@@ -159,7 +157,7 @@ def test_what_robustbench_cannot_load_is_named_with_its_file(models, monkeypatch
     def refuse(model, **settings):
         raise RuntimeError("Error(s) in loading state_dict for Net: Missing key(s): " + 1000 * '"a.weight", ')
 
-    monkeypatch.setattr(zoo, "robustbench_model", refuse)
+    monkeypatch.setattr(zoo, "robustbench_loader", lambda: refuse)
     place = f"cifar10/Linf/{name}.pt"
     put(models, place, {"state_dict": {"b": torch.ones(1)}})
     with pytest.raises(CheckpointError, match=rf"{models / place}: .*Missing key.* \"a.weight\"") as caught:
@@ -194,9 +192,9 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.skipif(INSTALLED, reason="robustbench is installed")
-def test_without_the_extra_the_message_says_how_to_get_it():
+def test_without_the_extra_the_message_says_how_to_get_it(models):
     with pytest.raises(ImportError, match=r"pip install 'coup-lib\[cifar\]'"):
-        zoo.robustbench_model("Standard")
+        zoo.load_classifier("cifar10", "Carmon2019Unlabeled")
 
 
 @pytest.mark.skipif(not INSTALLED, reason="robustbench is not installed (an extra)")
@@ -204,8 +202,8 @@ def test_a_file_put_by_hand_is_loaded_offline(tmp_path):
     """RobustBench's own architecture with random weights, saved where its loader looks first."""
     code = """
 import torch
-from coup_lib.networks.zoo import _mend_autoattack, digest, load_classifier
-_mend_autoattack()
+from coup_lib.networks.zoo import digest, load_classifier, robustbench_loader
+robustbench_loader()
 from robustbench.model_zoo.architectures.wide_resnet import WideResNet
 from coup_lib.paths import model_dir
 path = model_dir() / "cifar10" / "Linf" / "Standard.pt"

@@ -3,8 +3,8 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,98 +21,125 @@ SAVE_EVERY = 60  # seconds
 Loss = Callable[[nn.Module, Generator], Tensor]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained, and what tells one run from another.
+
+    lr, weight_decay: of AdamW. decay: of the moving average, approached from below. pgd_steps: of the attack
+    in adversarial training. begins_with: the weights from which the network is trained further, by their name
+    or SHA-256. muon_lr: of Muon, which then has the kernels but the last, AdamW the rest. every: steps after
+    which the score is asked. images: how many there are. precision: of the network's products; weights are
+    float32 all the time. compiled: train one program that torch.compile makes of the network: a minute first,
+    then faster.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    decay: float
+    weight_decay: float
+    pgd_steps: int = 0
+    begins_with: str = ""
+    muon_lr: float | None = None
+    every: int = 100
+    seed: int = 0
+    images: int = 0
+    precision: str = "float32"
+    compiled: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        choice("precision", self.precision, PRECISIONS)
+
+
+class TrainState:
+    """All that a run needs to go on: network, moving average and the best of it, optimisers, chance, step."""
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        self.recipe, self.average = recipe, copy.deepcopy(network)
+        self.step, self.lowest = 0, math.inf
+        self.best: dict[str, Any] | None = None  # weights
+        self.generator = Generator(next(network.parameters()).device).manual_seed(recipe.seed)
+        # The last kernel speaks of outputs, not of features: Muon's authors leave it to AdamW.
+        kernels = [p for p in network.parameters() if p.ndim > 1][:-1] if recipe.muon_lr else []
+        chosen = {id(kernel) for kernel in kernels}
+        rest = [p for p in network.parameters() if id(p) not in chosen]
+        adam = torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        muon = [KernelMuon(kernels, recipe.muon_lr)] if recipe.muon_lr else []
+        self.optimizers: list[torch.optim.Optimizer] = [adam, *muon]
+        self.parts: list[Any] = [network, self.average, *self.optimizers]
+
+    def save(self, path: Path) -> None:
+        """Write the state, whole or not at all."""
+        content = {key: getattr(self, key) for key in ("step", "lowest", "best")}
+        content |= {"recipe": repr(self.recipe), "generator": self.generator.get_state()}
+        content["parts"] = [part.state_dict() for part in self.parts]
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def load(self, path: Path) -> None:
+        """Take up a saved state; ValueError for that of another recipe."""
+        saved = torch.load(path, map_location=self.generator.device, weights_only=True)
+        if (got := saved.get("recipe")) != repr(self.recipe):
+            raise ValueError(
+                f"{path}: expected the state of a run with {self.recipe}; got one with {got}. "
+                "Ask for that run, or remove the file to start anew"
+            )
+        self.step, self.lowest, self.best = saved["step"], saved["lowest"], saved["best"]
+        self.generator.set_state(saved["generator"].cpu())
+        for part, content in zip(self.parts, saved["parts"], strict=True):
+            part.load_state_dict(content)
+
+
 def fit(
     network: nn.Module,
     loss: Loss,
+    recipe: Recipe,
     score: Callable[[nn.Module], float] | None = None,
-    *,
-    seed: int,
-    steps: int,
-    lr: float,
-    decay: float,
-    weight_decay: float,
-    muon_lr: float | None = None,
-    every: int = 100,
-    precision: str = "float32",
-    compiled: bool = False,
     state: Path | None = None,
-    also: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Warm-up, cosine decay; returns the moving average of lowest score, or else the last.
 
     Args:
         loss: takes all its chance from the generator, which is on the network's device.
-        score: lower is better; asked every so many steps.
-        lr, weight_decay: of AdamW.
-        decay: of the moving average, approached from below.
-        muon_lr: of Muon, which then has the kernels but the last, AdamW the rest.
-        precision: of the network's products while it is trained; weights are float32 all the time.
-        compiled: train one program that torch.compile makes of the network: a minute first, then faster.
+        score: lower is better.
         state: where a run writes once a minute how far it is, and where the same run goes on from. Left
             there at the end: to ask again for as many steps costs nothing.
-        also: what else tells this run from another one, such as the size of a batch.
 
     Raises:
-        ValueError: for an unknown precision, or where another run left its state.
+        ValueError: where another run left its state.
     """
-    choice("precision", precision, PRECISIONS)
-    device = next(network.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    optimizers = _optimizers(network, lr, weight_decay, muon_lr)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    average = copy.deepcopy(network)
-    best, lowest, first = average, math.inf, 0
-    if compiled:
+    run, saved_at = TrainState(network, recipe), time.monotonic()
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
+    if recipe.compiled:
         network.compile()  # in place; its copies are not
-    settings = {"seed": seed, "steps": steps, "lr": lr, "decay": decay, "precision": precision}
-    settings |= {"muon_lr": muon_lr, **(also or {})}
     if state and state.exists():
-        saved = _read(state, settings, device)
-        network.load_state_dict(saved["network"])
-        average.load_state_dict(saved["average"])
-        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-        generator.set_state(saved["generator"].cpu())
-        first, lowest = saved["step"], saved["lowest"]
-        if saved["best"]:
-            best = copy.deepcopy(average)
-            best.load_state_dict(saved["best"])
-
-    def keep(step: int) -> None:
-        assert state
-        content = {
-            "settings": settings,
-            "step": step,
-            "lowest": lowest,
-            "network": network.state_dict(),
-            "average": average.state_dict(),
-            "best": None if best is average else best.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "generator": generator.get_state(),
-        }
-        write_atomically(state, lambda temporary: torch.save(content, temporary))
-
-    saved_at = time.monotonic()
-    bar = tqdm(range(first, steps), mininterval=5, initial=first, total=steps)
+        run.load(state)
+    low = recipe.precision == "bfloat16"
+    bar = tqdm(range(run.step, recipe.steps), mininterval=5, initial=run.step, total=recipe.steps)
     for step in bar:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        for optimizer, peak in zip(run.optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
         network.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
-            value = loss(network, generator)
+        with torch.autocast(run.generator.device.type, torch.bfloat16, enabled=low):
+            value = loss(network, run.generator)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in run.optimizers:
             optimizer.step()
-        average_into(average, network, min(decay, (2 + step) / (11 + step)))
-        if score and (step + 1) % every == 0 and (now := score(average)) < lowest:
-            best, lowest = copy.deepcopy(average), now
+        average_into(run.average, network, min(recipe.decay, (2 + step) / (11 + step)))
+        run.step = step + 1
+        if score and run.step % recipe.every == 0 and (now := score(run.average)) < run.lowest:
+            run.best, run.lowest = copy.deepcopy(run.average.state_dict()), now
             bar.set_postfix(validation=f"{now:.4f}")
-        if state and (time.monotonic() - saved_at > SAVE_EVERY or step + 1 == steps):
-            keep(step + 1)
+        if state and (time.monotonic() - saved_at > SAVE_EVERY or run.step == recipe.steps):
+            run.save(state)
             saved_at = time.monotonic()
-    return best
+    if run.best:
+        run.average.load_state_dict(run.best)
+    return run.average
 
 
 class KernelMuon(torch.optim.Muon):
@@ -128,27 +155,6 @@ class KernelMuon(torch.optim.Muon):
         for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
             matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
         return super().step(closure)
-
-
-def _optimizers(
-    network: nn.Module, lr: float, weight_decay: float, muon_lr: float | None
-) -> list[torch.optim.Optimizer]:
-    # The last kernel speaks of outputs, not of features: Muon's authors leave it to AdamW.
-    kernels = [p for p in network.parameters() if p.ndim > 1][:-1] if muon_lr else []
-    chosen = {id(kernel) for kernel in kernels}
-    rest = [p for p in network.parameters() if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)
-    return [adam, KernelMuon(kernels, muon_lr)] if muon_lr else [adam]
-
-
-def _read(state: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    saved = torch.load(state, map_location=device, weights_only=True)
-    if saved["settings"] != settings:
-        raise ValueError(
-            f"{state}: expected the state of a run with {settings}; got one with {saved['settings']}. "
-            "Ask for that run, or remove the file to start anew"
-        )
-    return saved
 
 
 @torch.no_grad()

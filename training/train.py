@@ -11,7 +11,8 @@ taken in another order and the weights differ slightly.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,114 @@ from training import digits as train_digits
 from training.denoising import denoising_loss
 from training.fit import PRECISIONS
 
-RECIPES = {"digits": train_digits, "cifar10": train_cifar}
+RECIPES = {"digits": train_digits.RECIPES, "cifar10": train_cifar.RECIPES}
 TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the profile that its networks are for
-CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 STATES = ROOT / "build" / "training"
 COMMANDS = "commands.json"  # beside the weights: network → the commands that trained it, one after the other
+CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+# Whose images the card's denoising losses are of, and how many of them at most.
+CARD_IMAGES = {"digits": (285, ("validation",)), "cifar10": (128, ("validation", "train"))}
 
 
-# --- what is measured ---
+def train(
+    dataset: str,
+    name: str,
+    *,
+    seed: int,
+    steps: int | None = None,
+    batch: int | None = None,
+    begin_with: Path | None = None,
+    compiled: bool = False,
+    precision: str = "float32",
+    state: Path | None = None,
+) -> nn.Module:
+    """One trained network, fixed by the seed and the thread count.
+
+    Args:
+        steps: other than the recipe's.
+        batch, begin_with, compiled: of CIFAR-10's score network: images per step; weights from which it is
+            trained further, instead of from scratch; training by torch.compile.
+        precision, state: see `Recipe` and `fit`; for CIFAR-10, whose training takes long.
+    """
+    torch.manual_seed(seed)
+    network, data = build_network(dataset, name), load_split(dataset, "train")
+    changes: dict[str, Any] = {"seed": seed, "images": len(data)} | ({"steps": steps} if steps else {})
+    if dataset == "digits":
+        recipe = replace(RECIPES[dataset][name], **changes)
+        if isinstance(network, NoiseNet):
+            return train_digits.train_noise_net(network, data, load_split(dataset, "validation"), recipe)
+        return train_digits.train_classifier(network, data, recipe, training_attack(dataset, name))
+    device, attack = named_device("auto"), training_attack(dataset, name)
+    network, data = network.to(device), data.to(device)
+    recipe = replace(RECIPES[dataset][name], precision=precision, **changes)
+    if attack:
+        network.load_state_dict(load_classifier(dataset, recipe.begins_with).state_dict())
+        return train_cifar.train_robust(network, data, attack, recipe, state)
+    recipe = replace(recipe, compiled=compiled, batch=batch or recipe.batch)
+    if begin_with:
+        load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)
+        recipe = replace(recipe, begins_with=file_digest(begin_with))
+    held_out = load_split(dataset, "validation").to(device)
+    return train_cifar.train_score(network, data, held_out, recipe, state)
+
+
+def training_attack(dataset: str, name: str) -> Attack | None:
+    """What an adversarially trained classifier meets under training, by the norm it is named after."""
+    profile = PROFILES[TRAINED[dataset]]
+    for norm, robust in profile.robust_classifiers.items():
+        if name == robust:
+            n_iter = RECIPES[dataset][name].pgd_steps
+            return Attack("pgd", NORM_LABELS[norm], profile.eps[norm], n_iter=n_iter, eot=1)
+    return None
+
+
+# --- the model card ---
+
+
+def model_card(dataset: str, *, folder: Path = WEIGHTS) -> str:
+    """The README.md of a folder of weights, every number measured on the files that lie there."""
+    names = [name for name in NETWORKS[dataset] if weights_path(dataset, name, folder).exists()]
+    networks = {name: load_network(dataset, name, folder=folder) for name in names}
+    splits = {split: load_split(dataset, split) for split in SIZES[dataset]}
+    most, shown = CARD_IMAGES[dataset]
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for name, lines in read_commands(dataset, folder).items():
+        ways.setdefault(tuple(lines), []).append(name)
+    commands = (f"- {', '.join(ways[way])}: {', then '.join(f'`{line}`' for line in way)}" for way in ways)
+    classifiers, scores = [], []
+    for name, network in networks.items():
+        if not is_score(network):
+            found = [Accuracy.of(right(network, splits[split])) for split in ("validation", "test")]
+            cells = (f"{value.value:.2f} % [{value.low:.1f}, {value.high:.1f}]" for value in found)
+            classifiers.append(_row(dataset, name, network, cells))
+        for split in shown if is_score(network) else ():
+            where = "" if split == "validation" else f", on {split} images"
+            images = splits[split].first(min(most, len(splits[split])))
+            cells = (f"{denoising_loss(network, images, t):.4f}" for t in CARD_TIMES)
+            scores.append(_row(dataset, name + where, network, cells))
+    return (
+        Path(__file__)
+        .with_name(f"{dataset}.md")
+        .read_text()
+        .format(
+            **{split: len(data) for split, data in splits.items()},
+            split_seed=SPLIT_SEED,
+            commands="\n".join(commands),
+            t_max=T_MAX,
+            recipes=RECIPES[dataset],
+            pgd_step=PGD_STEP,
+            loss_images=min(most, len(splits["validation"])),
+            classifiers="\n".join(classifiers),
+            times=" | ".join(f"t = {t}" for t in CARD_TIMES),
+            rules="---|" * len(CARD_TIMES),
+            scores="\n".join(scores),
+        )
+    )
+
+
+def _row(dataset: str, name: str, network: nn.Module, cells: Iterable[str]) -> str:
+    size = sum(parameter.numel() for parameter in network.parameters())
+    return f"| {name} | {size} | {flops(network, SHAPES[dataset]) / 1e6:.2f} | {' | '.join(cells)} |"
 
 
 @torch.no_grad()
@@ -68,160 +169,37 @@ def is_score(network: nn.Module) -> bool:
     return isinstance(network, NoiseNet | PatchedDDPMpp)
 
 
-# --- the command ---
-
-
-def train(
-    dataset: str,
-    name: str,
-    *,
-    seed: int,
-    steps: int | None = None,
-    batch: int | None = None,
-    begin_with: Path | None = None,
-    compiled: bool = False,
-    **resumable: Any,
-) -> nn.Module:
-    """One trained network, fixed by the seed and the thread count.
-
-    `steps`, and `batch` of CIFAR-10's score network, are the recipe's, unless given.
-    `begin_with`: weights from which CIFAR-10's score network is trained further, instead of from scratch.
-    `compiled`: that network while it is trained, by torch.compile.
-    `resumable`: `precision` and `state` of `fit`, for CIFAR-10, whose training takes long.
-    """
-    torch.manual_seed(seed)
-    network, data = build_network(dataset, name), load_split(dataset, "train")
-    settings: dict[str, Any] = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
-    if dataset == "cifar10":
-        device = named_device("auto")
-        network, data = network.to(device), data.to(device)
-        settings |= resumable
-    if isinstance(network, NoiseNet):
-        return train_digits.train_noise_net(network, data, load_split(dataset, "validation"), **settings)
-    if isinstance(network, PatchedDDPMpp):
-        held_out = load_split(dataset, "validation").to(data.x.device)
-        settings |= {"compiled": compiled} | ({"batch": batch} if batch else {})
-        if begin_with:
-            load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)
-            settings["begins_with"] = file_digest(begin_with)
-        return train_cifar.train_score(network, data, held_out, **settings)
-    attack = _attack(dataset, name)
-    if dataset == "cifar10":
-        recipe = train_cifar.ROBUST[name]
-        network.load_state_dict(load_classifier(dataset, recipe.begins_with).state_dict())
-        settings = {"steps": recipe.steps, "lr": recipe.lr} | settings
-        return train_cifar.train_robust(network, data, attack, **settings)
-    return train_digits.train_classifier(network, data, attack=attack, **settings)
-
-
-def _attack(dataset: str, name: str) -> Attack | None:
-    """What an adversarially trained classifier meets under training, by the norm it is named after."""
-    profile = PROFILES[TRAINED[dataset]]
-    for norm, robust in profile.robust_classifiers.items():
-        if name == robust:
-            cifar = dataset == "cifar10"
-            n_iter = train_cifar.ROBUST[name].pgd_steps if cifar else train_digits.PGD_STEPS
-            return Attack("pgd", NORM_LABELS[norm], profile.eps[norm], n_iter=n_iter, eot=1)
-    return None
-
-
-def model_card(dataset: str, *, folder: Path = WEIGHTS) -> str:
-    """The README.md of a folder of weights, every number measured on the files that lie there."""
-    recipes = RECIPES[dataset]
-    names = [name for name in NETWORKS[dataset] if weights_path(dataset, name, folder).exists()]
-    networks = {name: load_network(dataset, name, folder=folder) for name in names}
-    splits = {split: load_split(dataset, split) for split in SIZES[dataset]}
-    classifiers = {name: net for name, net in networks.items() if not is_score(net)}
-    scores = {name: net for name, net in networks.items() if is_score(net)}
-    return recipes.CARD.format(
-        **{split: len(data) for split, data in splits.items()},
-        split_seed=SPLIT_SEED,
-        commands=_command_lines(read_commands(dataset, folder)),
-        t_max=T_MAX,
-        **recipes.CARD_FACTS,
-        pgd_step=PGD_STEP,
-        loss_images=min(recipes.CARD_IMAGES, len(splits["validation"])),
-        classifiers="\n".join(_classifier_row(dataset, *row, splits) for row in classifiers.items()),
-        times=" | ".join(f"t = {t}" for t in CARD_TIMES),
-        rules="---|" * len(CARD_TIMES),
-        scores="\n".join(
-            _score_row(dataset, name, net, split, splits[split], recipes.CARD_IMAGES)
-            for name, net in scores.items()
-            for split in recipes.CARD_SPLITS
-        ),
-    )
-
-
 def read_commands(dataset: str, folder: Path = WEIGHTS) -> dict[str, list[str]]:
     """Network → the commands that trained it; each but the first began with what the one before had left."""
     path = folder / dataset / COMMANDS
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _write_command(dataset: str, name: str, command: str, folder: Path, *, further: bool) -> None:
-    commands = read_commands(dataset, folder)
-    commands[name] = [*(commands.get(name, []) if further else []), command]
-    text = json.dumps(commands, indent=1, sort_keys=True) + "\n"
-    write_atomically(folder / dataset / COMMANDS, lambda temporary: temporary.write_text(text))
+# --- the command ---
 
 
-def _command_lines(commands: dict[str, list[str]]) -> str:
-    """A line for each way of training, with the networks that were trained so."""
-    ways: dict[tuple[str, ...], list[str]] = {}
-    for name, lines in commands.items():
-        ways.setdefault(tuple(lines), []).append(name)
-    return "\n".join(
-        f"- {', '.join(names)}: {', then '.join(f'`{line}`' for line in lines)}"
-        for lines, names in ways.items()
-    )
-
-
-def _classifier_row(dataset: str, name: str, network: nn.Module, splits: dict[str, Images]) -> str:
-    cells = (_accuracy_cell(network, splits[split]) for split in ("validation", "test"))
-    return f"| {_size(dataset, name, network)} | {' | '.join(cells)} |"
-
-
-def _accuracy_cell(network: nn.Module, data: Images) -> str:
-    found = Accuracy.of(right(network, data))
-    return f"{found.value:.2f} % [{found.low:.1f}, {found.high:.1f}]"
-
-
-def _score_row(dataset: str, name: str, network: nn.Module, split: str, data: Images, most: int) -> str:
-    shown = data.first(min(most, len(data)))
-    losses = (denoising_loss(network, shown, t) for t in CARD_TIMES)
-    where = "" if split == "validation" else f", on {split} images"
-    return f"| {_size(dataset, name + where, network)} | {' | '.join(f'{loss:.4f}' for loss in losses)} |"
-
-
-def _size(dataset: str, name: str, network: nn.Module) -> str:
-    size = sum(parameter.numel() for parameter in network.parameters())
-    return f"{name} | {size} | {flops(network, SHAPES[dataset]) / 1e6:.2f}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: train, save, write the model card."""
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line; ValueError and FileNotFoundError for mistaken ones."""
     parser = argparse.ArgumentParser(
         prog="python -m training.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dataset", choices=tuple(NETWORKS), default="digits")
-    parser.add_argument("--only", help="train this network alone")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
-    parser.add_argument("--steps", type=int, help="other than the recipe's")
-    parser.add_argument("--batch", type=int, help="images per step of CIFAR-10's score network")
-    parser.add_argument("--begin-with", type=Path, help="weights of the score network to train further")
-    parser.add_argument(
-        "--compiled", action="store_true", help="the score network, by torch.compile (CIFAR-10)"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products (CIFAR-10)")
-    parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights go")
-    parser.add_argument("--card-only", action="store_true", help="measure what is there, train nothing")
+    option = parser.add_argument
+    option("--seed", type=int, default=0)
+    option("--threads", type=int, default=1, help="the weights depend on it in the last digits")
+    option("--dataset", choices=tuple(NETWORKS), default="digits")
+    option("--only", help="train this network alone")
+    option("--steps", type=int, help="other than the recipe's")
+    option("--batch", type=int, help="images per step of CIFAR-10's score network")
+    option("--begin-with", type=Path, help="weights of the score network to train further")
+    option("--compiled", action="store_true", help="the score network, by torch.compile (CIFAR-10)")
+    option("--precision", choices=PRECISIONS, default="float32", help="of products (CIFAR-10)")
+    option("--folder", type=Path, default=WEIGHTS, help="where the weights go")
+    option("--card-only", action="store_true", help="measure what is there, train nothing")
     options = parser.parse_args(arguments)
-    dataset, names = options.dataset, tuple(NETWORKS[options.dataset])
     if options.only:
-        names = (choice("--only", options.only, names),)
+        choice("--only", options.only, NETWORKS[options.dataset])
     for name in ("steps", "batch"):
         if (given := getattr(options, name)) is not None:
             count(f"--{name}", given)
@@ -229,42 +207,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choice("--only, with --begin-with", options.only, (PROFILES["cifar10-small"].score,))
         if not options.begin_with.is_file():
             raise FileNotFoundError(f"--begin-with: no weights at {options.begin_with}")
+    return options
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command line again, as the card names it: without defaults, folder and --card-only."""
+    words = ["python -m training.train", f"--seed {options.seed}", f"--threads {options.threads}"]
+    usual = parsed([])
+    for name in ("dataset", "only", "steps", "batch", "begin_with", "compiled", "precision"):
+        if (given := getattr(options, name)) != getattr(usual, name):
+            words.append(f"--{name.replace('_', '-')}" + ("" if given is True else f" {given}"))
+    return " ".join(words)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: train, save, write the model card."""
+    options = parsed(arguments)
+    dataset, folder = options.dataset, options.folder
     torch.set_num_threads(options.threads)
-    command = _command(options)
-    for name in () if options.card_only else names:
+    STATES.mkdir(parents=True, exist_ok=True)
+    names = [options.only] if options.only else list(NETWORKS[dataset])
+    passed_on = ("seed", "steps", "batch", "begin_with", "compiled", "precision")
+    for name in [] if options.card_only else names:
         started = time.monotonic()
-        state = STATES / f"{dataset}-{name}.pt"
-        state.parent.mkdir(parents=True, exist_ok=True)
-        network = train(
-            dataset,
-            name,
-            seed=options.seed,
-            steps=options.steps,
-            batch=options.batch,
-            begin_with=options.begin_with,
-            compiled=options.compiled,
-            precision=options.precision,
-            state=state,
-        )
+        settings = {key: getattr(options, key) for key in passed_on}
+        network = train(dataset, name, state=STATES / f"{dataset}-{name}.pt", **settings)
         half = isinstance(network, PatchedDDPMpp)  # what it rounds is far below what training leaves open
-        path = save_network(network, dataset, name, folder=options.folder, half=half)
-        _write_command(dataset, name, command, options.folder, further=options.begin_with is not None)
+        path = save_network(network, dataset, name, folder=folder, half=half)
+        told = read_commands(dataset, folder)
+        told[name] = [*(told.get(name, []) if options.begin_with else []), command(options)]
+        _write(folder / dataset / COMMANDS, json.dumps(told, indent=1, sort_keys=True) + "\n")
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.0f} s", flush=True)
-    card = model_card(dataset, folder=options.folder)
-    write_atomically(options.folder / dataset / "README.md", lambda temporary: temporary.write_text(card))
+    card = model_card(dataset, folder=folder)
+    _write(folder / dataset / "README.md", card)
     print(card)
 
 
-def _command(options: argparse.Namespace) -> str:
-    """The command line again, as the card names it."""
-    command = f"python -m training.train --seed {options.seed} --threads {options.threads}"
-    command += f" --dataset {options.dataset}" if options.dataset != "digits" else ""
-    command += f" --only {options.only}" if options.only else ""
-    command += f" --steps {options.steps}" if options.steps else ""
-    command += f" --batch {options.batch}" if options.batch else ""
-    command += f" --begin-with {options.begin_with}" if options.begin_with else ""
-    command += " --compiled" if options.compiled else ""
-    return command + (f" --precision {options.precision}" if options.precision != "float32" else "")
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Trained weights in the package: written whole or not at all, read only if their SHA-256 is as recorded.
-
-And weights that others published: put into a network only if they fit it.
-"""
+"""Our weights, read only if their SHA-256 is as recorded, and putting others' into networks that they fit."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from filelock import FileLock
@@ -21,14 +19,20 @@ WRAPPERS = ("state_dict", "model", "net")  # the keys under which training scrip
 PREFIXES = ("module.", "model.")  # what DataParallel and wrapped models put before each key
 
 
-def load_network(profile_dataset: str, name: str, *, folder: Path = WEIGHTS) -> nn.Module:
-    """A trained network, in eval mode and with requires_grad off.
+def load_network(dataset: str, name: str, *, folder: Path = WEIGHTS) -> nn.Module:
+    """A trained network of this repository, in eval mode and with requires_grad off.
 
     ValueError for an unknown data set or name, FileNotFoundError for a missing file,
     CheckpointError for a file whose SHA-256 is not the one in folder/SHA256SUMS.
     """
-    network = build_network(profile_dataset, name)
-    network.load_state_dict(load(verified_bytes(weights_path(profile_dataset, name, folder), folder)))
+    network, path = build_network(dataset, name), weights_path(dataset, name, folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; train them with: python -m training.train")
+    content = path.read_bytes()
+    expected = read_sums(folder).get(f"{dataset}/{path.name}", "no line for it")
+    if (got := hashlib.sha256(content).hexdigest()) != expected:  # before anything parses the content
+        raise CheckpointError(f"{path}: expected SHA-256 {expected} ({folder / SUMS}), got {got}")
+    network.load_state_dict(load(content))
     return network.eval().requires_grad_(False)
 
 
@@ -43,7 +47,7 @@ def save_network(
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     content = save(state)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    record_sum(_relative(path, folder), hashlib.sha256(content).hexdigest(), folder)
+    record_sum(f"{dataset}/{path.name}", hashlib.sha256(content).hexdigest(), folder)
     return path
 
 
@@ -52,19 +56,8 @@ def weights_path(dataset: str, name: str, folder: Path = WEIGHTS) -> Path:
     return folder / dataset / f"{name}.safetensors"
 
 
-def verified_bytes(path: Path, folder: Path = WEIGHTS) -> bytes:
-    """The content of path, hashed and compared before anything parses it; raises like load_network."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; train them with: python -m training.train")
-    content, name = path.read_bytes(), _relative(path, folder)
-    expected, got = read_sums(folder).get(name, "no line for it"), hashlib.sha256(content).hexdigest()
-    if got != expected:
-        raise CheckpointError(f"{path}: expected SHA-256 {expected} ({folder / SUMS}), got {got}")
-    return content
-
-
 def read_sums(folder: Path = WEIGHTS) -> dict[str, str]:
-    """The digest of each file, named relative to folder, as sha256sum writes them; {} where nobody did."""
+    """The SHA-256 of each file, named relative to folder, from its SHA256SUMS; {} without that file."""
     lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).exists() else []
     return {file: digest for digest, file in (line.split(maxsplit=1) for line in lines if line.strip())}
 
@@ -72,13 +65,9 @@ def read_sums(folder: Path = WEIGHTS) -> dict[str, str]:
 def record_sum(file: str, digest: str, folder: Path) -> None:
     """Write the line of one file, named relative to folder; lines that others write meanwhile stay."""
     with FileLock(folder / f".{SUMS}.lock"):
-        write_sums(read_sums(folder) | {file: digest}, folder)
-
-
-def write_sums(sums: Mapping[str, str], folder: Path) -> None:
-    """Write what `read_sums` reads, sorted by file."""
-    lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
-    write_atomically(folder / SUMS, lambda temporary: temporary.write_text(lines))
+        sums = sorted((read_sums(folder) | {file: digest}).items())
+        lines = "".join(f"{digest}  {file}\n" for file, digest in sums)
+        write_atomically(folder / SUMS, lambda temporary: temporary.write_text(lines))
 
 
 def load_state(network: nn.Module, state: Mapping[str, Any], where: str) -> nn.Module:
@@ -93,20 +82,50 @@ def load_state(network: nn.Module, state: Mapping[str, Any], where: str) -> nn.M
         where: the file's name, for the message.
 
     Raises:
-        CheckpointError: for anything but names and weights, and for weights that do not fit, naming the first
-            missing, the first unexpected and the first misshapen key.
+        CheckpointError: for anything but names and weights, and for weights that are missing, unexpected or
+            misshapen, naming the first and the last of them. The network is then as it was.
     """
-    own, given = network.state_dict(), _weights(state, where)
-    while prefix := _spare_prefix(given, own):
-        given = {key.removeprefix(prefix): value for key, value in given.items()}
-    if misfits := _misfits(own, given):
-        raise CheckpointError(f"{where} does not fit {type(network).__name__}: {'; '.join(misfits)}")
+    own, given = network.state_dict(), bare_weights(state, where)
+    for prefix in 2 * PREFIXES:
+        if all(key.startswith(prefix) for key in given) and not any(key.startswith(prefix) for key in own):
+            given = {key.removeprefix(prefix): value for key, value in given.items()}
+    misfits = [
+        f"{key}: expected {_described(own.get(key))}, got {_described(given.get(key))}"
+        for key in dict.fromkeys([*own, *given])
+        if _described(own.get(key)) != _described(given.get(key))
+        and (key in given or not key.endswith("num_batches_tracked"))
+    ]
+    if misfits:
+        told = "; and ".join(dict.fromkeys((misfits[0], misfits[-1])))
+        raise CheckpointError(
+            f"{where} does not fit {type(network).__name__} at {len(misfits)} names, such as {told}"
+        )
     network.load_state_dict(own | given)
     return network.eval().requires_grad_(False)
 
 
-def _weights(state: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The state without its wrapper."""
+def load_score_sde(network: nn.Module, checkpoint: Mapping[str, Any], where: str) -> nn.Module:
+    """The network with the averaged (EMA) weights of a score_sde checkpoint; otherwise like `load_state`.
+
+    The averages are ema.shadow_params, a list in the order of the parameters. The weights under the key
+    model are not averaged, and never used.
+    """
+    try:
+        averages = checkpoint["ema"]["shadow_params"]
+    except (KeyError, TypeError):
+        got = f"keys {shorten(', '.join(map(str, checkpoint)), 80)}" if checkpoint else "an empty dictionary"
+        raise CheckpointError(f"{where}: expected averages at ema.shadow_params, got {got}") from None
+    # Frozen parameters, too: upstream made its list when every one of them asked for a gradient.
+    keys = [key for key, _ in network.named_parameters()]
+    if not isinstance(averages, list) or len(averages) != len(keys):
+        got = str(len(averages)) if isinstance(averages, list) else f"a {type(averages).__name__}"
+        raise CheckpointError(f"{where}: ema.shadow_params: expected {len(keys)} tensors, got {got}")
+    state = dict(network.named_buffers()) | dict(zip(keys, averages, strict=True))
+    return load_state(network, state, f"{where}: ema.shadow_params")
+
+
+def bare_weights(state: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The names and weights without their wrapper; CheckpointError for anything else."""
     if isinstance(state, Mapping):
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
@@ -114,36 +133,8 @@ def _weights(state: Mapping[str, Any], where: str) -> dict[str, Any]:
     return dict(state)
 
 
-def _spare_prefix(given: Mapping[str, Any], own: Mapping[str, Tensor]) -> str | None:
-    """The prefix that all of the given keys have and none of the network's."""
-    for prefix in PREFIXES:
-        spare = given and not any(key.startswith(prefix) for key in own)
-        if spare and all(key.startswith(prefix) for key in given):
-            return prefix
-    return None
-
-
-def _misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
-    """A phrase for each way in which the given weights do not fit."""
-    keys = {
-        "missing": [key for key in own if key not in given and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in given if key not in own],
-        "misshapen": [key for key in own if key in given and _described(own[key]) != _described(given[key])],
-    }
-    return [
-        f"{len(names)} {kind}, the first {names[0]}: "
-        f"expected {_described(own.get(names[0]))}, got {_described(given.get(names[0]))}"
-        for kind, names in keys.items()
-        if names
-    ]
-
-
 def _described(value: Any) -> str:
     """What is at a key, as far as it matters for fitting."""
-    if value is None:
-        return "nothing"
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+    if not isinstance(value, Tensor):
+        return "nothing" if value is None else f"a {type(value).__name__}"
+    return f"shape {tuple(value.shape)}" + ("" if value.is_floating_point() else " of whole numbers")

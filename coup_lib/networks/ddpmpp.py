@@ -1,4 +1,4 @@
-"""DDPM++, the paper's noise predictor for CIFAR-10, and how its published weights are read.
+"""DDPM++, the paper's noise predictor for CIFAR-10.
 
 The network of "Score-Based Generative Modeling through Stochastic Differential Equations" (Song et al. 2021),
 configurations vp/cifar10_ddpmpp_continuous and vp/cifar10_ddpmpp_deep_continuous of score_sde_pytorch (Yang
@@ -6,18 +6,12 @@ Song). DiffPure and COUP use the deep one. Parameters are named as upstream, so 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from textwrap import shorten
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from coup_lib.files import CheckpointError
-
-Block = Callable[..., nn.Module]
 
 
 class DDPMpp(nn.Module):
@@ -53,26 +47,52 @@ class DDPMpp(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        check_sizes(width, image_size, len(multipliers))
+        smallest = 2 ** (len(multipliers) - 1)
+        if width % 4 or image_size % smallest:
+            raise ValueError(
+                f"expected width a multiple of 4 and image_size a multiple of {smallest}; "
+                f"got {width} and {image_size}"
+            )
         self.width, self.image = width, (channels, image_size, image_size)
+        self.levels, self.blocks = len(multipliers), blocks
         # Only because checkpoints have it: the noise levels of upstream's other SDE, unused under the VP-SDE.
         levels = torch.linspace(math.log(50), math.log(0.01), 1000, dtype=torch.float64)
         self.register_buffer("sigmas", levels.exp())
 
         block = partial(ResidualBlock, embedding=4 * width, dropout=dropout)
         plan = [(width * m, image_size >> level in attention_at) for level, m in enumerate(multipliers)]
-        down, skips = _way_down(block, plan, blocks, width)
-        inner = plan[-1][0]
-        middle = [block(inner, inner), Attention(inner), block(inner, inner)]
-        up = _way_up(block, plan, blocks, skips)
-        self.n_down = len(down)
+        modules: list[nn.Module] = []
+        skips, at = [width], width
+        for level, (outputs, attends) in enumerate(plan):
+            if level:
+                modules.append(block(at, at, resample=nn.AvgPool2d(2)))
+                skips.append(at)
+            for _ in range(blocks):
+                modules.append(block(at, outputs))
+                if attends:
+                    modules.append(Attention(outputs))
+                at = outputs
+                skips.append(at)
+        self.n_down = len(modules)
+        modules += [block(at, at), Attention(at), block(at, at)]
+        for level, (outputs, attends) in reversed(list(enumerate(plan))):
+            for _ in range(blocks + 1):
+                modules.append(block(at + skips.pop(), outputs, takes_skip=True))
+                at = outputs
+            if attends:
+                modules.append(Attention(at))
+            if level:
+                modules.append(block(at, at, resample=nn.Upsample(scale_factor=2)))
         time = [nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)]
-        stem = nn.Conv2d(channels, width, 3, padding=1)
-        head = [group_norm(plan[0][0]), nn.Conv2d(plan[0][0], channels, 3, padding=1)]
-        self.all_modules = nn.ModuleList([*time, stem, *down, *middle, *up, *head])
+        stem, head = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(at, channels, 3, padding=1)
+        self.all_modules = nn.ModuleList([*time, stem, *modules, group_norm(at), head])
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        check_inputs(x, labels, self.image)
+        if x.shape[1:] != self.image or labels.shape != x.shape[:1]:
+            raise ValueError(
+                f"expected x (B, {', '.join(map(str, self.image))}) and labels (B,); "
+                f"got {tuple(x.shape)} and {tuple(labels.shape)}"
+            )
         first, second, stem, *blocks, norm, head = self.all_modules
         embedding = time_embedding(labels, self.width).to(x.dtype)
         embedding = F.silu(second(F.silu(first(embedding))))
@@ -88,41 +108,6 @@ class DDPMpp(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, embedding)
         return head(F.silu(norm(h)))
-
-
-def _way_down(
-    block: Block, plan: Sequence[tuple[int, bool]], blocks: int, width: int
-) -> tuple[list[nn.Module], list[int]]:
-    """The modules down the levels of plan, (channels, whether pixels attend), and the skips' channels."""
-    modules: list[nn.Module] = []
-    skips = [width]
-    for level, (channels, attends) in enumerate(plan, start=1):
-        for _ in range(blocks):
-            modules.append(block(skips[-1], channels))
-            if attends:
-                modules.append(Attention(channels))
-            skips.append(channels)
-        if level < len(plan):
-            modules.append(block(channels, channels, resample=nn.AvgPool2d(2)))
-            skips.append(channels)
-    return modules, skips
-
-
-def _way_up(
-    block: Block, plan: Sequence[tuple[int, bool]], blocks: int, skips: Sequence[int]
-) -> list[nn.Module]:
-    """The modules back from the last level of plan, which take the skips in reverse."""
-    modules: list[nn.Module] = []
-    waiting, inputs = list(skips), plan[-1][0]
-    for level, (channels, attends) in reversed(list(enumerate(plan))):
-        for _ in range(blocks + 1):
-            modules.append(block(inputs + waiting.pop(), channels, takes_skip=True))
-            inputs = channels
-        if attends:
-            modules.append(Attention(channels))
-        if level:
-            modules.append(block(channels, channels, resample=nn.Upsample(scale_factor=2)))
-    return modules
 
 
 class ResidualBlock(nn.Module):
@@ -188,25 +173,6 @@ class PixelLinear(nn.Module):
         return self.W.mT @ pixels + self.b[:, None]
 
 
-def check_sizes(width: int, image_size: int, levels: int) -> None:
-    """ValueError for a width or an image size that a U-Net of so many levels cannot split."""
-    smallest = 2 ** (levels - 1)
-    if width % 4 or image_size % smallest:
-        raise ValueError(
-            f"expected width a multiple of 4 and image_size a multiple of {smallest}; "
-            f"got {width} and {image_size}"
-        )
-
-
-def check_inputs(x: Tensor, labels: Tensor, image: tuple[int, int, int]) -> None:
-    """ValueError unless x is (B, *image) and labels are (B,)."""
-    if x.shape[1:] != image or labels.shape != x.shape[:1]:
-        raise ValueError(
-            f"expected x (B, {', '.join(map(str, image))}) and labels (B,); "
-            f"got {tuple(x.shape)} and {tuple(labels.shape)}"
-        )
-
-
 def group_norm(channels: int) -> nn.GroupNorm:
     """Groups of at least four channels, at most 32 groups."""
     return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
@@ -223,55 +189,3 @@ def time_embedding(labels: Tensor, width: int) -> Tensor:
 
 
 DEEP = partial(DDPMpp, blocks=8)  # 106,632,579 parameters: the paper's
-SHALLOW = partial(DDPMpp, blocks=4)  # 61,804,419
-
-
-def load_score_sde(checkpoint: Mapping[str, Any], network: DDPMpp, name: str = "checkpoint") -> DDPMpp:
-    """Put the averaged (EMA) weights of a score_sde checkpoint into the network: in eval mode, frozen.
-
-    Args:
-        checkpoint: with the keys optimizer, model, ema, step. The averages are ema.shadow_params, a list in
-            the order of the parameters. The weights under model are not averaged, and never used.
-        network: of the checkpoint's sizes.
-        name: what errors call the checkpoint, such as its path.
-
-    Raises:
-        CheckpointError: for averages that are missing, of another number, or of another shape. The network is
-            then as it was.
-    """
-    averages = _shadow_params(checkpoint, name)
-    # All parameters, frozen ones too: upstream made its list when every one of them asked for a gradient.
-    parameters = dict(network.named_parameters())
-    place = f"{name}: ema.shadow_params"
-    if len(averages) != len(parameters):
-        raise CheckpointError(f"{place}: expected {len(parameters)} tensors, got {len(averages)}")
-    for index, ((key, parameter), average) in enumerate(zip(parameters.items(), averages, strict=True)):
-        expected, got = f"float tensor {tuple(parameter.shape)}", _describe(average)
-        if got != expected:
-            raise CheckpointError(f"{place}[{index}] ({key}): expected a {expected}, got a {got}")
-    with torch.no_grad():
-        for parameter, average in zip(parameters.values(), averages, strict=True):
-            parameter.copy_(average)
-    return network.eval().requires_grad_(False)
-
-
-def _shadow_params(checkpoint: Mapping[str, Any], name: str) -> list[Any]:
-    ema = _entry(checkpoint, "ema", name)
-    averages = _entry(ema, "shadow_params", f"{name}: ema")
-    if not isinstance(averages, list):
-        raise CheckpointError(f"{name}: ema.shadow_params: expected a list, got a {type(averages).__name__}")
-    return averages
-
-
-def _entry(value: Any, key: str, place: str) -> Any:
-    if isinstance(value, Mapping) and key in value:
-        return value[key]
-    keys = ", ".join(map(str, value)) if isinstance(value, Mapping) else ""
-    got = f"keys {shorten(keys, 80)}" if keys else f"{type(value).__name__}"
-    raise CheckpointError(f"{place}: expected a dictionary with {key!r}, got {got}")
-
-
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{'float ' if value.is_floating_point() else ''}tensor {tuple(value.shape)}"

@@ -1,12 +1,12 @@
 """The published networks: one list of them, and getting and reading them safely.
 
 Each has its place under `paths.model_dir()`: <dataset>/<kind>/<file>. The kind of RobustBench's models is
-their threat model, as its loader looks for <dataset>/Linf/<name>.pt, and so they are named here; of others it
-is "score" or "classifier". A file put there by hand is used and nothing is fetched.
+their threat model, as its loader looks for <dataset>/Linf/<name>.pt; of others it is "score" or "classifier".
+A file put there by hand is used and nothing is fetched.
 
 Nothing is used unseen. Where no SHA-256 is published, that of the first file whose weights fit their network
 is recorded in <model_dir>/SHA256SUMS and holds from then on. Reading never runs code from the file, and no
-whole file is ever deleted.
+file that was fetched or put there is ever deleted.
 
     python -m coup_lib.networks.published             what there is, and what of it is here
     python -m coup_lib.networks.published NAME...     fetch these
@@ -15,34 +15,25 @@ whole file is ever deleted.
 import argparse
 import hashlib
 import importlib.util
-import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
-import filelock
 import numpy as np
 import torch
+from filelock import FileLock
 
 from coup_lib.checks import choice
 from coup_lib.networks.checkpoints import SUMS, CheckpointError, read_sums, record_sum
-from coup_lib.networks.download import WebPage, download
 from coup_lib.paths import MODELS_VARIABLE, model_dir
 
 T = TypeVar("T")
-
-BLOCK = 1 << 20
-NOTHING: Mapping[str, str] = MappingProxyType({})
-DRIVE_PAGE = "https://drive.google.com/file/d/{}/view"
-# confirm=t answers the question that Drive asks before it serves a file too large for its virus scan.
-DRIVE_FILE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 
 # Training scripts save their options and best accuracy beside the weights. These classes only hold values.
 SCALARS = ("?", "u1", "i4", "i8", "f2", "f4", "f8")
@@ -75,49 +66,41 @@ class Artefact:
     package: str = ""
 
     @property
-    def address(self) -> str:
-        """Where the bytes are served."""
-        page = re.fullmatch(DRIVE_PAGE.replace(".", r"\.").format("([^/]+)"), self.source)
-        return DRIVE_FILE.format(page[1]) if page else self.source
-
-    @property
     def amount(self) -> str:
         """The size for people."""
-        return f"{'' if self.sha256 else 'about '}{_amount(self.size)}"
+        size = f"{self.size / 1e9:.3g} GB" if self.size >= 1e9 else f"{self.size / 1e6:.3g} MB"
+        return size if self.sha256 else f"about {size}"
 
 
+DRIVE = "https://drive.google.com/file/d/{}/view"
 AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-WRN_28_10 = 4 * 36_490_000
-
+ROBUSTBENCH = {  # the name but for ".pt" → what the WRN-28-10 was trained for, and its id on Google Drive
+    "cifar10/Linf/Standard": (
+        "not adversarially; the paper's classifier",
+        "1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC",
+    ),
+    "cifar10/Linf/Wang2023Better_WRN-28-10": ("adversarially for Linf", "1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI"),
+    "cifar10/L2/Wang2023Better_WRN-28-10": ("adversarially for L2", "1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC"),
+    "cifar100/Linf/Wang2023Better_WRN-28-10": ("adversarially for Linf", "1-jOu3wKWyw0XnBCXDGR32xn8Bw9GTJgh"),
+}
 ARTEFACTS = {
     "ddpmpp-deep": Artefact(
         place="cifar10/score/checkpoint_8.pth",
         what="score_sde's DDPM++ deep (VP, continuous), the paper's score network for CIFAR-10",
-        source=DRIVE_PAGE.format("16_-Ahc6ImZV5ClUc0vM5Iivf8OJ1VSif"),
+        source=DRIVE.format("16_-Ahc6ImZV5ClUc0vM5Iivf8OJ1VSif"),
         licence="Apache-2.0 (the code's)",
         size=4 * 4 * 106_632_579,  # the weights, their averages and Adam's two moments
     ),
-    "cifar10/Linf/Standard": Artefact(
-        place="cifar10/Linf/Standard.pt",
-        what="RobustBench's WRN-28-10, not adversarially trained; the paper's classifier",
-        source=DRIVE_PAGE.format("1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC"),
-        licence="MIT",
-        size=WRN_28_10,
-    ),
-    "cifar10/Linf/Wang2023Better_WRN-28-10": Artefact(
-        place="cifar10/Linf/Wang2023Better_WRN-28-10.pt",
-        what="RobustBench's WRN-28-10 adversarially trained for Linf",
-        source=DRIVE_PAGE.format("1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI"),
-        licence="MIT",
-        size=WRN_28_10,
-    ),
-    "cifar10/L2/Wang2023Better_WRN-28-10": Artefact(
-        place="cifar10/L2/Wang2023Better_WRN-28-10.pt",
-        what="RobustBench's WRN-28-10 adversarially trained for L2",
-        source=DRIVE_PAGE.format("1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC"),
-        licence="MIT",
-        size=WRN_28_10,
-    ),
+    **{
+        name: Artefact(
+            place=f"{name}.pt",
+            what=f"RobustBench's WRN-28-10 trained {how}",
+            source=DRIVE.format(drive),
+            licence="MIT",
+            size=4 * 36_490_000,
+        )
+        for name, (how, drive) in ROBUSTBENCH.items()
+    },
     "wrn-70-16-dropout": Artefact(
         place="cifar10/classifier/wrn-70-16-dropout.pt",
         what="DiffPure's WRN-70-16 with dropout",
@@ -170,13 +153,6 @@ ARTEFACTS = {
         by_hand="Chen et al. do not say where theirs is from; layout and normalisation are RepDistiller's: "
         "take the wrn_40_2_vanilla/ckpt_epoch_240.pth that its scripts/fetch_pretrained_teachers.sh names",
     ),
-    "cifar100/Linf/Wang2023Better_WRN-28-10": Artefact(
-        place="cifar100/Linf/Wang2023Better_WRN-28-10.pt",
-        what="RobustBench's WRN-28-10 adversarially trained for Linf on CIFAR-100",
-        source=DRIVE_PAGE.format("1-jOu3wKWyw0XnBCXDGR32xn8Bw9GTJgh"),
-        licence="MIT",
-        size=WRN_28_10,
-    ),
 }
 
 
@@ -186,44 +162,83 @@ def load(name: str, put: Callable[[dict[str, Any]], T]) -> T:
     put gets the dictionary in the file, tensors on the CPU, and raises CheckpointError if they do not fit. If
     they do, the SHA-256 of a first use is recorded.
 
-    Raises what `fetch` raises, and CheckpointError naming file and source where weights do not fit.
+    Raises what `obtain` raises, and CheckpointError naming file and source where weights do not fit.
     """
     file, known = fetch(name), sha256(name)
     content = _read(file, name)
-    if not known:
-        _check_members(file, name)
+    if not known and zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:  # torch ignores its check sums
+            if damaged := archive.testzip():
+                raise _refusal(file, name, f"damaged: the check sum of {damaged} in it is another")
     try:
         made = put(content)
     except CheckpointError as error:
         raise _refusal(file, name, str(error)) from error
     if not known:
-        _record(name, file)
+        try:
+            record_sum(ARTEFACTS[name].place, file_digest(file), model_dir())
+        except OSError as error:  # a folder that many share is often read-only
+            warnings.warn(
+                f"cannot record the SHA-256 of {name} in {model_dir() / SUMS}: {error}", stacklevel=2
+            )
     return made
 
 
 def fetch(name: str) -> Path:
-    """The verified file of an artefact, downloaded if it is not here; a broken download goes on where it was.
+    """The verified file of one artefact; see `obtain`."""
+    return obtain([name])[name]
+
+
+def obtain(names: Iterable[str]) -> dict[str, Path]:
+    """The verified files of several artefacts; what is missing is downloaded.
 
     Raises:
         ValueError: for an unknown name.
-        FileNotFoundError: for one that must be put there by hand, saying where and from where.
-        ConnectionError: if the source cannot be reached; what has come so far is kept.
-        OSError: if the folder cannot be written or the disk is full; what has come so far is kept.
+        FileNotFoundError: where one that is missing must be put there by hand, before anything is downloaded;
+            names all that are missing, their places and sources.
+        OSError: if a download fails; names all that are still missing. gdown goes on with it the next time.
+        ImportError: without gdown, for a file on Google Drive.
         CheckpointError: for a file that is not what it should be: a web page, cut short, with a wrong
             SHA-256, no archive of tensors or one that asks for code to be run.
     """
-    file = locate(name)
-    if not file.is_file() and not _artefact(name).by_hand:
-        _download(name, file)
-    return path(name)
+    names = list(dict.fromkeys(names))
+    absent = missing(names)
+    if any(ARTEFACTS[name].by_hand for name in absent):
+        raise FileNotFoundError(instructions(absent))
+    for name in absent:
+        file = locate(name)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_name(f".{file.name}.lock")):  # two shards may want it at once
+                if not file.is_file():
+                    download(ARTEFACTS[name].source, file)
+        except OSError as error:
+            told = instructions(missing(absent))
+            raise OSError(f"could not download {name}: {error}\n{told}") from error
+    return {name: _verified(name) for name in names}
 
 
-def path(name: str) -> Path:
-    """The verified file of an artefact that is here; raises like `fetch`, FileNotFoundError if it is not."""
-    require([name])
-    file = locate(name)
-    _verify(file, name)
-    return file
+def download(source: str, file: Path) -> None:
+    """Fetch a file, which is there when it is whole; a broken download from Google Drive is gone on with.
+
+    Raises OSError if the source cannot be reached or the file not written, ImportError without gdown.
+    """
+    drive = re.fullmatch(DRIVE.replace(".", r"\.").format("([^/]+)"), source)
+    if not drive:
+        torch.hub.download_url_to_file(source, str(file))
+        return
+    try:
+        import gdown
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is fetched by gdown: pip install 'coup-lib[cifar]', or put it at {file}"
+        ) from error
+    try:
+        found = gdown.download(id=drive[1], output=str(file), resume=True)
+    except gdown.exceptions.FileURLRetrievalError as error:
+        raise ConnectionError(str(error)) from error
+    if not found:
+        raise ConnectionError(f"more than one part of it lies in {file.parent}; remove all but one")
 
 
 def missing(names: Iterable[str]) -> list[str]:
@@ -231,51 +246,24 @@ def missing(names: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if not locate(name).is_file()]
 
 
-def require(names: Iterable[str], needed_by: Mapping[str, str] = NOTHING) -> None:
-    """Check that these artefacts are here, without the network.
-
-    needed_by: what needs an artefact, by its name, to be said if it is missing.
-
-    Raises:
-        ValueError: for an unknown name.
-        FileNotFoundError: with `instructions` for all that are missing.
-    """
-    if absent := missing(names):
-        raise FileNotFoundError(instructions(absent, needed_by))
-
-
-def obtain(names: Iterable[str], needed_by: Mapping[str, str] = NOTHING) -> dict[str, Path]:
-    """The verified files of several artefacts, what is missing being downloaded; needed_by as in `require`.
-
-    Raises like `fetch`; FileNotFoundError lists all that are missing, before anything is downloaded if one of
-    them must be put there by hand, or when the network fails.
-    """
-    names = list(dict.fromkeys(names))
-    if any(_artefact(name).by_hand for name in missing(names)):
-        require(names, needed_by)
-    try:
-        return {name: fetch(name) for name in names}
-    except ConnectionError as error:
-        problem = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{problem}\n{instructions(missing(names), needed_by)}") from error
-
-
 def locate(name: str) -> Path:
     """Where an artefact is or belongs; ValueError for an unknown name."""
-    artefact = _artefact(name)
+    artefact = ARTEFACTS[choice("artefact", name, ARTEFACTS)]
     file = model_dir() / artefact.place
-    return file if file.is_file() else _shipped(artefact.package) or file
+    package, _, inside = artefact.package.partition("/")
+    found = importlib.util.find_spec(package) if package and not file.is_file() else None
+    shipped = [Path(folder) / inside for folder in (found and found.submodule_search_locations) or []]
+    return next((place for place in shipped if place.is_file()), file)
 
 
 def digest(name: str) -> str:
     """The SHA-256 of an artefact: `sha256`, or else that of its file, fetched if it is not here."""
-    file = locate(name)
-    return sha256(name) or file_digest(file if file.is_file() else fetch(name))
+    return sha256(name) or file_digest(fetch(name))
 
 
 def sha256(name: str) -> str:
     """The SHA-256 that an artefact must have, as published or as at its first use; "" before that."""
-    artefact = _artefact(name)
+    artefact = ARTEFACTS[choice("artefact", name, ARTEFACTS)]
     return artefact.sha256 or read_sums(model_dir()).get(artefact.place, "")
 
 
@@ -290,75 +278,39 @@ def file_digest(file: Path) -> str:
     return _digest(file, file.stat().st_size, file.stat().st_mtime_ns)
 
 
-def _download(name: str, file: Path) -> None:
-    """Fetch, and move into place what is whole; a wrong file is refused there, not deleted."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(file.with_name(f".{file.name}.lock")):  # two shards may want it at once
-            if not file.is_file():
-                download(ARTEFACTS[name].address, part, name)
-                if is_page(part):
-                    part.unlink()  # nothing to go on with
-                    raise WebPage(f"{ARTEFACTS[name].address} sent a web page")
-                os.replace(part, file)
-    except (OSError, WebPage) as error:
-        kind = next(kind for kind in (WebPage, ConnectionError, OSError) if isinstance(error, kind))
-        raise kind(f"could not download {name}: {error}\n{instructions([name])}") from error
+@lru_cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    """file_digest; size and modified tell one content from the next."""
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
-def _artefact(name: str) -> Artefact:
-    return ARTEFACTS[choice("artefact", name, ARTEFACTS)]
-
-
-def _shipped(package: str) -> Path | None:
-    """The file in an installed package, which is not imported; None if there is none."""
-    root, _, inside = package.partition("/")
-    found = importlib.util.find_spec(root) if root else None
-    files = [Path(folder) / inside for folder in (found and found.submodule_search_locations) or []]
-    return next((file for file in files if file.is_file()), None)
-
-
-# Verifying
-
-
-def _verify(file: Path, name: str) -> None:
-    """CheckpointError for a file that is not what it should be."""
-    artefact, size = ARTEFACTS[name], file.stat().st_size
+def _verified(name: str) -> Path:
+    """The file of an artefact; CheckpointError if it is not what it should be."""
+    artefact, file, expected = ARTEFACTS[name], locate(name), sha256(name)
+    size = file.stat().st_size
     if is_page(file):
         raise _refusal(file, name, "this is a web page, not a checkpoint")
     if artefact.sha256 and size < artefact.size:
         raise _refusal(file, name, f"cut short, {size:,} of {artefact.size:,} bytes")
-    if not (expected := sha256(name)):
+    if not expected:
         _read(file, name)
     elif (got := file_digest(file)) != expected:
         first_use = f" as at its first use; if this one is right, take its line out of {model_dir() / SUMS}"
         since = "" if artefact.sha256 else first_use
         raise _refusal(file, name, f"its SHA-256 is {got}, expected {expected}{since}")
-
-
-@lru_cache
-def _digest(file: Path, size: int, modified: int) -> str:
-    """file_digest; size and modified tell one content from the next."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _record(name: str, file: Path) -> None:
-    """Keep the SHA-256 of a first use."""
-    try:
-        record_sum(ARTEFACTS[name].place, file_digest(file), model_dir())
-    except OSError as error:  # a folder that many share is often read-only
-        warnings.warn(f"cannot record the SHA-256 of {name} in {model_dir() / SUMS}: {error}", stacklevel=3)
+    return file
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:
     """The dictionary in a checkpoint; classes other than tensors and `HARMLESS` are refused, not run."""
+    # Before PyTorch 2.6 tensors and plain values only.
+    allowed = torch.serialization.safe_globals(HARMLESS) if torch.__version__ >= "2.6" else nullcontext()
     try:
-        with _harmless():
+        with allowed:
             # Mapped, the optimiser's state is never read; the format before PyTorch 1.6 cannot be mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
@@ -380,54 +332,27 @@ def _unreadable(file: Path, error: Exception, amount: str) -> str:
     return "no archive of tensors"
 
 
-def _check_members(file: Path, name: str) -> None:
-    """CheckpointError for an archive with damaged bytes inside: torch reads it and ignores its check sums."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise _refusal(file, name, f"damaged: the check sum of {damaged} in it is another")
-
-
-def _harmless() -> AbstractContextManager[Any]:
-    """Lets torch.load build the classes in `HARMLESS`; before PyTorch 2.6, tensors and plain values only."""
-    return torch.serialization.safe_globals(HARMLESS) if torch.__version__ >= "2.6" else nullcontext()
-
-
-# Telling
-
-
 def _refusal(file: Path, name: str, problem: str) -> CheckpointError:
     """What is wrong with a file, what was expected and how to get it."""
     return CheckpointError(f"{file}: {problem}.\nRemove it and get the right one. {instructions([name])}")
 
 
-def instructions(names: Sequence[str], needed_by: Mapping[str, str] = NOTHING) -> str:
-    """What to get from where, by hand or by which command, and where to put it; needed_by as in `require`."""
-    items = "\n".join(
-        f"  {model_dir() / ARTEFACTS[name].place}\n"
-        f"    {ARTEFACTS[name].what} ({ARTEFACTS[name].amount})"
-        + (f", needed by {needed_by[name]}" if name in needed_by else "")
-        + f"\n    {'by hand' if ARTEFACTS[name].by_hand else 'fetched'} from {ARTEFACTS[name].source}"
-        + f"; {ARTEFACTS[name].by_hand}" * bool(ARTEFACTS[name].by_hand)
-        for name in names
-    )
-    fetched = [name for name in names if not ARTEFACTS[name].by_hand]
-    command = f"\nWith internet: python -m coup_lib.networks.published {' '.join(fetched)}" if fetched else ""
-    return f"Needed, under this very name (another folder: set {MODELS_VARIABLE}):\n{items}{command}"
-
-
-def _amount(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-
-
-def _listing() -> str:
-    """All artefacts, and which of them are here."""
-    lines = [f"in {model_dir()}"]
-    for name, artefact in ARTEFACTS.items():
-        state = "here" if locate(name).is_file() else "by hand" if artefact.by_hand else "missing"
-        lines.append(f"{state:8} {artefact.amount:>14}  {name}: {artefact.what}")
-        lines.append(f"{'':25}{artefact.place}; {artefact.licence}")
+def instructions(names: Sequence[str]) -> str:
+    """What to get from where, by hand or by which command, and where to put it."""
+    lines = [f"Needed, under this very name (another folder: set {MODELS_VARIABLE}):"]
+    for artefact in (ARTEFACTS[name] for name in names):
+        way = (
+            f"by hand from {artefact.source}; {artefact.by_hand}"
+            if artefact.by_hand
+            else f"fetched from {artefact.source}"
+        )
+        lines += [
+            f"  {model_dir() / artefact.place}",
+            f"    {artefact.what} ({artefact.amount})",
+            f"    {way}",
+        ]
+    if fetched := [name for name in names if not ARTEFACTS[name].by_hand]:
+        lines.append(f"With internet: python -m coup_lib.networks.published {' '.join(fetched)}")
     return "\n".join(lines)
 
 
@@ -437,12 +362,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="to fetch; none: list all")
     names = parser.parse_args(arguments).names
     try:
-        for file in obtain(names).values():
-            print(file)
-    except (ValueError, OSError, CheckpointError) as error:
+        print(*obtain(names).values(), sep="\n")
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
         raise SystemExit(str(error)) from None
     if not names:
-        print(_listing())
+        print(f"in {model_dir()}")
+    for name, artefact in [] if names else ARTEFACTS.items():
+        state = "here" if locate(name).is_file() else "by hand" if artefact.by_hand else "missing"
+        print(f"{state:8} {artefact.amount:>14}  {name}: {artefact.what}")
+        print(f"{'':25}{artefact.place}; {artefact.licence}")
 
 
 if __name__ == "__main__":

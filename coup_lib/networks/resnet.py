@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of red, green, blue
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of red, green, blue
+
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Normalise(nn.Module):
     """(x - mean) / std for each of three channels; has no key in a state_dict.
 
-    Raises:
-        ValueError: unless mean and std have three numbers each, std positive ones; when called on anything
-            but (B, 3, H, W), as one grey channel would be broadcast without a word.
+    ValueError for anything but (B, 3, H, W): one grey channel would be broadcast without a word.
     """
 
     mean: Tensor
@@ -27,8 +27,6 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"expected three means and three positive stds, got {mean} and {std}")
         self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
 
@@ -36,15 +34,6 @@ class Normalise(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(x.shape)}")
         return (x - self.mean) / self.std
-
-
-def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
-    """`Normalise`, or the identity where neither is given; ValueError when only one is."""
-    if mean is None and std is None:
-        return nn.Identity()
-    if mean is None or std is None:
-        raise ValueError(f"expected mean and std, or neither; got mean = {mean} and std = {std}")
-    return Normalise(mean, std)
 
 
 def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
@@ -60,7 +49,7 @@ class ResNet(nn.Sequential):
         width: channels of the first stage.
         projection: a stage's first shortcut is a 1×1 convolution with BatchNorm (option B); without it, it
             drops pixels and pads channels with zeros (option A), which needs no weights.
-        mean, std: normalise the channels inside; the defaults leave images as they are.
+        statistics: means and stds that normalise the channels inside; None leaves images as they are.
     """
 
     def __init__(
@@ -70,12 +59,11 @@ class ResNet(nn.Sequential):
         classes: int = 10,
         *,
         projection: bool,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         widths = [width * 2**i for i in range(len(blocks))]
         parts: dict[str, nn.Module] = {
-            "normalise": normalisation(mean, std),
+            "normalise": Normalise(*statistics) if statistics else nn.Identity(),
             "conv1": conv3x3(3, width),
             "bn1": nn.BatchNorm2d(width),
             "relu": nn.ReLU(),
@@ -128,8 +116,7 @@ def cifar_resnet(depth: int) -> ResNet:
     """
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"expected a depth of 6n + 2 (20, 32, 44, 56), got {depth}")
-    mean, std = IMAGENET_STATISTICS
-    return ResNet([(depth - 2) // 6] * 3, 16, projection=False, mean=mean, std=std)
+    return ResNet([(depth - 2) // 6] * 3, 16, projection=False, statistics=IMAGENET_STATISTICS)
 
 
 def resnet18() -> ResNet:

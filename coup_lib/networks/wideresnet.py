@@ -5,12 +5,11 @@ WideResNet, which DiffPure and RepDistiller share: their files load with `checkp
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.networks.resnet import conv3x3, normalisation
+from coup_lib.networks.resnet import Normalise, Statistics, conv3x3
 
 # Mean and std of red, green, blue as each publisher rounded them.
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -25,26 +24,21 @@ class WideResNet(nn.Sequential):
     Args:
         depth: 6n + 4 for groups of n blocks.
         widen: the factor of the channels.
-        mean, std: normalise the channels inside; the defaults leave images as they are.
+        statistics: means and stds that normalise the channels inside; None leaves images as they are.
 
     Raises:
-        ValueError: for another depth, or mean without std.
+        ValueError: for another depth.
     """
 
     def __init__(
-        self,
-        depth: int,
-        widen: int,
-        classes: int = 10,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        self, depth: int, widen: int, classes: int = 10, statistics: Statistics | None = None
     ) -> None:
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"expected a depth of 6n + 4 (28, 40, 70), got {depth}")
         n = (depth - 4) // 6
         super().__init__(
             OrderedDict(
-                normalise=normalisation(mean, std),
+                normalise=Normalise(*statistics) if statistics else nn.Identity(),
                 conv1=conv3x3(3, 16),
                 block1=_group(n, 16, 16 * widen, stride=1),
                 block2=_group(n, 16 * widen, 32 * widen, stride=2),
@@ -88,11 +82,9 @@ def wrn_28_10(classes: int = 10) -> WideResNet:
 
 def wrn_70_16() -> WideResNet:
     """DiffPure's CIFAR-10 classifier, its file cifar10/wrn-70-16-dropout/weights.pt."""
-    mean, std = CIFAR10_STATISTICS
-    return WideResNet(70, 16, 10, mean, std)
+    return WideResNet(70, 16, 10, CIFAR10_STATISTICS)
 
 
 def wrn_40_2() -> WideResNet:
     """The CIFAR-100 classifier of Chen et al. (2024), weights under "model" as RepDistiller saves them."""
-    mean, std = CIFAR100_STATISTICS
-    return WideResNet(40, 2, 100, mean, std)
+    return WideResNet(40, 2, 100, CIFAR100_STATISTICS)

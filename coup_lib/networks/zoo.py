@@ -1,7 +1,7 @@
 """Every network by name: the small ones of this repository, the published ones, and all of RobustBench."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from coup_lib.checks import choice
-from coup_lib.networks import published as artefacts
-from coup_lib.networks.checkpoints import CheckpointError, load_network, load_state, read_sums
-from coup_lib.networks.ddpmpp import DEEP, DDPMpp, load_score_sde
-from coup_lib.networks.edm import Denoiser, EDMNetwork, edm_cifar, load_edm
+from coup_lib.networks import published
+from coup_lib.networks.checkpoints import CheckpointError, load_network, load_score_sde, load_state, read_sums
+from coup_lib.networks.ddpmpp import DEEP, DDPMpp
+from coup_lib.networks.edm import Denoiser, edm_cifar, load_edm
 from coup_lib.networks.precision import Bfloat16
 from coup_lib.networks.resnet import cifar_resnet, resnet18
 from coup_lib.networks.small import NETWORKS
@@ -27,29 +27,16 @@ THREATS = ("Linf", "L2")  # RobustBench's folders
 
 
 @dataclass(frozen=True)
-class Published:
-    """A network that others trained; its name here is that of its file in `artefacts.ARTEFACTS`.
+class Architecture:
+    """A network that others trained; its name here is that of its file in `published.ARTEFACTS`.
 
-    build: the network, untrained. load: puts what is in the file into it. small: takes its place in a smoke
-    run, with random weights, so that nothing is fetched; None: it is small itself.
+    build: the network, untrained. small: takes its place in a smoke run, with random weights, so that nothing
+    is fetched; None: it is small itself. load: puts what is in the file into the network.
     """
 
     build: Callable[[], nn.Module]
-    load: Callable[[Any, Any, str], nn.Module]
     small: Callable[[], nn.Module] | None = None
-
-
-def _score_sde(network: DDPMpp, checkpoint: Any, name: str) -> nn.Module:
-    return load_score_sde(checkpoint, network, name)
-
-
-def _edm(denoiser: Denoiser, state: Any, name: str) -> nn.Module:
-    return load_edm(state, denoiser, name)
-
-
-def small_edm() -> Denoiser:
-    """EDM's denoiser at the smallest size."""
-    return Denoiser(EDMNetwork(width=16, multipliers=(1, 1), blocks=1))
+    load: Callable[[Any, Any, str], nn.Module] = load_state
 
 
 small_ddpmpp = partial(DDPMpp, width=16, multipliers=(1, 1), blocks=1)
@@ -57,26 +44,22 @@ small_wrn = partial(WideResNet, depth=10, widen=1)
 
 CLASSIFIERS = {
     "cifar10": {
-        "wrn-70-16-dropout": Published(wrn_70_16, load_state, small_wrn),
-        "resnet18": Published(resnet18, load_state),
-        "resnet20": Published(partial(cifar_resnet, 20), load_state),
-        "resnet56": Published(partial(cifar_resnet, 56), load_state),
+        "wrn-70-16-dropout": Architecture(wrn_70_16, small_wrn),
+        "resnet18": Architecture(resnet18),
+        "resnet20": Architecture(partial(cifar_resnet, 20)),
+        "resnet56": Architecture(partial(cifar_resnet, 56)),
     },
-    "cifar100": {"wrn-40-2": Published(wrn_40_2, load_state, partial(small_wrn, classes=100))},
+    "cifar100": {"wrn-40-2": Architecture(wrn_40_2, partial(small_wrn, classes=100))},
 }
 SCORES = {
-    "cifar10": {"ddpmpp-deep": Published(DEEP, _score_sde, small_ddpmpp)},
-    "cifar100": {"edm-vp": Published(edm_cifar, _edm, small_edm)},
+    "cifar10": {"ddpmpp-deep": Architecture(DEEP, small_ddpmpp, load_score_sde)},
+    "cifar100": {"edm-vp": Architecture(edm_cifar, lambda: Denoiser(small_ddpmpp()), load_edm)},
 }
 
 
 def is_ours(dataset: str, name: str) -> bool:
     """Whether the network's weights are in this repository."""
     return name in NETWORKS.get(dataset, {})
-
-
-def _published(dataset: str) -> dict[str, Published]:
-    return CLASSIFIERS[dataset] | SCORES[dataset]
 
 
 def check_classifier(dataset: str, name: str) -> str:
@@ -100,17 +83,15 @@ def load_classifier(dataset: str, name: str, *, trained: bool = True) -> nn.Modu
     trained=False gives random weights, to measure what the network costs: nothing is fetched, and a WRN-28-10
     stands for RobustBench's.
     """
-    classes = 100 if dataset == "cifar100" else 10
     if is_ours(dataset, check_classifier(dataset, name)):
         return load_network(dataset, name)
     if name in CLASSIFIERS[dataset]:
         return _load(name, CLASSIFIERS[dataset][name], trained)
-    if is_smoke():
-        return _random(partial(small_wrn, classes=classes))
-    if not trained:
-        return _random(partial(wrn_28_10, classes))
-    if (listed := _listed(dataset, name)) in artefacts.ARTEFACTS:  # what RobustBench reads is verified
-        return artefacts.load(listed, lambda _: _from_robustbench(dataset, name))
+    if is_smoke() or not trained:
+        classes = 100 if dataset == "cifar100" else 10
+        return _random(partial(small_wrn if is_smoke() else wrn_28_10, classes=classes))
+    if (listed := _listed(dataset, name)) in published.ARTEFACTS:  # what RobustBench reads is verified
+        return published.load(listed, lambda _: _from_robustbench(dataset, name))
     return _from_robustbench(dataset, name)
 
 
@@ -136,15 +117,15 @@ def digest(dataset: str, name: str) -> str:
     """Sixteen hex digits that name a network's weights; loading them checks that they are these."""
     if is_ours(dataset, name):
         return read_sums()[f"{dataset}/{name}.safetensors"][:16]
-    published = _published(dataset).get(name)
-    if is_smoke() and not (published and published.small is None):
+    architecture = (CLASSIFIERS[dataset] | SCORES[dataset]).get(name)
+    if is_smoke() and not (architecture and architecture.small is None):
         return "random"
     listed = _listed(dataset, name)
-    if listed in artefacts.ARTEFACTS:
-        return artefacts.digest(listed)[:16]
+    if listed in published.ARTEFACTS:
+        return published.digest(listed)[:16]
     if not _file(listed).is_file():
         load_classifier(dataset, name)  # RobustBench fetches it
-    return artefacts.file_digest(_file(listed))[:16]
+    return published.file_digest(_file(listed))[:16]
 
 
 def needed(dataset: str, classifiers: Iterable[str], score: str | None = None) -> list[str]:
@@ -154,49 +135,20 @@ def needed(dataset: str, classifiers: Iterable[str], score: str | None = None) -
     """
     names = dict.fromkeys([*classifiers, *([score] if score else [])])
     listed = [_listed(dataset, name) for name in names if not is_ours(dataset, name) and not is_smoke()]
-    return [name for name in listed if name in artefacts.ARTEFACTS]
+    return [name for name in listed if name in published.ARTEFACTS]
 
 
 def missing(dataset: str, classifiers: Iterable[str], score: str | None = None) -> list[str]:
     """Those of `needed` that are not here."""
-    return artefacts.missing(needed(dataset, classifiers, score))
+    return published.missing(needed(dataset, classifiers, score))
 
 
-def obtain(
-    dataset: str,
-    classifiers: Iterable[str],
-    score: str | None = None,
-    needed_by: Mapping[str, str] = artefacts.NOTHING,
-) -> None:
-    """Before long work: fetch what of these networks is missing, and load once what was never used.
-
-    A file may be readable and yet hold another network. needed_by: as in `artefacts.require`.
-
-    Raises what `artefacts.obtain` and `artefacts.load` raise.
-    """
-    classifiers = list(classifiers)
-    artefacts.obtain(needed(dataset, classifiers, score), needed_by)
-    for name in classifiers:
-        if _is_new(dataset, name):
-            load_classifier(dataset, name)
-    if score and _is_new(dataset, score):
-        load_score(dataset, score)
-
-
-def _is_new(dataset: str, name: str) -> bool:
-    """Whether the file of a network was never used, or RobustBench has yet to fetch it."""
-    if is_ours(dataset, name) or is_smoke():
-        return False
-    listed = _listed(dataset, name)
-    return not (artefacts.sha256(listed) if listed in artefacts.ARTEFACTS else _file(listed).is_file())
-
-
-def _load(name: str, published: Published, trained: bool) -> nn.Module:
-    if is_smoke() and published.small:
-        return _random(published.small)
+def _load(name: str, architecture: Architecture, trained: bool) -> nn.Module:
+    if is_smoke() and architecture.small:
+        return _random(architecture.small)
     if not trained:
-        return _random(published.build)
-    return artefacts.load(name, lambda content: published.load(published.build(), content, name))
+        return _random(architecture.build)
+    return published.load(name, lambda content: architecture.load(architecture.build(), content, name))
 
 
 def _random(build: Callable[[], nn.Module]) -> nn.Module:
@@ -209,7 +161,7 @@ def _random(build: Callable[[], nn.Module]) -> nn.Module:
 def _listed(dataset: str, name: str) -> str:
     """A published network's name among the artefacts; a RobustBench model's is its place but for ".pt"."""
     model, threat = _robustbench(name)
-    return name if name in _published(dataset) else f"{dataset}/{threat}/{model}"
+    return name if name in CLASSIFIERS[dataset] | SCORES[dataset] else f"{dataset}/{threat}/{model}"
 
 
 def _file(listed: str) -> Path:
@@ -224,42 +176,33 @@ def _robustbench(name: str) -> tuple[str, str]:
 
 
 def _from_robustbench(dataset: str, name: str) -> nn.Module:
-    """A model from the model folder, or fetched into it; CheckpointError if RobustBench does not manage."""
+    """A model from the model folder, or fetched into it by RobustBench; CheckpointError if it cannot.
+
+    ImportError, naming the extra to install, without RobustBench.
+    """
     (model, threat), file = _robustbench(name), _file(_listed(dataset, name))
     try:
-        return robustbench_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
-    except ImportError:
-        raise
-    except Exception as error:
-        said = f"{type(error).__name__}: {shorten(str(error), 400)}"
-        if file.is_file() and artefacts.is_page(file):
-            said = "this is a web page, not a checkpoint"
-        raise CheckpointError(f"RobustBench cannot load {model!r} from {file}: {said}") from error
-
-
-def robustbench_model(name: str, **settings: Any) -> nn.Module:
-    """A RobustBench classifier such as "Standard", images in [0, 1] to logits, normalisation inside.
-
-    `settings` go to robustbench.utils.load_model: dataset="cifar10", threat_model="Linf",
-    model_dir="./models". A file put at <model_dir>/<dataset>/<threat_model>/<name>.pt is used as it is;
-    else robustbench downloads it.
-
-    Raises:
-        ImportError: naming the extra to install.
-    """
-    _mend_autoattack()
-    try:
-        from robustbench.utils import load_model
+        load_model = robustbench_loader()
     except ImportError as error:
         raise ImportError(
-            f"robustbench_model({name!r}) needs robustbench and torchvision, and {error}; "
+            f"{model!r} needs robustbench and torchvision, and {error}; "
             "install them with: pip install 'coup-lib[cifar]'"
         ) from error
-    return load_model(model_name=name, **settings).eval().requires_grad_(False)
+    try:
+        network = load_model(model, dataset=dataset, threat_model=threat, model_dir=str(model_dir()))
+    except Exception as error:
+        said = f"{type(error).__name__}: {shorten(str(error), 400)}"
+        if file.is_file() and published.is_page(file):
+            said = "this is a web page, not a checkpoint"
+        raise CheckpointError(f"RobustBench cannot load {model!r} from {file}: {said}") from error
+    return network.eval().requires_grad_(False)
 
 
-def _mend_autoattack() -> None:
-    """robustbench 1.1.1 depends on pyautoattack but imports `autoattack`; give it the one it installed."""
+def robustbench_loader() -> Callable[..., nn.Module]:
+    """`robustbench.utils.load_model`.
+
+    robustbench 1.1.1 depends on pyautoattack but imports `autoattack`: it is given the one it installed.
+    """
     try:
         import autoattack  # noqa: F401
     except ImportError:
@@ -268,3 +211,6 @@ def _mend_autoattack() -> None:
 
         sys.modules["autoattack"] = pyautoattack
         sys.modules["autoattack.state"] = pyautoattack.state
+    from robustbench.utils import load_model
+
+    return load_model
