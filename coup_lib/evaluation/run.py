@@ -16,7 +16,7 @@ from coup_lib.checks import choice, count
 from coup_lib.data import Images, fingerprint, is_here, load_split
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided, purifications
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score, WorstCase, worst_case
+from coup_lib.evaluation.outcomes import Score, Transfer, WorstCase, worst_case
 from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.recorded import recorded_scores
 from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_complete, record_path
@@ -96,7 +96,6 @@ class Source:
 
 
 CLEAN = Source("clean", "none")
-OF = " of "  # in the name of a source that another target lends
 
 
 @dataclass(frozen=True)
@@ -299,8 +298,8 @@ class Evaluation:
         clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order
         guidance term); from_none and from_reverse (APGD-ce's images against the undefended classifier and
         against reverse-only). With autoattack also standard and dlr (APGD-dlr, the other half of AutoAttack's
-        "rand"). All of it is lent, see `lend`. A claim of robustness has to stand on the worst case, see
-        `recorded`.
+        "rand"). All of it is transferred, see `with_transfers`. A claim of robustness has to stand on the
+        worst case, see `recorded`.
         """
         gradient = self.config.gradient
         rows = {
@@ -317,7 +316,7 @@ class Evaluation:
             for defence, row in rows.items():
                 row["standard"] = Source("standard", defence, gradient)
                 row["dlr"] = Source("apgd-dlr", defence, gradient)
-        return self.scores(lend(rows))
+        return self.scores(with_transfers(rows))
 
     def scores(self, rows: dict[str, dict[str, Source]]) -> dict[str, dict[str, Score]]:
         """`run` with a name for each source: target → name → score."""
@@ -606,26 +605,28 @@ class Evaluation:
         return float(steps * purifications(defence) * (2 if is_guided(defence) else 1))
 
 
-def lend(rows: dict[str, dict[str, Source]], names: Sequence[str] = ()) -> dict[str, dict[str, Source]]:
-    """What is made against one defence is tried on all: target → name → source, with the other targets' own.
+def with_transfers(
+    rows: dict[str, dict[str, Source]], names: Sequence[str] = ()
+) -> dict[str, dict[Any, Source]]:
+    """What is made against one defence is tried on all: target → key → source, `Transfer` its key there.
 
-    An attacker is free to try it, and a defence whose gradient finds good images would else be alone in
-    facing them. A lent source is called "exact of reverse"; `names` are those to lend, by default all.
+    An attacker is free to try it, and a defence whose gradient finds good images would otherwise be alone in
+    facing them. `names` are the columns that are transferred, by default all.
     """
-    own: dict[str, Source] = {}
+    made: dict[Transfer, Source] = {}
     for target, row in rows.items():
         chosen = {name: source for name, source in row.items() if name in (names or row)}
-        own |= made_against(target, chosen, target)
+        made |= made_against(target, chosen, target)
     return {
-        target: row | {name: source for name, source in own.items() if source not in row.values()}
+        target: row | {key: source for key, source in made.items() if source not in row.values()}
         for target, row in rows.items()
     }
 
 
-def made_against(target: str, row: dict[str, Source], label: str) -> dict[str, Source]:
-    """Of a row of sources those that attack this target, by the names under which they are lent."""
+def made_against(target: str, row: Mapping[Any, Source], surrogate: str) -> dict[Transfer, Source]:
+    """Those sources of a row that attack this target, by the keys under which they are transferred."""
     return {
-        f"{name}{OF}{label}": source
+        Transfer(surrogate, name): source
         for name, source in row.items()
         if source.defence == target and source.attack not in ("clean", "noise")
     }

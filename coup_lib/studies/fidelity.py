@@ -1,14 +1,17 @@
 """How far a gradient that is not exact points away from the exact one, on trained networks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.data import Images
+from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
@@ -88,3 +91,19 @@ def _gradient(model: nn.Module, images: Images, seeds: Sequence[int]) -> Tensor:
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per row, (n,); no epsilon, which would hide tiny gradients."""
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def median_table(cosines: Mapping[str, Any]) -> pd.DataFrame:
+    """The median cosine to the exact gradient, a column per number of steps.
+
+    Args:
+        cosines: the "result" of `gradient_cosines`.
+    """
+    lines = {
+        f"{LABELS[defence]}, {gradient.replace('_', '-')}": [f"{np.median(values):.3f}" for values in rows]
+        for defence in COMPARED
+        for gradient, rows in cosines[defence].items()
+    }
+    counts = [f"N = {count}" for count in cosines["step_counts"]]
+    frame = pd.DataFrame.from_dict(lines, orient="index", columns=counts)
+    return frame.rename_axis("Median cosine to exact")
