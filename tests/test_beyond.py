@@ -5,7 +5,8 @@ import pytest
 
 from coup_lib.defences import CANDIDATES
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score, worst_case
+from coup_lib.evaluation.outcomes import Score, Transfer, worst_case
+from coup_lib.reporting import tables
 from coup_lib.studies import beyond
 from coup_lib.studies.beyond import Found, Setting
 
@@ -13,7 +14,7 @@ from coup_lib.studies.beyond import Found, Setting
 def row(**right):
     """Scores of ten images of which the first `right` are right, per source."""
     made = {}
-    for name in (*beyond.SOURCES, "margin of averaged"):
+    for name in (*beyond.SOURCES, Transfer("averaged", "margin")):
         n_right = right.get(name, 10)
         wrong = (np.arange(10) >= n_right).astype(int)
         made[name] = Score(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
@@ -32,7 +33,7 @@ def found():
 
 def test_the_winner_is_guided_and_best_under_its_worst_source(found):
     assert beyond.best_guided(found) == Setting("smoothed", 1.0)
-    assert beyond.worst(found)[Setting("coup", 1.0)].mean() == pytest.approx(0.5)
+    assert found[Setting("coup", 1.0)].right["worst"].mean() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_winner_must_face_its_own_purifier_without_guidance(winner, twin):
     for control in plain:
         found = {setting: row(exact=n) for setting, n in (n_right | {control: 10}).items()}
         found[Setting(winner, 2.0)] = row(exact=9)
-        assert "**No guided purifier" in beyond.verdict_lines(found, Setting(winner, 2.0))
+        assert "**No guided purifier" in beyond.verdict(found, Setting(winner, 2.0))
 
 
 def test_every_candidate_is_tried_at_every_weight():
@@ -64,25 +65,21 @@ def test_everyone_faces_the_same_kinds_of_attack():
 
 
 def test_the_verdict_says_what_the_interval_says(found):
-    wins = beyond.verdict_lines(found, Setting("smoothed", 1.0))
+    wins = beyond.verdict(found, Setting("smoothed", 1.0))
     assert "**No guided purifier" in wins
     better = {Setting("reverse"): row(exact=0), Setting("smoothed", 1.0): row()}
-    assert "keeps its gain under the worst of these attacks" in beyond.verdict_lines(
+    assert "keeps its gain under the worst of these attacks" in beyond.verdict(
         better, Setting("smoothed", 1.0)
-    )
-    robust = {Setting("reverse"): row(exact=0), Setting("robust-guide", 1.0): row()}
-    assert "was adversarially trained in the norm" in beyond.verdict_lines(
-        robust, Setting("robust-guide", 1.0)
     )
 
 
 def test_tables_and_figures_have_every_setting(found):
-    frame = beyond.table(found)
-    assert next(iter(frame.index)) == "no guidance, averaged"
-    assert len(beyond.numbers(found)) == len(found) * len(beyond.COLUMNS)
-    ticks = [text.get_text() for text in beyond.search_figure(found).axes[0].get_yticklabels()]
-    assert ticks == [str(setting) for setting in sorted(found, key=lambda s: beyond.worst(found)[s].mean())]
-    assert len(beyond.confirm_figure(found).axes[0].get_legend().texts) == len(found)
+    rows = beyond.rows(found, Config(n_images=10))
+    assert rows[0].label == "no guidance, averaged"  # the best worst case
+    assert len(tables.long_form(rows, beyond.COLUMNS)) == len(found) * len(beyond.COLUMNS)
+    ticks = [text.get_text() for text in beyond.search_figure(rows).axes[0].get_yticklabels()]
+    assert ticks == [row.label for row in rows[::-1]]
+    assert len(beyond.confirm_figure(rows).axes[0].get_legend().texts) == len(found)
 
 
 def test_a_search_on_a_few_images(results_folder):
@@ -93,19 +90,20 @@ def test_a_search_on_a_few_images(results_folder):
     assert all(score.report.shape == (3, 2) for each in found.values() for score in each.scores.values())
     assert len(list(results_folder.rglob("*guided*"))) == 0
     assert list(results_folder.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))
-    lent = {f"{name} of averaged" for name in ("exact", "margin", "warm")}
+    made = {Transfer("averaged", name) for name in ("exact", "margin", "warm")}
     first, second = (set(found[setting].scores) for setting in tried)
-    assert lent < first and lent | {"margin of reverse"} < second
+    assert made < first and made | {Transfer("reverse", "margin")} < second
 
 
 def test_both_ways_what_is_made_against_one_is_tried_on_the_other(results_folder):
     config = Config(n_images=3, n_draws=2, purpose="compare", n_iter=1, eot=1)
     tried = [Setting("reverse"), Setting("diffpure"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
     found = beyond.scores(config, tried, both_ways=True)
-    guided = {f"{name} of {x}" for x in tried[2:] for name in ("exact", "first_order", "margin", "warm")}
+    names = ("exact", "first_order", "margin", "warm")
+    guided = {Transfer(str(setting), name) for setting in tried[2:] for name in names}
     assert all(guided < set(found[setting].scores) for setting in tried[:2])
     assert not guided & (set(found[tried[2]].scores) | set(found[tried[3]].scores))
-    plain = {"margin of diffpure", "warm of diffpure"}  # its exact one is in `SOURCES`
+    plain = {Transfer("diffpure", "margin"), Transfer("diffpure", "warm")}  # its exact one is in `SOURCES`
     assert all(plain < set(found[setting].scores) for setting in tried if setting.defence != "diffpure")
     # At each one's own λ.
     names = [path.name for path in results_folder.rglob("score-reverse-on-*-apgd-margin-smoothed-*.json")]

@@ -1,5 +1,7 @@
 """Table 3: the sources, the ways to decide, and the verdicts."""
 
+from itertools import chain
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from coup_lib import paths
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Score
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.reporting import paper, tables
 from coup_lib.studies import bpda
 
 N = 40
@@ -60,43 +62,28 @@ def test_counts_are_the_budgets_own_where_none_are_given(monkeypatch, profile, c
 def test_three_ways_to_decide_can_disagree():
     """One image: a confident mistake in the mean of the logits, three of four draws right."""
     score = Score(np.array([0]), np.array([[0, 0, 0, 1]]), np.array([1]), np.array([0.75]), None)
-    assert [bpda.decided(score, rule).tolist() for rule in bpda.RULES] == [[0.75], [0.0], [1.0]]
-
-
-def test_ways_to_decide_agree_with_the_scores_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    config = Config(n_images=4, n_draws=3)
-    scores = Evaluation(config, verbose=False).scores({"coup": bpda.sources("coup", [2], 1)})["coup"]
-    for score in scores.values():
-        ways = {"single": score.mean, "averaged": score.averaged, "majority": score.majority}
-        for rule, accuracy in ways.items():
-            assert 100 * bpda.decided(score, rule).mean() == pytest.approx(accuracy.value)
+    assert [score.decided(rule).tolist() for rule in bpda.RULES] == [[0.75], [0.0], [1.0]]
 
 
 def test_verdicts(results):
     config = Config(n_images=N, eot=5)
-    text = bpda.claim_lines(results, 20, config)
-    assert "COUP above DiffPure (the paper reports +1.80) | a single draw" in text
-    assert "**holds** (+15.00 points" in text  # DiffPure under BPDA
-    rival = next(line for line in text.splitlines() if "COUP w/o guidance | a single" in line)
+    claims = tables.coup_claims(results["single"], paper.BPDA)
+    rival, diffpure = tables.claims(claims, bpda.headings([20], config.eot)).splitlines()[2:4]
+    assert "DiffPure (the paper reports +1.80)" in diffpure and "**holds** (+15.00 points" in diffpure
     assert "(-5.00 points" in rival and "**holds** (+25.00 points" in rival
-    weaker = bpda.attack_lines(results, 20, config)
-    assert "- DiffPure: +25.00 points" in weaker and weaker.count("holds") == 2
-    assert "- COUP: +0.00 points [-8.8, +8.8]: is not decided" in weaker
+    weaker = tables.claims(bpda.claims(results, "bpda-20"), {"single": "BPDA − exact"})
+    assert "DiffPure: BPDA is the weaker attack | **holds** (+25.00" in weaker and weaker.count("holds") == 2
+    assert "COUP: BPDA is the weaker attack | **is not decided** (+0.00 points [-8.8, +8.8])" in weaker
     assert "No defence" not in weaker
 
 
 def test_tables_and_figure_show_all(results):
-    config, headings = Config(n_images=N), bpda.columns([1, 20], 5)
-    frame = bpda.paper_table(results, 20, config)
-    assert frame["Robustness (%)"].tolist()[:8] == [
-        "9.00", "15.00", "54.90", "70.01", "76.22", "0.00", "81.40", "83.20",
-    ]  # fmt: skip
-    assert frame["Robustness (%)"].str.startswith("90.00 [").sum() == 2  # COUP's, by two rules
-    whole, long = bpda.whole_table(results, headings, config), bpda.numbers(results, headings, config)
-    assert whole.shape == (len(PAPER) * 3, 4) and len(long) == whole.size
+    config, headings = Config(n_images=N, n_draws=5), bpda.headings([1, 20], 5)
+    rows = bpda.rows(results, config)
+    assert [row.shown["Decided by"] for row in rows["averaged"]] == ["mean logits of 5"] * len(PAPER)
+    long = tables.long_form([*chain(*rows.values())], headings)
+    assert len(long) == len(PAPER) * 3 * 4
     assert long.query("defence == 'coup' and column == 'exact'")["value"].tolist() == [90] * 3
-    figure = bpda.figure(results, headings, config)
+    figure = bpda.figure(rows, headings)
     assert [len(axes.containers) for axes in figure.axes] == [len(PAPER)] * 3
     plt.close(figure)
-    assert "BPDA with 20 EOT draws" in bpda.caption(20, config)

@@ -14,8 +14,11 @@ from torch import nn
 from coup_lib import paths, purify
 from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluation import run as evaluate
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import CLEAN, Evaluation, Job, Source, calls, planning
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.run import Job, calls, planning
+from coup_lib.evaluation.specs import CLEAN
 from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.studies import estimate
@@ -48,10 +51,10 @@ def test_flop_of_a_convolution_and_its_derivatives():
 def test_calls_of_the_attacks():
     config = Config(n_iter=7, eot=3, n_targets=2, square_queries=11)
     assert calls(CLEAN, config) == (0, 0)
-    assert calls(Source("apgd-ce", "coup"), config) == (21, 0)
-    assert calls(Source("apgd-ce", "coup", "bpda", eot=2), config) == (0, 14)
-    assert calls(Source("square", "coup"), config) == (0, 11)
-    assert calls(Source("standard", "coup"), config) == (7 * 5, 11)
+    assert calls(against("apgd-ce", "coup"), config) == (21, 0)
+    assert calls(against("apgd-ce", "coup", "bpda", eot=2), config) == (0, 14)
+    assert calls(against("square", "coup"), config) == (0, 11)
+    assert calls(against("standard", "coup"), config) == (7 * 5, 11)
 
 
 def test_planning_lists_what_a_run_would_do_and_computes_nothing(results, monkeypatch):
@@ -74,7 +77,7 @@ def test_planning_lists_what_a_run_would_do_and_computes_nothing(results, monkey
 def plan(defence, **settings):
     """The jobs of an attack on this defence and of scoring it there."""
     with planning() as jobs:
-        Evaluation(Config(**settings)).run({defence: [Source("apgd-ce", defence)]})
+        Evaluation(Config(**settings)).run({defence: [against("apgd-ce", defence)]})
     return jobs
 
 
@@ -100,7 +103,7 @@ def test_network_calls_are_those_that_are_made(monkeypatch, defence, replayed):
     if defence == "none" or PURIFIERS[defence].through_score or replayed:
         gradients = gradients[:2]  # no SDE, or a second derivative that torchsde cannot take
     for gradient in (None, *gradients):
-        job = Job(config, classifier, Source("apgd-ce", defence, gradient or "exact"), (), "")
+        job = Job(config, classifier, against("apgd-ce", defence, gradient or "exact"), (), "")
         model = Evaluation(config).defence(defence, gradient or "exact")
         for _ in range(2):  # a score is looked at once, before its first gradient
             with estimate.FlopCounter() as counter:

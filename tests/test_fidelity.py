@@ -43,3 +43,10 @@ def test_without_guidance_the_first_order_gradient_is_exact(results_folder):
     found = gradient_cosines(replace(SMALL, guidance_weight=0.0), (2,))["result"]
     np.testing.assert_allclose(found["coup"]["first_order"], 1, atol=1e-12)
     np.testing.assert_allclose(found["coup"]["adjoint"], found["reverse"]["adjoint"], atol=1e-12)
+
+
+def test_the_table_has_every_median(whole):
+    frame = fidelity.median_table(whole)
+    assert list(frame.columns) == ["N = 2", "N = 3"]
+    median = np.median(whole["coup"]["first_order"][1])
+    assert frame.loc["COUP, first-order", "N = 3"] == f"{median:.3f}"

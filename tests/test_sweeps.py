@@ -7,7 +7,7 @@ import pytest
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Difference
 from coup_lib.evaluation.stats import mean_interval
-from coup_lib.reporting import plots
+from coup_lib.reporting import plots, tables
 from coup_lib.studies import sweeps
 
 N = 200
@@ -98,20 +98,12 @@ def test_the_table_of_claims_judges_every_one():
     config = Config(n_images=N)
     times = {0.05: made_up([90])[0], 0.1: made_up([10])[0], 0.2: made_up([80])[0]}
     weights = {0.0: made_up([10])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
-    text = sweeps.claim_lines(times, weights, config)
+    text = tables.markdown(sweeps.claims(times, weights, config))
     assert "| t* = 0.1 is best | APGD-ce, exact | **holds** | 0.1 minus its strongest rival, 0.2" in text
     assert "| λ = 1 is best | Worst of these attacks, per image | **does not hold** |" in text
-    assert text.count("**") == 2 * 7
-
-
-def test_masking_is_named_only_where_the_attacks_disagree():
-    config = Config(n_images=N)
-    weights = {0.0: made_up([40])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
-    text = sweeps.guidance_line(weights, config)
-    assert "λ = 4 minus λ = 0): APGD-ce, exact: **does not hold** (-25.00" in text
-    assert "worse guide" not in text
-    weights[4.0]["adaptive"] = share(0)
-    assert sweeps.guidance_line(weights, config).endswith("a worse guide for attacks.")
+    more = "| the more guidance the better | APGD-ce, exact | **does not hold** | 4 minus 0: -40.00 points"
+    assert more in text
+    assert text.count("**") == 2 * 9
 
 
 def test_a_choice_changes_one_setting_and_is_compared_with_the_papers():
@@ -128,9 +120,9 @@ def test_a_choice_changes_one_setting_and_is_compared_with_the_papers():
     column = "Minus the paper's: Worst of these attacks, per image"
     assert frame[column].str[:6].tolist() == ["–", "+15.00", "–"]
     assert set(frame["n"]) == {str(N)}
-    first, second = sweeps.confirmation_lines(confirmed).splitlines()
-    assert "t* = 0.2, λ = 1" in first and "**holds** (+15.00 points" in first
-    assert second.endswith("is the paper's own setting.")
+    (line,) = sweeps.confirmed_claims(confirmed).splitlines()[2:-2]
+    assert "t* = 0.2, λ = 1" in line and "**holds** (+15.00 points" in line
+    assert "paper's own setting" in sweeps.confirmed_claims({"the paper's": (config, times[0.1])})
 
 
 def test_without_guidance_coup_is_reverse_only(results_folder):
@@ -139,9 +131,11 @@ def test_without_guidance_coup_is_reverse_only(results_folder):
     assert (found[0]["adaptive"] == found[0]["from_reverse"]).all()
     names = {path.name for path in results_folder.rglob("score-*.json")}
     assert any(name.startswith("score-reverse-on-") for name in names)
-    frame = sweeps.numbers(found, config, "guidance_weight")
-    assert frame.groupby("guidance_weight")["defence"].unique().map(list).tolist() == [["reverse"], ["coup"]]
-    assert len(sweeps.sweep_table(found, config, "guidance_weight")) == 2
+    rows = sweeps.rows(found, config, "guidance_weight")
+    assert [(row.keys["guidance_weight"], row.keys["defence"]) for row in rows] == [
+        (0, "reverse"),
+        (1, "coup"),
+    ]
 
 
 def test_every_weight_faces_what_is_made_against_the_papers(results_folder):
@@ -150,7 +144,7 @@ def test_every_weight_faces_what_is_made_against_the_papers(results_folder):
     attacks = {path for path in results_folder.glob("*/*.json") if not path.name.startswith("score-")}
     for weight in (0.0, 4.0):
         row = sweeps.measure(sweeps.at(config, "guidance_weight", weight))
-        assert {"worst", "recorded", "lent"} < set(row)
+        assert {"worst", "recorded", "transferred"} < set(row)
     targets = [path.name.split("-on-")[0] for path in results_folder.rglob("score-*-coup-exact-*.json")]
     assert sorted(targets) == ["score-coup"] * 3 + ["score-reverse"]  # λ = 4 on its own and on λ = 1's
     made = {path for path in results_folder.glob("*/*.json") if not path.name.startswith("score-")} - attacks
@@ -169,10 +163,9 @@ def test_the_figure_rings_the_best_and_marks_the_papers_choice():
         rings = [item.get_offsets()[0, 1] for item in axes.collections if hasattr(item, "get_sizes")]
         assert [ring for ring in rings if ring] == pytest.approx([height, height])
     assert [text.get_text() for text in right.get_xticklabels()] == ["0", "1", "4"]
-    texts = [text.get_text() for text in left.texts]
-    assert {"clean", "exact", "first-order", "worst of these", "the paper's"} < set(texts)
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"COUP, clean", "COUP, exact", "COUP, first-order", "COUP, worst of these", "the paper's"} < labels
     plt.close(figure)
-    assert "t* = 0.2 and λ = 1" in sweeps.figure_caption(times, weights, config)
 
 
 def test_error_bars_reach_the_ends_of_the_interval():

@@ -10,7 +10,7 @@ import pytest
 from coup_lib import paths
 from coup_lib.defences import DEFENCES, LABELS
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Accuracy, Score, worst_case
+from coup_lib.evaluation.outcomes import RULES, Accuracy, Score, Transfer, worst_case
 from coup_lib.evaluation.progress import Plan
 from coup_lib.reporting import compare, paper, plots, readme, tables
 
@@ -50,7 +50,8 @@ def results():
 
     rows = {"none": (38, 38), "diffpure": (16, 16), "reverse": (14, 14), "coup": (4, 20)}
     columns = {defence: row(*wrong) for defence, wrong in rows.items()}
-    return tables.shares(columns, {name: worst_case(list(each.values())) for name, each in columns.items()})
+    recorded = {name: worst_case(list(each.values())) for name, each in columns.items()}
+    return tables.per_image_accuracy(columns, recorded)
 
 
 def test_rand_is_what_ce_and_dlr_leave_together(results):
@@ -66,53 +67,62 @@ def test_robustness_is_the_worse_of_standard_and_rand(results):
     assert results["coup"]["recorded"].mean() == 1 - 20 / N
     row = {"clean": made_up(1), "from_none": made_up(2), "standard": made_up(2, robust=all_but(9))}
     row |= {name: made_up(2, robust=all_but(3)) for name in ("adaptive", "dlr")}
-    assert tables.shares({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
+    assert tables.per_image_accuracy({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
 
 
 def test_without_autoattack_there_are_no_columns_of_it():
     """A table of APGD alone, whose counts are all on fresh noise."""
     row = {"clean": made_up(1), "adaptive": made_up(4, robust=all_but(30)), "from_none": made_up(3)}
-    found = tables.shares({"coup": row})["coup"]
-    assert list(found) == ["clean", "adaptive", "from_none", "lent", "worst"]
+    found = tables.per_image_accuracy({"coup": row})["coup"]
+    assert list(found) == ["clean", "adaptive", "from_none", "transferred", "worst"]
     assert found["adaptive"].mean() == found["worst"].mean() == 1 - 4 / N
 
 
-def test_what_others_lend_counts_and_has_one_column():
+def test_transfers_count_and_have_one_column():
     own = {"clean": made_up(1), "adaptive": made_up(8), "from_none": made_up(3), "from_reverse": made_up(8)}
-    found = tables.shares({"reverse": own | {"adaptive of coup": made_up(5)}, "coup": own})
-    assert list(found["reverse"]) == list(found["coup"]) == [*own, "lent", "worst"]
-    # Of itself reverse-only does not borrow; to COUP its images are lent.
-    assert found["reverse"]["lent"].mean() == 1 - 5 / N and found["coup"]["lent"].mean() == 1 - 8 / N
+    rows = {"reverse": own | {Transfer("coup", "adaptive"): made_up(5)}, "coup": own}
+    found = tables.per_image_accuracy(rows)
+    assert list(found["reverse"]) == list(found["coup"]) == [*own, "transferred", "worst"]
+    # Images made against the reverse SDE are no transfer to itself; to COUP they are.
+    assert found["reverse"]["transferred"].mean() == 1 - 5 / N
+    assert found["coup"]["transferred"].mean() == 1 - 8 / N
     assert found["reverse"]["worst"].mean() == 1 - 8 / N
 
 
 def test_an_attacks_images_are_decided_in_four_ways():
     report = np.tile([0, 0, 1], (N, 1))  # right twice in three draws
-    score = Score(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), all_but(10))
-    text = tables.draws_lines({"coup": {"adaptive": score}})
-    cells = [cell.split()[0] for cell in text.splitlines()[-1].strip("| ").split(" | ")]
-    assert cells == ["COUP", "75.00", "66.67", "100.00", "0.00"]
+    score = Score(np.zeros(N, dtype=int), report, report[:, 2], (report == 0).mean(1), all_but(10))
+    shares = {rule: score.decided(rule).mean() for rule in RULES}
+    assert shares == pytest.approx({"single": 2 / 3, "averaged": 0, "majority": 1, "worst_draw": 0})
+    assert score.counted.mean() == 1 - 10 / N
 
 
-def test_the_claim_is_judged_under_the_protocol_and_under_the_worst_of_all(results, config):
-    text = tables.claim_lines(results, config)
-    assert "COUP is more robust than COUP w/o guidance* (n = 40" in text
-    assert "under the paper's protocol this **holds** (+25.00 points" in text
-    assert "the paper reports +2.41" in text
-    assert "in the worst case on record per image it **does not hold** (-15.00 points" in text
+def test_a_claim_is_judged_under_the_protocol_and_in_the_worst_case(results):
+    claims = tables.coup_claims(results, paper.PURIFIERS["linf"], "here: ")
+    text = tables.claims(claims, tables.judged("autoattack"))
+    first, second = text.splitlines()[2:4]
+    assert first.startswith("| here: COUP is more robust than COUP w/o guidance | **holds** (+25.00 points")
+    assert "| **does not hold** (-15.00 points" in first
+    assert "than DiffPure (the paper reports +2.41) | **holds**" in second
+    assert text.endswith("n = 40; paired differences with 95 % intervals.")
 
 
 def test_the_papers_rows_and_ours_are_told_apart(results, config):
-    frame = tables.paper_table(results, config)
+    rows = tables.rows(results, config, {"Decided by": "a single draw"})
+    table_1 = paper.LITERATURE["linf"], paper.PURIFIERS["linf"].values()
+    frame = tables.beside_paper(*table_1, rows, "autoattack")
     assert list(frame["Source"].unique()) == [
         "quoted by the paper",
         "reported by the paper",
-        "measured here, digits, n = 40",
+        "measured here, digits, n = 40, a single draw",
     ]
-    assert frame.loc["COUP", "Robustness (%)"].tolist() == [
-        "73.05",
-        str(Accuracy.of(results["coup"]["autoattack"])),
-    ]
+    ours = str(Accuracy.of(results["coup"]["autoattack"]))
+    assert frame.loc["COUP", "Robustness (%)"].tolist() == ["73.05", ours]
+    table_3 = tables.beside_paper(paper.BPDA_LITERATURE, paper.BPDA.values(), [], "")
+    assert table_3.loc["GDMP (Wang et al. 2022)"].tolist() == ["93.50", "76.22", "quoted by the paper"]
+    assert table_3.loc["COUP"].tolist() == ["90.04", "83.20", "reported by the paper"]
+    likelihood = tables.beside_paper([], paper.LIKELIHOOD.values(), [], "")
+    assert likelihood["Accuracy (%)"].tolist() == ["–", "–"]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -122,35 +132,11 @@ def test_every_reported_number_is_a_percentage_above_chance(norm):
     assert set(paper.PURIFIERS[norm]) < set(DEFENCES)
 
 
-def test_the_caption_says_how_much_of_the_papers_protocol_was_spent(config):
-    caption = tables.settings_caption(config, ["cnn-small"], ["apgd-ce"])
-    assert "40/512 images, 2/100 iterations" in caption and "Square" not in caption
-    full = Config(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000)
-    caption = tables.settings_caption(full, ["cnn-small"], ["standard", "rand"])
-    assert "512/512 images" in caption and "5000/5000 Square queries" in caption
-
-
-def test_what_is_left_of_the_undefended_classifier_is_said(results, config):
-    text = tables.undefended_line(results, config)
-    assert "undefended classifier 0.00 [0.0, 8.8] % (the paper's: 0.00 %)" in text
-
-
-def test_files_are_what_is_shown(results, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "FIGURES", tmp_path)
-    long = tables.numbers(results, config, classifier="cnn-small")
-    shown = tables.write(tables.robustness_table(results, config), config, "table1", "A caption.", long)
-    assert (tmp_path / "digits" / "table1.md").read_text() == shown
-    read = pd.read_csv(tmp_path / "digits" / "table1.csv").set_index(["defence", "column"])
-    assert read.loc[("coup", "recorded"), "value"] == 50
-    assert read.loc[("coup", "recorded"), "n"] == N
-    assert f"| COUP | {Accuracy.of(results['coup']['clean'])} |" in shown
-
-
 def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     figure, axes = plt.subplots()
-    columns = tables.column_names(results, config)
-    plots.robustness_panel(axes, results, columns)
+    columns = tables.headings(results["coup"], config)
+    plots.robustness_panel(axes, tables.rows(results, config), columns)
     assert len(axes.containers) == len(results)
     for (defence, row), container in zip(results.items(), axes.containers, strict=True):
         assert container.get_label() == LABELS[defence]
@@ -233,13 +219,35 @@ def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
 
 def test_a_label_is_broken_where_it_is_told(results, config):
     figure, axes = plt.subplots()
-    plots.robustness_panel(axes, results, {"clean": "Clean", "adaptive": "BPDA, EOT 20"}, width=7)
+    names = {"clean": "Clean", "adaptive": "BPDA, EOT 20"}
+    plots.robustness_panel(axes, tables.rows(results, config), names, width=7)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["Clean", "BPDA,\nEOT 20"]
     plt.close(figure)
 
 
-def test_table_3_is_quoted_as_printed():
-    frame = tables.reported_rows(paper.BPDA_LITERATURE, list(paper.BPDA.values()))
-    assert frame.loc["GDMP (Wang et al. 2022)"].tolist() == ["93.50", "76.22", "quoted by the paper"]
-    assert frame.loc["COUP"].tolist() == ["90.04", "83.20", "reported by the paper"]
-    assert set(paper.BPDA) < set(DEFENCES)
+def test_the_caption_says_how_much_of_the_papers_protocol_was_spent(config):
+    caption = tables.caption(config)
+    assert "40/512 images, 2/100 iterations" in caption and "Square" not in caption
+    full = Config(n_images=512, n_iter=100, eot=20, n_targets=9, square_queries=5000)
+    caption = tables.caption(full, spent=tables.SPENT, note="A note.")
+    assert "512/512 images" in caption and "5000/5000 Square queries" in caption
+    assert caption.endswith(" per image. A note.")
+    both = tables.caption(Config(norm="linf"), Config(norm="l2"))
+    assert "L∞, eps = 0.15; t* = 0.1 and L2, eps = 0.5; t* = 0.075, N" in both
+
+
+def test_files_are_what_is_shown(results, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    rows = tables.rows(results, config, {"Classifier": "small"}, classifier="cnn-small")
+    shown = tables.write_accuracies(rows, "table1", "A caption.")
+    assert (tmp_path / "digits" / "table1.md").read_text() == shown
+    read = pd.read_csv(tmp_path / "digits" / "table1.csv").set_index(["classifier", "defence", "column"])
+    assert read.loc[("cnn-small", "coup", "recorded"), ["value", "n"]].tolist() == [50, N]
+    assert f"| COUP | small | {Accuracy.of(results['coup']['clean'])} |" in shown
+
+
+def test_what_a_row_has_not_is_a_dash_in_the_table_and_no_line_in_the_file(results, config):
+    rows = tables.rows({"none": {"clean": results["none"]["clean"]}, "coup": results["coup"]}, config)
+    names = {"clean": "Clean", "adaptive": "APGD"}
+    assert tables.accuracies(rows, names)["APGD"].tolist()[0] == "–"
+    assert len(tables.long_form(rows, names)) == 3

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from coup_lib.studies.estimate import NOTEBOOKS, jobs, seconds, work
 
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.run import Job
 from coup_lib.reporting.tables import markdown
-from coup_lib.studies.estimate import NOTEBOOKS, jobs, seconds, work
 
 # GFLOP of a call on one image, a multiply-add counting two.
 SCORE, CLASSIFIERS = 37.1, {"wrn-28-10": 10.5, "wrn-70-16-dropout": 77.5}

@@ -1,9 +1,9 @@
-"""What the draws of an evaluation amount to: accuracies with intervals, and the worst source per image."""
+"""Accuracies with intervals from the draws of an evaluation, and the worst attack on each image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,47 +89,46 @@ class Score:
         return right_draws(self.report, self.labels)
 
     @property
-    def majority_right(self) -> np.ndarray:
-        """Whether the most frequent class is right (ties go to the smaller class index), (n,), 0 or 1."""
-        votes = np.array([np.bincount(row).argmax() for row in self.report])
-        return (votes == self.labels).astype(float)
-
-    @property
-    def average_right(self) -> np.ndarray:
-        """Whether the mean of the logits is right, (n,), 0 or 1."""
-        return (self.average == self.labels).astype(float)
-
-    @property
-    def mean(self) -> Accuracy:
-        """Accuracy of a single draw, averaged over the draws."""
-        return Accuracy.of(self.right)
-
-    @property
-    def worst_draw(self) -> Accuracy:
-        """An image counts if every draw is right."""
-        return Accuracy.of((self.right == 1).astype(float))
-
-    @property
-    def majority(self) -> Accuracy:
-        """An image counts if the most frequent class is right (ties go to the smaller class index)."""
-        return Accuracy.of(self.majority_right)
-
-    @property
-    def averaged(self) -> Accuracy:
-        """An image counts if the mean of the logits over the draws is right."""
-        return Accuracy.of(self.average_right)
-
-    @property
     def counted(self) -> np.ndarray:
         """AutoAttack's own count, from the single draws that it looked at: (n,), 0 or 1."""
         if self.attack_robust is None:
             raise ValueError("the attack was not run against this target; it has no count of its own")
         return self.attack_robust.astype(float)
 
-    @property
-    def autoattack(self) -> Accuracy:
-        """The accuracy by AutoAttack's own count."""
-        return Accuracy.of(self.counted)
+    def decided(self, rule: str) -> np.ndarray:
+        """The share of right decisions per image, (n,), by one of `RULES`; 0 or 1 where all draws decide."""
+        if rule == "single":
+            return self.right
+        if rule == "worst_draw":
+            return (self.right == 1).astype(float)
+        votes = np.array([np.bincount(row).argmax() for row in self.report])
+        return ((votes if rule == "majority" else self.average) == self.labels).astype(float)
+
+
+# Ways to decide an image from several draws; a tied majority goes to the smallest class index.
+RULES = {
+    "single": "a single draw",
+    "averaged": "the mean of the logits",
+    "majority": "the majority of draws",
+    "worst_draw": "all draws (the worst)",
+}
+
+
+class Transfer(NamedTuple):
+    """The key of an attack that was made against another defence: that surrogate, and its column there."""
+
+    surrogate: str
+    column: str
+
+
+def direct(row: Mapping[Any, Score]) -> dict[str, Score]:
+    """The columns that a target's row of scores has of its own, without those that are transferred."""
+    return {key: score for key, score in row.items() if not isinstance(key, Transfer)}
+
+
+def transferred(row: Mapping[Any, Score]) -> dict[Transfer, Score]:
+    """What was made against other defences and has no column of its own in a target's row of scores."""
+    return {key: score for key, score in row.items() if isinstance(key, Transfer)}
 
 
 def right_draws(report: Any, labels: Any) -> np.ndarray:
@@ -139,10 +138,10 @@ def right_draws(report: Any, labels: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WorstCase:
-    """Each image against its worst source.
+    """Each image against the attack that is worst for it.
 
     right (n,): the share of right draws among those that are reported. expected (n,): what was expected of it
-    when the source was chosen, on average never above what any source showed. n_sources: among how many.
+    when the attack was chosen, on average never above what any attack showed. n_sources: among how many.
     """
 
     right: np.ndarray
@@ -151,7 +150,7 @@ class WorstCase:
 
 
 def worst_case(scores: Sequence[Score]) -> WorstCase:
-    """The worst source of each image, chosen by one set of draws and reported by another.
+    """The worst attack on each image, chosen by one set of draws and reported by another.
 
     To choose and report by the same draws would count luck as the attacker's skill. And to choose by each
     image's few draws alone would make luck a bad adviser, worse than to stay with the strongest source: so
@@ -177,8 +176,3 @@ def _shrunk(seen: np.ndarray, draws: np.ndarray) -> np.ndarray:
 def worst_of(scores: Sequence[Score]) -> np.ndarray:
     """The share of right draws of each image (n,) in the `worst_case`."""
     return worst_case(scores).right
-
-
-def lowest(shares: Sequence[np.ndarray]) -> np.ndarray:
-    """Those of lowest mean: an attacker who has several ways takes the best of them."""
-    return min(shares, key=lambda values: float(values.mean()))

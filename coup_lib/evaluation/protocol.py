@@ -39,7 +39,7 @@ class Evaluation(Runner):
             verbose=verbose,
         )
 
-    def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[str, Score]]:
+    def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[Any, Score]]:
         """The columns that every robustness table here has, see `paper_rows`: defence → column → score."""
         return self.scores(with_transfers(paper_rows(defences, self.config, autoattack=autoattack)))
 

@@ -212,7 +212,7 @@ class Runner:
             self._identified = images, of_images(images)
         return found | {"images": self._identified[1]}
 
-    def scores(self, rows: Rows) -> dict[str, dict[str, Score]]:
+    def scores(self, rows: Rows) -> dict[str, dict[Any, Score]]:
         """Every target on the images of each of its attacks: target → name → score.
 
         Attacks come first, each once. Finished records are read back.

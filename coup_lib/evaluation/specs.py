@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from coup_lib.attacks import ATTACKS
 from coup_lib.checks import choice, count
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.outcomes import Transfer
 
 # What of a budget an attack spends, beside the images and the threat; the others iterate.
 SPENT = {
@@ -88,32 +90,33 @@ class AttackSpec:
 
 
 CLEAN = AttackSpec("clean", "none")
-Rows = Mapping[str, Mapping[str, AttackSpec]]  # target → column → attack whose images it faces
-OF = " of "  # in the name of an attack that was made against another target
+Rows = Mapping[str, Mapping[Any, AttackSpec]]  # target → column → attack whose images it faces
 
 
 def with_transfers(
     rows: Mapping[str, Mapping[str, AttackSpec]], names: Sequence[str] = ()
-) -> dict[str, dict[str, AttackSpec]]:
-    """The rows, and every target on the images made against the others, too.
+) -> dict[str, dict[Any, AttackSpec]]:
+    """Every target also on the images made against the others: target → key → attack.
 
-    An attack that was made against another target is called "exact of reverse"; `names` are those to be
-    tried on all, by default every one.
+    An attacker is free to try them, and a defence whose gradient finds good images would otherwise be alone
+    in facing them. The key of an attack on another target is a `Transfer`.
+
+    names: the columns that are transferred, by default all.
     """
-    direct: dict[str, AttackSpec] = {}
+    made: dict[Transfer, AttackSpec] = {}
     for target, row in rows.items():
         chosen = {name: spec for name, spec in row.items() if name in (names or row)}
-        direct |= made_against(target, chosen, target)
+        made |= made_against(target, chosen, target)
     return {
-        target: {**row, **{name: spec for name, spec in direct.items() if spec not in row.values()}}
+        target: {**row, **{key: spec for key, spec in made.items() if spec not in row.values()}}
         for target, row in rows.items()
     }
 
 
-def made_against(target: str, row: Mapping[str, AttackSpec], label: str) -> dict[str, AttackSpec]:
-    """Of a row's attacks those that see this target, called by its label."""
+def made_against(target: str, row: Mapping[Any, AttackSpec], surrogate: str) -> dict[Transfer, AttackSpec]:
+    """Those attacks of a row that see this target, by the keys under which they are transferred."""
     return {
-        f"{name}{OF}{label}": spec
+        Transfer(surrogate, name): spec
         for name, spec in row.items()
         if spec.surrogate == target and spec.attack not in WITHOUT_MODEL
     }

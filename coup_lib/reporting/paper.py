@@ -70,8 +70,8 @@ BPDA_LITERATURE = (
 
 # Sec. 5.2.1, CIFAR-100, L∞, 8/255, APGD-ce; no accuracy is given.
 LIKELIHOOD = {
-    "likelihood": Reported("Likelihood maximisation (Chen et al.)", math.nan, 38.67),
-    "guided-likelihood": Reported("COUP in likelihood maximisation", math.nan, 40.55),
+    "likelihood": Reported("Likelihood maximisation (Chen et al.), CIFAR-100", math.nan, 38.67),
+    "guided-likelihood": Reported("COUP in likelihood maximisation, CIFAR-100", math.nan, 40.55),
 }
 
 # Fig. 2c has bars without numbers. Sec. 5.4.1 gives the clean accuracy of the adversarially trained WRN-28-10

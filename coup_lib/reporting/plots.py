@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from coup_lib import paths
-from coup_lib.defences import LABELS
 from coup_lib.evaluation.outcomes import Accuracy
 from coup_lib.files import write_atomically
+from coup_lib.reporting.tables import Row
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {
@@ -26,9 +26,10 @@ COLOURS = {
     "diffpure": PALETTE[0],
     "reverse": PALETTE[1],
     "coup": PALETTE[2],
+    "averaged": PALETTE[5],
 }
+MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D", "averaged": "p"}
 COLOURS_KEPT = 128  # in a PNG
-MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D"}
 
 
 def use_style() -> None:
@@ -77,36 +78,50 @@ def bars(shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return values, np.abs(ends - values)
 
 
-def robustness_panel(
-    axes: Axes, results: Mapping[str, Mapping[str, np.ndarray]], columns: Mapping[str, str], width: int = 12
+def points(
+    axes: Axes, places: Any, shares: Sequence[np.ndarray], *, sideways: bool = False, **look: Any
 ) -> None:
-    """One group per column, one marker per defence with its 95 % interval, in percent.
+    """Accuracies in percent at these places (k,), with 95 % intervals; sideways: along the horizontal axis.
 
     Args:
-        results: defence → column → share of right draws of each image, (n,).
+        shares: k times the share of right draws of each image, (n,).
+        look: of `Axes.errorbar`.
+    """
+    values, errors = bars(shares)
+    where = (
+        {"x": values, "y": places, "xerr": errors} if sideways else {"x": places, "y": values, "yerr": errors}
+    )
+    axes.errorbar(**where, **{"markersize": 5, "capsize": 2, "linewidth": 1.1} | look)
+
+
+def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], width: int = 12) -> None:
+    """One group per column, one marker per row of a table with its 95 % interval, in percent.
+
+    Args:
         columns: the columns to show, with their labels.
         width: of a label's line, in characters.
     """
-    offsets = np.linspace(-0.24, 0.24, len(results))
-    for offset, (defence, row) in zip(offsets, results.items(), strict=True):
-        axes.errorbar(
-            np.arange(len(columns)) + offset,
-            *bars([row[name] for name in columns]),
-            fmt=MARKERS[defence],
-            color=COLOURS[defence],
-            label=LABELS[defence],
-            markersize=5,
-            capsize=2.5,
-            linewidth=1.2,
-        )
-    for edge in range(1, len(columns)):
+    for offset, row in zip(np.linspace(-0.24, 0.24, len(rows)), rows, strict=True):
+        look = {
+            "fmt": MARKERS.get(row.keys["defence"], "^"),
+            "color": COLOURS.get(row.keys["defence"], PALETTE[3]),
+        }
+        shares = [row.right[name] for name in columns]
+        points(axes, np.arange(len(columns)) + offset, shares, label=row.label, **look)
+    groups(axes, [fill(label, width, break_on_hyphens=False) for label in columns.values()])
+    axes.tick_params(axis="x", labelsize="small")
+    axes.set_ylabel(f"accuracy (%), n = {rows[0].config.n_images}, 95 % interval")
+    axes.label_outer()
+
+
+def groups(axes: Axes, labels: Sequence[str]) -> None:
+    """Labelled groups side by side, parted by lines, below accuracies in percent."""
+    for edge in range(1, len(labels)):
         axes.axvline(edge - 0.5, color="0.88", linewidth=0.8, zorder=0)
-    axes.set_xticks(
-        range(len(columns)), [fill(label, width, break_on_hyphens=False) for label in columns.values()]
-    )
-    axes.tick_params(axis="x", length=0, labelsize="small")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 102))
+    axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(0, 102))
 
 
 def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:

@@ -1,6 +1,7 @@
-"""Tables and sentences, made from scores and never typed."""
+"""One table of accuracies, one long form for CSV files, one table of claims."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,20 @@ import pandas as pd
 from coup_lib import paths
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, WorstCase, lowest, worst_of
-from coup_lib.evaluation.specs import OF
+from coup_lib.evaluation.outcomes import (
+    Accuracy,
+    Difference,
+    Score,
+    WorstCase,
+    direct,
+    transferred,
+    worst_of,
+)
 from coup_lib.files import write_atomically
-from coup_lib.reporting import paper
+from coup_lib.reporting.paper import Reported
 
-Shares = dict[str, dict[str, np.ndarray]]
-
-TRANSFERS = {"from_none", "from_reverse"}
+Right = Mapping[str, np.ndarray]  # column → share of right draws of each image, (n,)
+PerImage = dict[str, dict[str, np.ndarray]]  # defence → column → share of right draws of each image, (n,)
 
 COLUMNS = {
     "clean": "Clean accuracy",
@@ -27,34 +34,36 @@ COLUMNS = {
     "first_order": "APGD-ce, first-order",
     "bpda": "APGD-ce, BPDA",
     "from_none": "Transfer from undefended",
-    "from_reverse": "Transfer from reverse-only",
-    "lent": "Worst of all transfers",
+    "from_reverse": "Transfer from reverse SDE",
+    "transferred": "Worst transfer, per image",
     "worst": "Worst of these attacks, per image",
     "recorded": "Worst case on record, per image",
     "own_standard": "Counted by AutoAttack: standard",
     "own_rand": "Counted by AutoAttack: rand",
     "autoattack": "Counted by AutoAttack: worse of the two",
 }
+NAMED = {"from_none", "from_reverse"}  # transfers that have a column of their own
+MISSING = "–"
 
 
-def shares(
-    columns: Mapping[str, Mapping[str, Score]], recorded: Mapping[str, WorstCase] | None = None
-) -> Shares:
-    """Per defence and column the share of right draws of each image, (n,); some columns are added.
+def per_image_accuracy(
+    columns: Mapping[str, Mapping[Any, Score]], recorded: Mapping[str, WorstCase] | None = None
+) -> PerImage:
+    """Defence → column → share of right draws of each image, (n,); some columns are added.
 
-    "lent" is the worst of those sources that were made against other defences, which have no column of their
-    own but from_none and from_reverse. With `recorded`, from `Evaluation.recorded`, there is "recorded", else
-    "worst", of these sources alone: for settings that were not all attacked by the same notebooks.
+    "transferred" is the worst of what was made against other defences, which has no column of its own but
+    from_none and from_reverse. With `recorded`, from `Evaluation.recorded`, there is "recorded"; otherwise
+    "worst", of these attacks alone, for settings that different notebooks attacked to different degrees.
 
-    AutoAttack's two versions are columns like the others, on fresh draws: "standard" is an attack, "rand" the
-    worse of APGD-ce and APGD-dlr. Its own counts, by the single draws that it looked at, stand apart; the
-    paper's robustness ("autoattack") is the one with fewer images left.
+    AutoAttack's two versions are columns on fresh draws: "standard" is an attack, "rand" the worse of APGD-ce
+    and APGD-dlr. AutoAttack's own counts, by the single draws that it looked at, stand apart; the paper's
+    robustness ("autoattack") is the lower of the two counts.
     """
-    result: Shares = {}
+    result: PerImage = {}
     for defence, row in columns.items():
-        found = {name: score.right for name, score in row.items() if OF not in name}
-        transfers = TRANSFERS - {f"from_{defence}"}
-        found["lent"] = worst_of([score for name, score in row.items() if OF in name or name in transfers])
+        found = {name: score.right for name, score in direct(row).items()}
+        named = [score for name, score in direct(row).items() if name in NAMED - {f"from_{defence}"}]
+        found["transferred"] = worst_of([*named, *transferred(row).values()])
         if recorded is None:
             found["worst"] = worst_of(list(row.values()))
         else:
@@ -63,167 +72,182 @@ def shares(
             found["rand"] = worst_of([row["adaptive"], row["dlr"]])
             found["own_standard"] = row["standard"].counted
             found["own_rand"] = row["adaptive"].counted * row["dlr"].counted
-            found["autoattack"] = lowest([found["own_standard"], found["own_rand"]])
+            found["autoattack"] = min(found["own_standard"], found["own_rand"], key=np.mean)
         result[defence] = found
     return result
 
 
-def robustness_table(results: Shares, config: Config, **more: str) -> pd.DataFrame:
-    """One row per defence, "accuracy [95 % interval]" in percent per column; `more` are leading columns."""
-    names = column_names(results, config)
-    rows = {
-        LABELS[defence]: more | {label: str(Accuracy.of(row[name])) for name, label in names.items()}
-        for defence, row in results.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Defence, measured here (%)")
-
-
-def column_names(results: Shares, config: Config) -> dict[str, str]:
-    """The columns that these results have, in the order of a table, with their headings."""
-    present = next(iter(results.values()))
+def headings(right: Container[str], config: Config) -> dict[str, str]:
+    """Those of `COLUMNS` that are there, in the order of a table, with their headings."""
     gradient = config.gradient.replace("_", "-")
-    return {name: label.format(gradient=gradient) for name, label in COLUMNS.items() if name in present}
+    return {name: label.format(gradient=gradient) for name, label in COLUMNS.items() if name in right}
 
 
-def numbers(results: Shares, config: Config, **more: str) -> pd.DataFrame:
-    """The same in long form for a CSV: one row per defence and column; `more` becomes leading columns."""
-    rows = [
-        more
-        | {"defence": defence, "column": name, "label": label}
-        | vars(Accuracy.of(row[name])).copy()
-        | {"norm": config.norm, "eps": config.eps, "budget": config.budget}
-        for defence, row in results.items()
-        for name, label in column_names(results, config).items()
+# --- Accuracies -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table of accuracies.
+
+    label: its name. right: column → share of right draws of each image, (n,). config: what it was measured
+    under. keys: what tells it from other rows in a CSV file. shown: cells before the accuracies.
+    """
+
+    label: str
+    right: Right
+    config: Config
+    keys: Mapping[str, Any]
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+
+def rows(results: PerImage, config: Config, shown: Mapping[str, str] | None = None, **keys: Any) -> list[Row]:
+    """One row per defence, by the defence's label; shown and keys are those of `Row`."""
+    return [
+        Row(LABELS[defence], right, config, keys | {"defence": defence}, shown or {})
+        for defence, right in results.items()
     ]
-    return pd.DataFrame(rows)
 
 
-def reported_table(norm: str) -> pd.DataFrame:
-    """The paper's Table 1 (linf) or 2 (l2): its own rows and those it quotes from the literature."""
-    return reported_rows(paper.LITERATURE[norm], list(paper.PURIFIERS[norm].values()))
-
-
-def reported_rows(literature: Sequence[paper.Reported], own: Sequence[paper.Reported]) -> pd.DataFrame:
-    """Rows of one of the paper's tables: what it quotes, then what it reports itself."""
-    rows = [(row, "quoted by the paper") for row in literature]
-    rows += [(row, "reported by the paper") for row in own]
-    frame = pd.DataFrame(
-        {
-            "Defence": [row.defence for row, _ in rows],
-            "Accuracy (%)": [f"{row.accuracy:.2f}" for row, _ in rows],
-            "Robustness (%)": [f"{row.robustness:.2f}" for row, _ in rows],
-            "AttackSpec": [source for _, source in rows],
+def accuracies(
+    found: Sequence[Row], names: Mapping[str, str], title: str = "Defence, measured here (%)"
+) -> pd.DataFrame:
+    """One line per row, "accuracy [95 % interval]" in percent per column; names: column → heading."""
+    lines = [
+        {title: row.label, **row.shown}
+        | {
+            label: str(Accuracy.of(row.right[name])) if name in row.right else MISSING
+            for name, label in names.items()
         }
+        for row in found
+    ]
+    return pd.DataFrame(lines).set_index(title)
+
+
+def long_form(found: Sequence[Row], names: Mapping[str, str]) -> pd.DataFrame:
+    """One line per row and column, with the accuracy, its interval, n and the threat."""
+    return pd.DataFrame(
+        [
+            {**row.keys, "column": name, "label": label}
+            | vars(Accuracy.of(row.right[name]))
+            | {"norm": row.config.norm, "eps": row.config.eps, "budget": row.config.budget}
+            for row in found
+            for name, label in names.items()
+            if name in row.right
+        ]
     )
+
+
+def write_accuracies(
+    found: Sequence[Row],
+    name: str,
+    caption: str,
+    names: Mapping[str, str] | None = None,
+    title: str = "Defence, measured here (%)",
+) -> str:
+    """Write the table of accuracies and its long form, see `write`; names: by default `headings`."""
+    config = found[0].config
+    names = names or headings(found[0].right, config)
+    return write(accuracies(found, names, title), config, name, caption, long_form(found, names))
+
+
+def beside_paper(
+    quoted: Iterable[Reported], reported: Iterable[Reported], measured: Sequence[Row], robustness: str
+) -> pd.DataFrame:
+    """One of the paper's tables: what it quotes, what it reports, and ours with n and 95 % interval.
+
+    robustness: the column that stands for the paper's robustness.
+    """
+
+    def said(row: Reported, source: str) -> list[str]:
+        accuracy = MISSING if np.isnan(row.accuracy) else f"{row.accuracy:.2f}"
+        return [row.defence, accuracy, f"{row.robustness:.2f}", source]
+
+    lines = [said(row, "quoted by the paper") for row in quoted]
+    lines += [said(row, "reported by the paper") for row in reported]
+    for row in measured:
+        clean, robust = (Accuracy.of(row.right[name]) for name in ("clean", robustness))
+        source = ", ".join(
+            [f"measured here, {row.config.profile}, n = {row.config.n_images}", *row.shown.values()]
+        )
+        lines.append([row.label, str(clean), str(robust), source])
+    frame = pd.DataFrame(lines, columns=["Defence", "Accuracy (%)", "Robustness (%)", "Source"])
     return frame.set_index("Defence")
 
 
-def paper_table(results: Shares, config: Config) -> pd.DataFrame:
-    """Accuracy and robustness as the paper counts them: its rows, then ours with n and 95 % interval."""
-    measured = pd.DataFrame(
-        {
-            "Defence": [LABELS[defence] for defence in results],
-            "Accuracy (%)": [str(Accuracy.of(row["clean"])) for row in results.values()],
-            "Robustness (%)": [str(Accuracy.of(row["autoattack"])) for row in results.values()],
-            "AttackSpec": f"measured here, {config.profile}, n = {config.n_images}",
-        }
-    )
-    return pd.concat([reported_table(config.norm), measured.set_index("Defence")])
+# --- Claims -----------------------------------------------------------------------------------------------
 
 
-def settings_caption(config: Config, classifiers: Sequence[str], attacks: Sequence[str]) -> str:
-    """What stands behind the numbers: images, threat, defence, attack budgets, draws and seed."""
-    spent = {"n_images": "images", "n_iter": "iterations", "eot": "EOT draws"}
-    if "standard" in attacks:
-        spent |= {"n_targets": "target classes", "square_queries": "Square queries"}
-    full = config.sizes.budgets["report"]["full"]
-    sizes = [f"{getattr(config, name)}/{getattr(full, name)} {what}" for name, what in spent.items()]
-    counting = (
-        " Counted by AutoAttack, an image is lost once any of the single draws that it looked at is wrong; "
-        "the two halves of rand, which are records of their own, looked at one and the same."
-        if "rand" in attacks
-        else ""
-    )
-    return (
-        f"{config.profile}, {config.split} split, {', '.join(classifiers)}; {NORM_NAMES[config.norm]}, "
-        f"eps = {radius(config.eps)}; t* = {config.t_star:g}, N = {config.n_steps}, "
-        f"λ = {config.guidance_weight:g}; spent of the paper's protocol: {', '.join(sizes)}; "
-        f"{config.seed_label}. Accuracies in % with "
-        f"95 % interval, averaged over {config.n_draws} fresh noise draws per image.{counting}"
-    )
+def coup_claims(
+    results: Mapping[str, Right], reported: Mapping[str, Reported] | None = None, where: str = ""
+) -> dict[str, tuple[Right, Right]]:
+    """Claim → (COUP's columns, the rival's), for `claims`.
 
-
-def undefended_line(results: Shares, config: Config) -> str:
-    """Markdown: how much of the undefended classifier the paper's protocol leaves standing."""
-    here, paper_says = Accuracy.of(results["none"]["autoattack"]), paper.PURIFIERS[config.norm]["none"]
-    return (
-        f"AutoAttack leaves the undefended classifier {here} % (the paper's: {paper_says.robustness:.2f} %): "
-        "the smaller this number, the more of each row below the first is the defence's own work."
-    )
-
-
-def difference_lines(results: Shares, config: Config, better: str = "coup", than: str = "reverse") -> str:
-    """Markdown: for every column the paired difference of two defences, and what it says of the claim."""
-    names = column_names(results, config)
-    lines = [
-        f"Paired difference, {LABELS[better]} − {LABELS[than]}, on the same images and noise "
-        f"(n = {config.n_images}; the claim is that it is positive):",
-        "",
-    ]
-    for name, label in names.items():
-        difference = Difference.of(results[better][name], results[than][name])
-        lines.append(f"- {label}: {difference}: {difference.verdict}")
-    return "\n".join(lines)
-
-
-def claim_lines(results: Shares, config: Config) -> str:
-    """Markdown: the verdict under the paper's protocol beside the one in the worst case on record."""
-    protocol = "autoattack" if "autoattack" in results["coup"] else "adaptive"
-    lines = []
+    reported: the paper's rows, of which the claims quote the difference. where: begins every claim.
+    """
+    reported, found = reported or {}, {}
     for rival in ("reverse", "diffpure"):
-        there = Difference.of(results["coup"][protocol], results[rival][protocol])
-        worst = Difference.of(results["coup"]["recorded"], results[rival]["recorded"])
-        reported = paper.PURIFIERS[config.norm]
         gap = reported["coup"].robustness - reported[rival].robustness if rival in reported else None
-        says = f"; the paper reports {gap:+.2f}" if gap is not None and protocol == "autoattack" else ""
-        lines.append(
-            f"*COUP is more robust than {LABELS[rival]}* (n = {config.n_images}, paired 95 % intervals): "
-            f"under the paper's protocol this **{there.verdict}** ({there}{says}); "
-            f"in the worst case on record per image it **{worst.verdict}** ({worst})."
-        )
-    return "\n\n".join(lines)
+        says = "" if gap is None else f" (the paper reports {gap:+.2f})"
+        found[f"{where}COUP is more robust than {LABELS[rival]}{says}"] = results["coup"], results[rival]
+    return found
 
 
-def draws_lines(columns: dict[str, dict[str, Score]], column: str = "adaptive") -> str:
-    """Markdown: one attack's images, decided in four ways."""
-    lines = [
-        "| Images of the adaptive APGD-ce, decided by | the attack's own draw | one fresh draw, on average "
-        "| the majority of draws | all draws (the worst) |",
-        "|---" * 5 + "|",
-    ]
-    for defence, row in columns.items():
-        score = row[column]
-        ways = (score.autoattack, score.mean, score.majority, score.worst_draw)
-        lines.append(f"| {LABELS[defence]} | " + " | ".join(map(str, ways)) + " |")
-    return "\n".join(lines)
+def judged(protocol: str) -> dict[str, str]:
+    """The two columns that a claim is judged by: the paper's protocol, and the worst case on record."""
+    how = "counted by AutoAttack" if protocol == "autoattack" else "APGD-ce"
+    return {protocol: f"The paper's protocol, {how}", "recorded": COLUMNS["recorded"]}
 
 
-def cosine_lines(cosines: Mapping[str, Any]) -> str:
-    """Markdown: the median cosine of each gradient to the exact one, per number of steps."""
-    counts = cosines["step_counts"]
-    lines = ["| Median cosine to exact | " + " | ".join(f"N = {count}" for count in counts) + " |"]
-    lines.append("|---" * (len(counts) + 1) + "|")
-    for defence in ("reverse", "coup"):
-        for gradient, values in cosines[defence].items():
-            medians = " | ".join(f"{np.median(cosine):.3f}" for cosine in values)
-            lines.append(f"| {LABELS[defence]}, {gradient.replace('_', '-')} | {medians} |")
-    return "\n".join(lines)
+def claims(pairs: Mapping[str, tuple[Right, Right]], names: Mapping[str, str]) -> str:
+    """Markdown: per claim and column the verdict, and the paired difference that it rests on.
+
+    Args:
+        pairs: claim → (what is said to be more accurate, than what), on the same images.
+        names: column → heading.
+    """
+    lines, n = {}, 0
+    for claim, (better, than) in pairs.items():
+        found = {label: Difference.of(better[name], than[name]) for name, label in names.items()}
+        n = next(iter(found.values())).n
+        lines[claim] = {label: f"**{one.verdict}** ({one})" for label, one in found.items()}
+    frame = pd.DataFrame.from_dict(lines, orient="index").rename_axis("Claim")
+    return f"{markdown(frame)}\n\nn = {n}; paired differences with 95 % intervals."
 
 
-def warning_lines(warnings: dict[str, Sequence[str]]) -> str:
-    """Markdown: what AutoAttack said of each defence."""
-    lines = [f"- {LABELS[defence]}: {' '.join(said) or 'none'}" for defence, said in warnings.items()]
-    return "\n".join(lines)
+# --- Captions and files -----------------------------------------------------------------------------------
+
+SPENT = {
+    "n_images": "images",
+    "n_iter": "iterations",
+    "eot": "EOT draws",
+    "n_targets": "target classes",
+    "square_queries": "Square queries",
+}
+APGD = ("n_images", "n_iter", "eot")
+
+
+def caption(
+    *configs: Config, classifiers: Iterable[str] = (), spent: Iterable[str] = APGD, note: str = ""
+) -> str:
+    """What stands behind the numbers: images, threats, defence, attack budgets, draws and seed.
+
+    Args:
+        configs: that differ in their threat alone.
+        classifiers: by default the configuration's.
+        spent: the parts of the budget, out of `SPENT`, that the attacks take.
+    """
+    config, full = configs[0], configs[0].sizes.budgets["report"]["full"]
+    threats = " and ".join(
+        f"{NORM_NAMES[one.norm]}, eps = {radius(one.eps)}; t* = {one.t_star:g}" for one in configs
+    )
+    sizes = [f"{getattr(config, name)}/{getattr(full, name)} {SPENT[name]}" for name in spent]
+    return (
+        f"{config.profile}, {config.split} split, {', '.join(classifiers or [config.classifier])}; "
+        f"{threats}, N = {config.n_steps}, λ = {config.guidance_weight:g}; spent of the paper's protocol: "
+        f"{', '.join(sizes)}; {config.seed_label}. Accuracies in % with 95 % interval, averaged over "
+        f"{config.n_draws} fresh noise draws per image. {note}"
+    ).rstrip()
 
 
 def write(

@@ -23,7 +23,7 @@ ALONE = "none"
 
 
 def sized(config: Config, n_clean: Any) -> Config:
-    """The same for n_clean images, unless that is None. ValueError for a number that the split has not."""
+    """The configuration for n_clean images, unless that is None. ValueError for more than the split has."""
     if n_clean is None:
         return config
     most = split_size(config.sizes.dataset, config.split, config.subset)
@@ -60,13 +60,3 @@ def table(results: dict[str, dict[str, np.ndarray]], config: Config) -> pd.DataF
                 }
             )
     return pd.DataFrame(rows).set_index("Defence (%)")
-
-
-def caption(config: Config) -> str:
-    """What stands behind the numbers."""
-    return (
-        f"{config.profile}, {config.split} split, {config.n_images} images; t* = {config.t_star:g}, "
-        f"N = {config.n_steps}, λ = {config.guidance_weight:g}; seed {config.seed}. Accuracies in % with "
-        f"95 % interval, averaged over {config.n_draws} noise draws per image; of the classifier's "
-        "own with a paired 95 % interval."
-    )

@@ -99,7 +99,7 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     where = paper.TITLES[config.norm].split(":")[0]
     evaluation = Evaluation(config)
     columns = evaluation.columns(PAPER, autoattack=True)
-    results = tables.shares(columns, evaluation.recorded(columns))
+    results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
     lines, norm = quoted(where, paper.LITERATURE[config.norm]), NORM_NAMES[config.norm]
     for name, row in paper.PURIFIERS[config.norm].items():
         found = results[name]
@@ -137,7 +137,7 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
         own = replace(config, **fig2b.get(classifier, {}))
         evaluation = Evaluation(own, classifier)
         columns = evaluation.columns(("diffpure", "reverse", "coup"))
-        results = tables.shares(columns, evaluation.recorded(columns))
+        results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
         for than in ("reverse", "diffpure"):
             pair = [
                 Difference.of(results["coup"][column], results[than][column])

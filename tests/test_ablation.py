@@ -43,4 +43,3 @@ def test_digits_lose_little(results_folder):
     assert list(shares) == ["none", "diffpure", "reverse", "coup"]
     assert {len(right) for right in shares.values()} == {64}
     assert shares["none"].mean() > 0.9 and shares["coup"].mean() > 0.9
-    assert f"{config.n_images} images" in clean.caption(config)

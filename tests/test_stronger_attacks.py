@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score
+from coup_lib.evaluation.outcomes import Score, Transfer
 from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.reporting import tables
 from coup_lib.studies import stronger_attacks as stronger
 
 RIGHT, WRONG = np.ones(40), np.zeros(40)
@@ -84,31 +85,33 @@ def test_accuracy_that_does_not_fall_and_loss_that_does_not_rise_fail():
     assert failed(purifier_row(), losses=RISING[::-1]) == {"loss"}
 
 
-def test_failures_are_named_with_their_meaning():
+def test_failures_are_shown_and_masking_is_named():
     row = purifier_row(exact=HALF, restart=HALF, short=HALF)
     found = stronger.checks({"coup": row}, {"coup": SERIES}, {"coup": RISING})
-    text = stronger.check_lines(found)
-    assert "*no cheaper or borrowed attack is stronger* fails for COUP (exact 50.0, " in text
-    assert "**gradient masking** in COUP" in text
-    assert stronger.check_lines([check for check in found if check.holds]).startswith("All ")
+    text = stronger.check_table(found)
+    assert "| no cheaper or borrowed attack is stronger | ✗ exact 50.0, " in text
+    assert "| random noise does little | ✓ 100.0 → 100.0 % |" in text
+    assert text.endswith("Gradient masking shows in: **COUP**.")
+    assert stronger.check_table([check for check in found if check.holds]).endswith("**none of them**.")
 
 
-def test_columns_shares_and_tables():
+def test_columns_accuracies_and_tables():
     config = Config(purpose="probe", n_images=3, n_iter=1, eot=1, square_queries=3, n_draws=2)
     evaluation = Evaluation(config, verbose=False)
     columns = stronger.columns(evaluation, ("none", "reverse", "coup"))
     recorded = evaluation.recorded(columns)
-    results = stronger.shares(columns, recorded)
+    results = stronger.per_image_accuracy(columns, recorded)
     for defence, row in results.items():
         expected = recorded[defence].expected.mean()
         assert all(expected <= one.suspicion.mean() + 1e-9 for one in columns[defence].values())
-        assert {"two_runs", "lent"} < set(row) and (row["recorded"] == recorded[defence].right).all()
-    # From the others the longest attacks and other losses; what is there already is not lent again.
-    assert {"restart of reverse", "margin of none"} < set(columns["coup"])
-    assert not {"exact of reverse", "exact of none", "fgsm of reverse"} & set(columns["coup"])
-    assert "first_order of coup" in columns["reverse"]
+        assert {"two_runs", "transferred"} < set(row) and (row["recorded"] == recorded[defence].right).all()
+    # From the others the longest attacks and other losses; what is there already is not transferred again.
+    assert {Transfer("reverse", "restart"), Transfer("none", "margin")} < set(columns["coup"])
+    there = {Transfer("reverse", "exact"), Transfer("none", "exact"), Transfer("reverse", "fgsm")}
+    assert not there & set(columns["coup"])
+    assert Transfer("coup", "first_order") in columns["reverse"]
     assert (results["coup"]["fixed_own"] == columns["coup"]["fixed"].attack_robust).all()
-    frame = stronger.sources_table(results, config)
+    frame = stronger.sources_table(tables.rows(results, config), config)
     assert frame.loc["APGD-ce, BPDA", "No defence"] == "–"
     assert frame.index[-1] == "Worst case on record, per image"
     assert list(stronger.difference_table(results, config).index) == list(frame.index)
