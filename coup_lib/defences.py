@@ -1,61 +1,65 @@
 """Every defence by name: the paper's four, and the candidates of notebook 08."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from coup_lib.candidates import Averaged, Between, ConfidenceGuided, DenoisedGuided, Smoothed
-from coup_lib.guidance import Guided
+from coup_lib.guidance import (
+    POWER,
+    ConfidenceGuided,
+    DenoisedGuided,
+    GuidanceInterval,
+    Guided,
+    Smoothed,
+    SmoothMax,
+)
 from coup_lib.likelihood import likelihood
-from coup_lib.purify import DiffPurePurifier, Purified, Purifier
+from coup_lib.purify import Averaged, DiffPurePurifier, Purified, Purifier
 from coup_lib.score import ScoreDenoiser
 
-GuidedScore = Callable[[nn.Module, nn.Module, float], nn.Module]  # score, guide, λ → score
 AVERAGED = 4  # purifications behind one decision of an averaging candidate
-SMOOTHING = 0.1  # noise of the smoothed guide, in units of the image
-# Guidance begins or ends here: late is below, early above. No step of the profiles' grids is at this time: it
-# would be on one side in float32 and on the other in float64.
+SMOOTHING, SMOOTHING_DRAWS = 0.1, 4  # noise of the smoothed guide, in units of the image, and its draws
+# Guidance begins or ends here. No step of the profiles' grids is at this time: it would be on one side in
+# float32 and on the other in float64.
 SWITCH = 0.0305
+ALWAYS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a defence is made of.
 
-    label: its name in figures and tables. guidance: makes the guided score (None: no guidance).
-    forward_noise: starts like DiffPure. robust_guide: guided by the adversarially trained classifier.
-    draws: purifications whose logits are averaged. maximised: no SDE but likelihood maximisation.
-    through_score: it differentiates the score, so that its own exact gradient is a second derivative of that.
+    label: its name in figures and tables. guidance: of the score (None: no guidance). times: between which
+    there is guidance. smoothing: noise over which the guide is averaged. forward_noise: starts like DiffPure.
+    robust_guide: guided by the adversarially trained classifier. draws: purifications whose logits are
+    averaged. maximised: no SDE but likelihood maximisation. differentiates_score: its own exact gradient is a
+    second derivative of the score.
     """
 
     label: str
-    guidance: GuidedScore | None = None
+    guidance: type[Guided] | None = None
+    times: tuple[float, float] = ALWAYS
+    smoothing: float = 0.0
     forward_noise: bool = False
     robust_guide: bool = False
     draws: int = 1
     maximised: bool = False
-    through_score: bool = False
+    differentiates_score: bool = False
 
-
-def guided_late(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
-    """Guidance near the image only."""
-    return Between(Guided(score, guide, weight), high=SWITCH)
-
-
-def guided_early(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
-    """Guidance far from the image only."""
-    return Between(Guided(score, guide, weight), low=SWITCH)
-
-
-def guided_late_by_denoised(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
-    """Guidance by x̂0, near the image only."""
-    return Between(DenoisedGuided(score, guide, weight), high=SWITCH)
-
-
-def guided_by_smoothed(score: nn.Module, guide: nn.Module, weight: float) -> nn.Module:
-    """Guidance by the expectation over noise."""
-    return Guided(score, Smoothed(guide, SMOOTHING), weight)
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The numbers that it fixes beside a configuration's; they are part of what names a record."""
+        found: dict[str, Any] = {}
+        if self.times != ALWAYS:
+            found["times"] = list(self.times)
+        if self.smoothing:
+            found |= {"smoothing": self.smoothing, "smoothing_draws": SMOOTHING_DRAWS}
+        if self.draws > 1:
+            found["draws"] = self.draws
+        if self.guidance is SmoothMax:
+            found["power"] = POWER
+        return found
 
 
 PURIFIERS = {
@@ -63,24 +67,30 @@ PURIFIERS = {
     "reverse": Recipe("COUP w/o guidance"),
     "coup": Recipe("COUP", Guided),
     "noised": Recipe("guided after forward noise", Guided, forward_noise=True),
-    "denoised": Recipe("guided by x̂0", DenoisedGuided, through_score=True),
-    "late": Recipe("guided late", guided_late),
-    "early": Recipe("guided early", guided_early),
-    "late-denoised": Recipe("guided late by x̂0", guided_late_by_denoised, through_score=True),
-    "smoothed": Recipe("guided by a smoothed classifier", guided_by_smoothed),
+    "denoised": Recipe("guided by x̂0", DenoisedGuided, differentiates_score=True),
+    "late": Recipe("guided late", Guided, times=(0.0, SWITCH)),
+    "early": Recipe("guided early", Guided, times=(SWITCH, 1.0)),
+    "late-denoised": Recipe(
+        "guided late by x̂0", DenoisedGuided, times=(0.0, SWITCH), differentiates_score=True
+    ),
+    "smoothed": Recipe("guided by a smoothed classifier", Guided, smoothing=SMOOTHING),
     "doubting": Recipe("guidance fading with doubt", ConfidenceGuided),
     "robust-guide": Recipe("guided by a robust classifier", Guided, robust_guide=True),
     "averaged": Recipe("no guidance, averaged", draws=AVERAGED),
     "coup-averaged": Recipe("COUP, averaged", Guided, draws=AVERAGED),
     "robust-guide-averaged": Recipe("robust guide, averaged", Guided, robust_guide=True, draws=AVERAGED),
-    "likelihood": Recipe("likelihood maximisation", maximised=True, through_score=True),
-    "guided-likelihood": Recipe("guided likelihood maximisation", Guided, maximised=True, through_score=True),
+    "smooth-max": Recipe("COUP, smoothed max", SmoothMax),
+    "likelihood": Recipe("likelihood maximisation", maximised=True, differentiates_score=True),
+    "guided-likelihood": Recipe(
+        "guided likelihood maximisation", Guided, maximised=True, differentiates_score=True
+    ),
 }
 LABELS = {"none": "No defence"} | {name: recipe.label for name, recipe in PURIFIERS.items()}
 DEFENCES = tuple(LABELS)
 PAPER = ("none", "diffpure", "reverse", "coup")
 MAXIMISERS = tuple(name for name in PURIFIERS if PURIFIERS[name].maximised)  # Sec. 5.2.1
-CANDIDATES = tuple(name for name in PURIFIERS if name not in (*PAPER, *MAXIMISERS))
+CONTROLS = ("smooth-max",)  # of notebook 07
+CANDIDATES = tuple(name for name in PURIFIERS if name not in (*PAPER, *MAXIMISERS, *CONTROLS))
 
 
 def build(
@@ -101,7 +111,10 @@ def build(
     if recipe.maximised:
         weight = guidance_weight if recipe.guidance else 0.0
         return likelihood(classifier, ScoreDenoiser(score), weight, gradient=gradient)
+    guide = Smoothed(guide, recipe.smoothing, SMOOTHING_DRAWS) if recipe.smoothing else guide
     guided = recipe.guidance(score, guide, guidance_weight) if recipe.guidance else score
+    if isinstance(guided, Guided) and recipe.times != ALWAYS:
+        guided = GuidanceInterval(guided, *recipe.times)
     kind = DiffPurePurifier if recipe.forward_noise else Purifier
     purifier = kind(guided, t_star=t_star, n_steps=n_steps, gradient=gradient)
     if recipe.draws > 1:

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.checks import check_like, check_logits, number
+from coup_lib.checks import check_like, check_logits, count, number
 from coup_lib.hessian import frozen_layers
-from coup_lib.score import sde_of
+from coup_lib.score import agreed_sde, sde_of
+from coup_lib.sde import VPSDE
 
 WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance with its sign flipped
+
+POWER = 2.0  # of the smoothed maximum
 
 _constant = ContextVar("guidance is a constant", default=False)
 
@@ -107,3 +110,79 @@ def guidance_is_constant(whether: bool) -> Iterator[None]:
 def held(x: Tensor) -> Tensor:
     """The x at which guidance is to be taken: a constant in `FirstOrder`."""
     return x.detach() if _constant.get() else x
+
+
+# --- guidance beyond the paper (notebooks 07 and 08) ---
+
+
+class DenoisedGuided(Guided):
+    """Guidance by what the classifier makes of the denoised estimate x̂0 = (x + std² s)/m instead of x.
+
+    The gradient runs through the score network, so it is taken in x and not in x̂0.
+    """
+
+    sde: VPSDE
+
+    def __init__(self, score: nn.Module, classifier: nn.Module, weight: float = 1.0) -> None:
+        super().__init__(score, classifier, weight)
+        self.sde = agreed_sde(score, None)
+
+    def denoised(self, x: Tensor, t: Tensor) -> Tensor:
+        """Tweedie's E[x_0 | x_t = x], like x."""
+        return (x + self.sde.std(t) ** 2 * self.score(x, t)) / self.sde.mean_coeff(t)
+
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """λ ∇ₓ log max_y p(y|x̂0(x, t)), like x."""
+        return self.weight * gradient_of(lambda x: log_confidence(self.classifier, self.denoised(x, t)), x)
+
+
+class ConfidenceGuided(Guided):
+    """λ ∇ₓ max_y p(y|x): without the logarithm, guidance fades as the classifier doubts."""
+
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """λ p ∇ₓ log p with p = max_y p(y|x), like x."""
+        return self.weight * gradient_of(lambda x: log_confidence(self.classifier, x).exp(), x)
+
+
+class SmoothMax(Guided):
+    """Guidance by log (Σ_y p(y|x)^k)^(1/k) with k = `POWER`: the maximum over classes without its kink.
+
+    COUP's own guidance ∇ log max_y p jumps where the classifier changes its mind; this one does not.
+    """
+
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """λ ∇ₓ of the smoothed log confidence, like x."""
+
+        def smooth(x: Tensor) -> Tensor:
+            return torch.logsumexp(POWER * F.log_softmax(self.classifier(to_image(x)), 1), 1) / POWER
+
+        return self.weight * gradient_of(smooth, x)
+
+
+class GuidanceInterval(Guided):
+    """A guided score's guidance for times in [low, high] only."""
+
+    def __init__(self, guided: Guided, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__(guided.score, guided.classifier, guided.weight)
+        if not low <= high:
+            raise ValueError(f"low, high: expected low <= high; got {low} and {high}")
+        self.guided, self.low, self.high = guided, low, high
+
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guidance, or zero outside of the times, like x; t of shape ()."""
+        return self.guided.guidance(x, t) if self.low <= float(t) <= self.high else torch.zeros_like(x)
+
+
+class Smoothed(nn.Module):
+    """A classifier's mean probabilities over fixed Gaussian noise on the image, as logits (B, K)."""
+
+    def __init__(self, classifier: nn.Module, std: float, draws: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        self.classifier, self.std, self.draws, self.seed = classifier, std, count("draws", draws), seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log of the mean of p(y|x + std·ε), the same ε for every image x (B, C, H, W) in [0, 1]."""
+        shape = (self.draws, 1, *x.shape[1:])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(x)
+        logits = self.classifier((x + self.std * noise).flatten(0, 1))
+        return torch.logsumexp(logits.log_softmax(1).unflatten(0, (self.draws, len(x))), dim=0)  # − log draws

@@ -21,6 +21,8 @@ from coup_lib.score import agreed_sde
 from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import Callback, solve, time_grid
 
+STRIDE = 0x9E3779B1  # between the seeds of one image's purifications
+
 
 class StochasticPurifier(nn.Module):
     """What every purifier shares: noise of its own, and its gradient by name.
@@ -195,6 +197,25 @@ class Purified(nn.Module):
             culprit = "classifier" if bool(purified.isfinite().all()) else "purifier"
             raise FloatingPointError(f"NaN or infinity from the {culprit}")
         return logits
+
+
+class Averaged(Purified):
+    """Decides by the mean logits over several purifications of the image."""
+
+    def __init__(self, classifier: nn.Module, purifier: Purifier, draws: int = 4) -> None:
+        super().__init__(classifier, purifier)
+        self.draws = count("draws", draws)
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Mean logits (B, K); an image's seed (B,) fixes all of its purifications."""
+        check_images(x, self.purifier.margin)
+        if seeds is not None:
+            check_seeds(seeds, x)
+            # An odd stride: of a seed, torch's generator on the CPU takes the low 32 bits only.
+            places = torch.arange(self.draws, device=seeds.device)
+            seeds = ((seeds[:, None] + places * STRIDE) % 2**62).flatten()
+        logits = super().forward(x.repeat_interleave(self.draws, dim=0), seeds)
+        return logits.unflatten(0, (len(x), self.draws)).mean(1)
 
 
 class FixedNoise(nn.Module):

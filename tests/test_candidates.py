@@ -8,7 +8,6 @@ from closed_forms import GaussianMixtureScore, small_problem
 from torch import nn
 
 from coup_lib import gradients
-from coup_lib.candidates import STRIDE, Averaged, Between, ConfidenceGuided, DenoisedGuided, Smoothed
 from coup_lib.defences import (
     CANDIDATES,
     DEFENCES,
@@ -21,9 +20,18 @@ from coup_lib.defences import (
     is_guided,
 )
 from coup_lib.evaluation.profiles import PROFILES
-from coup_lib.guidance import FirstOrder, Guided, to_image, to_state
+from coup_lib.guidance import (
+    ConfidenceGuided,
+    DenoisedGuided,
+    FirstOrder,
+    GuidanceInterval,
+    Guided,
+    Smoothed,
+    to_image,
+    to_state,
+)
 from coup_lib.likelihood import likelihood
-from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier
+from coup_lib.purify import STRIDE, Averaged, DiffPurePurifier, FixedNoise, Purified, Purifier
 from coup_lib.score import ScoreDenoiser
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, step_times, time_grid
@@ -204,7 +212,7 @@ def test_no_weight_is_no_guidance(name):
 def test_settings_of_candidates_are_checked():
     score, classifier, _ = small_problem()
     with pytest.raises(ValueError, match=r"low, high: expected low <= high; got 0\.5 and 0\.1"):
-        Between(Guided(score, classifier), 0.5, 0.1)
+        GuidanceInterval(Guided(score, classifier), 0.5, 0.1)
     for make in (
         lambda: Smoothed(classifier, 0.1, draws=0),
         lambda: Averaged(classifier, Purifier(score), 0),
@@ -250,9 +258,9 @@ def test_between_guides_between_its_times_only(t, late, early, always):
     score, classifier, x = small_problem()
     guided, state, t = Guided(score, classifier, 2.0), to_state(x), torch.tensor(t, dtype=torch.float64)
     for switched, on in (
-        (Between(guided, high=0.03), late),
-        (Between(guided, low=0.03), early),
-        (Between(guided), always),
+        (GuidanceInterval(guided, high=0.03), late),
+        (GuidanceInterval(guided, low=0.03), early),
+        (GuidanceInterval(guided), always),
     ):
         expected = guided.guidance(state, t) if on else torch.zeros_like(state)
         assert torch.equal(switched.guidance(state, t), expected)

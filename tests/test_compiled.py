@@ -25,7 +25,6 @@ from coup_lib.networks import compiled
 from coup_lib.networks.compiled import LEAST, Compiled, compiled_score
 from coup_lib.networks.zoo import load_score
 from coup_lib.score import NoiseScore
-from coup_lib.studies.mechanism import SmoothBench
 
 SHAPE = SHAPES["digits"]
 SMALL = {"n_images": LEAST, "n_iter": 2, "eot": 1, "n_steps": 2}
@@ -132,9 +131,7 @@ def test_every_defence_has_its_gradient(quick, name, which):
 
 
 def test_the_smoothed_maximum_has_its_gradient(quick):
-    plain, fast = (
-        gradient(Config(**SMALL, compiled=flag), "coup", "exact", SmoothBench) for flag in (False, True)
-    )
+    plain, fast = (gradient(Config(**SMALL, compiled=flag), "smooth-max", "exact") for flag in (False, True))
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
 
 

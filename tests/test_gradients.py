@@ -7,8 +7,15 @@ from closed_forms import SmoothClassifier, small_problem
 from torch import nn
 
 from coup_lib import gradients
-from coup_lib.candidates import Between, DenoisedGuided
-from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
+from coup_lib.guidance import (
+    DenoisedGuided,
+    GuidanceInterval,
+    Guided,
+    gradient_of,
+    log_confidence,
+    to_image,
+    to_state,
+)
 from coup_lib.purify import Purifier, coup, diffpure, reverse_only, standard_normal
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, time_grid
@@ -118,8 +125,8 @@ WRAPPINGS = {
     "once": Wrapped,
     "twice": lambda guided: Wrapped(Wrapped(guided)),
     "out of sight": lambda guided: Wrapped(guided, hidden=True),
-    "between times": Between,
-    "between times, wrapped": lambda guided: Wrapped(Between(guided)),
+    "between times": GuidanceInterval,
+    "between times, wrapped": lambda guided: Wrapped(GuidanceInterval(guided)),
     "as a score to be guided": lambda guided: Guided(guided, guided.classifier, 0.0),
     "compiled": lambda guided: torch.compile(guided, backend="eager"),
 }

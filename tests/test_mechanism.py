@@ -5,10 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Evaluation
-from coup_lib.guidance import Guided
+from coup_lib.guidance import Guided, SmoothMax
 from coup_lib.purify import Purifier
 from coup_lib.studies import mechanism
 
@@ -37,7 +36,7 @@ def test_the_guidance_jumps_and_the_smoothed_one_does_not():
     score = torch.nn.Identity()
     states = torch.tensor([-1e-6, 1e-6], dtype=torch.float64).reshape(2, 1, 1, 1)
     kinked = Guided(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
-    smooth = mechanism.SmoothMax(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
+    smooth = SmoothMax(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
     # d/dstate of log σ(2·slope·state/2) at 0 is slope/2, on either side.
     torch.testing.assert_close(kinked, torch.tensor([-2.0, 2.0], dtype=torch.float64), rtol=1e-4, atol=0)
     assert smooth.abs().max() < 1e-4
@@ -46,7 +45,7 @@ def test_the_guidance_jumps_and_the_smoothed_one_does_not():
 def test_far_from_the_boundary_the_smoothed_maximum_is_the_maximum():
     states = torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64)
     kinked = Guided(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
-    smooth = mechanism.SmoothMax(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
+    smooth = SmoothMax(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
     torch.testing.assert_close(kinked, smooth, atol=1e-6, rtol=0)
 
 
@@ -119,16 +118,6 @@ def test_on_trained_networks_the_exact_gradient_foretells_where_nothing_jumps(re
         error[case] = abs(mechanism.ratio_of(result, "exact")[0] - 1)
     assert error["reverse"] < 0.1 and error["smooth"] < 0.1
     assert error["coup"] > error["smooth"]
-
-
-def test_the_smoothed_evaluation_changes_coup_alone():
-    config = Config(purpose="probe")
-    plain, smooth = Evaluation(config), mechanism.SmoothEvaluation(config)
-    for name, same in (("reverse", True), ("coup", False)):
-        source = against("apgd-ce", name)
-        assert (plain.attack_settings(source) == smooth.attack_settings(source)) is same
-    assert isinstance(smooth.defence("coup").purifier.score, mechanism.SmoothMax)
-    assert isinstance(smooth.defence("reverse").purifier.score, type(smooth.score_network))
 
 
 def test_series_of_draws_and_iterations():

@@ -5,10 +5,9 @@ import torch
 from closed_forms import small_problem
 from torch import nn
 
-from coup_lib.candidates import Averaged
 from coup_lib.checks import ROUNDING
 from coup_lib.guidance import to_state
-from coup_lib.purify import Purified, Purifier, coup, diffpure, reverse_only, standard_normal
+from coup_lib.purify import Averaged, Purified, Purifier, coup, diffpure, reverse_only, standard_normal
 
 BUILDERS = {"diffpure": diffpure, "reverse": reverse_only, "coup": coup}
 

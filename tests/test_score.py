@@ -7,8 +7,7 @@ import torch
 from closed_forms import GaussianMixtureScore, small_problem
 from torch import Tensor, nn
 
-from coup_lib.candidates import Between, DenoisedGuided
-from coup_lib.guidance import Guided
+from coup_lib.guidance import DenoisedGuided, GuidanceInterval, Guided
 from coup_lib.purify import DiffPurePurifier, Purifier
 from coup_lib.score import DISCRETE_LEVELS, DenoisedScore, NoiseScore, ScoreDenoiser
 from coup_lib.sde import VPSDE
@@ -152,7 +151,7 @@ def of(sde):
         "of a denoiser": DenoisedScore(Network(), sde),
         "guided": guided,
         "guided by what is denoised": DenoisedGuided(score, classifier),
-        "guided at some times": Between(guided),
+        "guided at some times": GuidanceInterval(guided),
         "wrapped twice": Wrapped(Wrapped(guided)),
     }
 

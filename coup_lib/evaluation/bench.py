@@ -1,13 +1,12 @@
 """The named defences around a profile's networks: built when asked for, and identified by what made them."""
 
-from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
 
 from coup_lib.checks import choice
-from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, Recipe, build, is_guided
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_network
 from coup_lib.evaluation.specs import AttackSpec
@@ -45,8 +44,6 @@ class Bench:
         by_name: identify networks by their names, so that none needs to be here.
     """
 
-    recipes: Mapping[str, Recipe] = PURIFIERS  # of `defence`, by name
-
     def __init__(self, config: Config, classifier: str | None = None, *, by_name: bool = False) -> None:
         self.config, self.by_name = config, by_name
         self.classifier_name = check_classifier(config.sizes.dataset, classifier or config.classifier)
@@ -79,7 +76,9 @@ class Bench:
 
     def compiles(self, defence: str, gradient: str) -> bool:
         """Whether an attack by this gradient meets a compiled score network."""
-        possible = defence in PURIFIERS and not PURIFIERS[defence].through_score and gradient != "adjoint"
+        possible = (
+            defence in PURIFIERS and not PURIFIERS[defence].differentiates_score and gradient != "adjoint"
+        )
         return self.config.compiled and possible
 
     def precision(self, defence: str) -> str:
@@ -111,7 +110,7 @@ class Bench:
         n_steps: int | None = None,
         weight: float | None = None,
     ) -> nn.Module:
-        recipe = self.recipes[name]
+        recipe = PURIFIERS[name]
         return build(
             recipe,
             self.classifier,
@@ -140,6 +139,7 @@ class Bench:
             found |= {"t_star": config.t_star, "n_steps": config.n_steps}
         if is_guided(name):
             found["guidance_weight"] = config.guidance_weight
+        found |= PURIFIERS[name].constants
         if PURIFIERS[name].robust_guide:
             found["guide_sha256"] = self._identity(self._guide)
         if spec and spec.n_steps:

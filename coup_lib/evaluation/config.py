@@ -73,8 +73,8 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
     fields = {name: default for name, default in fields.items() if name not in fixed}
     given = {name: namespace[name] for name in fields if name in namespace}
     for name in _assigned_names(namespace.get("In", [])):
-        if name not in (*fields, *own):
-            known = sorted((*fields, *own))
+        if name not in (*fields, *own, "publish"):
+            known = sorted((*fields, *own, "publish"))
             listed = f"this notebook knows {', '.join(known)}"
             raise ValueError(f"unknown parameter {name!r}; {listed}{_meant(name, known)}")
     result = settings(**given, **fixed)

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from coup_lib.data import SHAPES, is_here, load_split
-from coup_lib.defences import PURIFIERS, SWITCH, is_guided, purifications
+from coup_lib.defences import PURIFIERS, SMOOTHING_DRAWS, is_guided, purifications
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.records import config_hash, is_complete, record_path
-from coup_lib.evaluation.specs import AttackSpec, Rows
+from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
 from coup_lib.likelihood import N_STEPS
 from coup_lib.networks import published, zoo
@@ -29,19 +29,6 @@ from coup_lib.solver import time_grid
 SHORT = 120  # seconds: of less work than that nothing is said
 TIMED_FLOP = {"cpu": 5e8, "cuda": 5e12}  # in one timed call, a tenth of a second or so
 USABLE = 0.8  # of the free memory
-SMOOTHED = 4  # calls of the classifier that a smoothed one takes
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A part of a study: targets, each on the images of its attacks, under one configuration.
-
-    classifier: takes the place of the configuration's.
-    """
-
-    config: Config
-    rows: Rows
-    classifier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +73,11 @@ def jobs(grid: Grid) -> list[Job]:
     known: set[Any] = set()  # attacks and predictions that are made by then
     for part in (part for part in grid if isinstance(part, Experiment)):
         named = Evaluation(part.config, part.classifier, by_name=True)
-        specs = dict.fromkeys(spec for row in part.rows.values() for spec in row.values())
+        specs = dict.fromkeys(spec for row in part.attacks.values() for spec in row.values())
         for spec in specs:
             key = config_hash(named.attack_settings(spec)[1])
-            scored = {target: (key, target, str(part.config)) for target, row in part.rows.items()}
-            scored = {target: scored[target] for target, row in part.rows.items() if spec in row.values()}
+            scored = {target: (key, target, str(part.config)) for target, row in part.attacks.items()}
+            scored = {target: scored[target] for target, row in part.attacks.items() if spec in row.values()}
             left = tuple(target for target, score in scored.items() if score not in known)
             if left or key not in known:
                 found.append(_job(part, named.bench.classifier_name, spec, left, made=key in known))
@@ -195,14 +182,14 @@ def calls_of_a_step(defence: str) -> tuple[np.ndarray, np.ndarray]:
     recipe = PURIFIERS[defence]
     if recipe.maximised:  # by the gradient of a denoiser's error
         return np.array([2, 0]), np.array([0, 2 * is_guided(defence)])
-    draws = SMOOTHED if defence == "smoothed" else 1
-    return np.array([1, 0]), np.array([2 * recipe.through_score, 2 * draws * is_guided(defence)])
+    draws = SMOOTHING_DRAWS if recipe.smoothing else 1
+    return np.array([1, 0]), np.array([2 * recipe.differentiates_score, 2 * draws * is_guided(defence)])
 
 
 def _guided_share(defence: str, t_star: float) -> float:
     """The part of a path's steps that have guidance, if any has."""
-    late = min(SWITCH / t_star, 1.0)
-    return {"late": late, "late-denoised": late, "early": 1 - late}.get(defence, 1.0)
+    low, high = PURIFIERS[defence].times
+    return max(min(high / t_star, 1.0) - low / t_star, 0.0)
 
 
 def _steps(job: Job, defence: str) -> int:

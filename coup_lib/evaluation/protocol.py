@@ -1,6 +1,7 @@
 """The strict protocol on a profile's images: what each defence faces, and its worst case on record."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.outcomes import Score, WorstCase
 from coup_lib.evaluation.run import Runner
-from coup_lib.evaluation.specs import CLEAN, AttackSpec, with_transfers
+from coup_lib.evaluation.specs import CLEAN, AttackSpec, Rows, with_transfers
 
 
 class Evaluation(Runner):
@@ -29,19 +30,18 @@ class Evaluation(Runner):
         *,
         verbose: bool = True,
         by_name: bool = False,
-        bench: type[Bench] = Bench,
     ) -> None:
         super().__init__(
             config,
-            bench(config, classifier, by_name=by_name),
+            Bench(config, classifier, by_name=by_name),
             lambda: load_split(config.sizes.dataset, config.split, config.subset),
             lambda: images_identity(config, by_name=by_name),
             verbose=verbose,
         )
 
     def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[Any, Score]]:
-        """The columns that every robustness table here has, see `paper_rows`: defence → column → score."""
-        return self.scores(with_transfers(paper_rows(defences, self.config, autoattack=autoattack)))
+        """The columns that every robustness table here has, see `paper_attacks`: defence → key → score."""
+        return self.scores(paper_attacks(defences, self.config, autoattack=autoattack))
 
     def recorded(self, rows: Mapping[str, Mapping[str, Score]]) -> dict[str, WorstCase]:
         """Target → its worst case over all of its scores in the store, these among them."""
@@ -49,7 +49,7 @@ class Evaluation(Runner):
 
     def warnings(self, defence: str) -> list[str]:
         """What AutoAttack said of a defence in its two versions, each sentence once."""
-        row = paper_rows([defence], self.config, autoattack=True)[defence]
+        row = paper_attacks([defence], self.config, autoattack=True)[defence]
         said = [self.attack(row[name])["result"]["warnings"] for name in ("standard", "adaptive", "dlr")]
         return list(dict.fromkeys(text for texts in said for text in texts))
 
@@ -66,16 +66,17 @@ def _pixels(dataset: str, split: str, subset: str, n: int) -> str:
     return of_images(load_split(dataset, split, subset).first(n))
 
 
-def paper_rows(
+def paper_attacks(
     defences: Sequence[str], config: Config, *, autoattack: bool = False
-) -> dict[str, dict[str, AttackSpec]]:
-    """What each defence faces by the paper's protocol and by cheaper gradients: defence → column → attack.
+) -> dict[str, dict[Any, AttackSpec]]:
+    """What each defence faces by the paper's protocol and beside it: defence → key → attack.
 
     clean; adaptive (APGD-ce with `config.gradient`); first_order (APGD-ce without the second-order guidance
     term); from_none and from_reverse (APGD-ce's images against the undefended classifier and against the
     reverse SDE). With autoattack also standard and dlr (APGD-dlr, the other half of AutoAttack's "rand").
+    A claim of robustness has to stand on the worst case, see `Evaluation.recorded`.
     """
-    rows = {}
+    rows: dict[str, dict[str, AttackSpec]] = {}
     for defence in defences:
         row = rows[defence] = {
             "clean": CLEAN,
@@ -87,4 +88,20 @@ def paper_rows(
         if autoattack:
             row["standard"] = against("standard", defence, config.gradient)
             row["dlr"] = against("apgd-dlr", defence, config.gradient)
-    return rows
+    return with_transfers(rows)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A part of a study: targets, each on the images of its attacks, under one configuration.
+
+    attacks: target → key → attack. classifier: takes the place of the configuration's.
+    """
+
+    config: Config
+    attacks: Rows
+    classifier: str | None = None
+
+    def scores(self, *, verbose: bool = True) -> dict[str, dict[Any, Score]]:
+        """`Runner.scores` of the attacks: target → key → score."""
+        return Evaluation(self.config, self.classifier, verbose=verbose).scores(self.attacks)

@@ -41,6 +41,8 @@ PROTOCOL = 2  # part of every hash: raise it when a change of the code changes w
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
 JSON = "values.json"  # of a chunk's file, what is no array
 
+read_here: set[Path] = set()  # the files of unpublished records that this process has read
+
 Progress = Callable[[int, int], None]
 Values = dict[str, Any]
 
@@ -255,6 +257,8 @@ def read(path: Path) -> Document:
     if found is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
     place, names = found
+    if place.exists():
+        read_here.add(place)
     document = json.loads(place.read_text()) if place.exists() else published(place.parent)[path.stem]
     document["arrays"] = {}
     if names:

@@ -287,7 +287,7 @@ class Runner:
             return outcomes_of(defence, chunk, config, place=place, max_batch=self.batch.most)
 
         attack_name, made_by = self.attack_settings(spec)
-        settings = {"target": self.bench.settings(target), "attack": made_by}
+        settings: Values = {"target": self.bench.settings(target), "attack": made_by}
         settings |= {"n_draws": config.n_draws, "seed": config.seed}
         return self._record(f"score-{target}-on-{attack_name}", settings, compute)
 

@@ -15,6 +15,7 @@ import base64
 import hashlib
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -197,8 +198,15 @@ def _unpacked(value: Any, shared: dict[str, Any]) -> Any:
 def main() -> None:
     """Publish every finished record that is a file of its own, profile by profile, and remove that file."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for folder in sorted({path.parent for path in paths.RESULTS.glob("*/*.json")}):
-        there, files = paths.PUBLISHED / folder.name, sorted(folder.glob("*.json"))
+    move(paths.RESULTS.glob("*/*.json"), paths.PUBLISHED)
+
+
+def move(records: Iterable[Path], results: Path) -> None:
+    """Move records that are files of their own, with their arrays, to the published ones below `results`."""
+    folders = defaultdict(list)
+    for path in sorted(records):
+        folders[results / path.parent.name].append(path)
+    for there, files in folders.items():
         there.mkdir(parents=True, exist_ok=True)
         for arrays in (path.with_suffix(".npz") for path in files):  # not those of chunks in work
             if arrays.exists():

@@ -18,6 +18,7 @@ from PIL import Image
 from coup_lib import paths
 from coup_lib.evaluation.outcomes import Accuracy
 from coup_lib.files import write_atomically
+from coup_lib.reporting import publishing
 from coup_lib.reporting.tables import Row
 
 PALETTE = sns.color_palette("colorblind")
@@ -63,7 +64,7 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     if os.environ.get(paths.PDF_VARIABLE):  # without a creation date: the same records give the same file
         write_pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
         write_atomically(folder / f"{name}.pdf", write_pdf)
-    return folder / f"{name}.png"
+    return publishing.note(folder / f"{name}.png")
 
 
 def bars(shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

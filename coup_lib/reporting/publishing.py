@@ -1,11 +1,13 @@
 """Publishing what a run made: its figures and tables into figures/, its records into results/."""
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from coup_lib import paths
-from coup_lib.evaluation import store
+from coup_lib.evaluation import records, store
 from coup_lib.evaluation.profiles import BUDGETS
 from coup_lib.files import write_atomically
 
@@ -31,10 +33,10 @@ def finish(publish: bool) -> None:
         if path.suffix == ".csv" and (there := _published(path)).exists():
             _check(pd.read_csv(path), pd.read_csv(there), there)
     for path in _written:
-        there, content = _published(path), path.read_bytes()
+        there = _published(path)
         there.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(there, lambda temporary, content=content: temporary.write_bytes(content))
-    store.publish_used()
+        write_atomically(there, partial(shutil.copy, path))
+    store.move((path for path in records.read_here if path.exists()), paths.ROOT / "results")
     print(f"published: {len(_written)} figures and tables in {paths.ROOT / 'figures'}, and their records")
 
 

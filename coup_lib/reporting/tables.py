@@ -20,6 +20,7 @@ from coup_lib.evaluation.outcomes import (
     worst_of,
 )
 from coup_lib.files import write_atomically
+from coup_lib.reporting import publishing
 from coup_lib.reporting.paper import Reported
 
 Right = Mapping[str, np.ndarray]  # column → share of right draws of each image, (n,)
@@ -257,7 +258,7 @@ def write(
     text = write_text(f"{markdown(frame)}\n\n{caption}\n", config, name)
     csv = (frame if long is None else long).to_csv(index=long is None)
     path = paths.FIGURES / config.profile / f"{name}.csv"
-    write_atomically(path, lambda temporary: temporary.write_text(csv))
+    write_atomically(publishing.note(path), lambda temporary: temporary.write_text(csv))
     return text
 
 
@@ -265,7 +266,8 @@ def write_text(text: str, config: Config, name: str) -> str:
     """Write Markdown to figures/<profile>/<name>.md and return it."""
     folder = paths.FIGURES / config.profile
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.md", lambda temporary: temporary.write_text(text.rstrip() + "\n"))
+    path = publishing.note(folder / f"{name}.md")
+    write_atomically(path, lambda temporary: temporary.write_text(text.rstrip() + "\n"))
     return text
 
 

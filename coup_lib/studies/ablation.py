@@ -14,12 +14,13 @@ from coup_lib.data import split_size
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Experiment
 from coup_lib.evaluation.specs import CLEAN
 from coup_lib.reporting import paper
 
 PURIFIERS = ("diffpure", "reverse", "coup")
 ALONE = "none"
+CLEAN_IMAGES = {defence: {"clean": CLEAN} for defence in (ALONE, *PURIFIERS)}
 
 
 def sized(config: Config, n_clean: Any) -> Config:
@@ -32,8 +33,7 @@ def sized(config: Config, n_clean: Any) -> Config:
 
 def measure(config: Config, classifier: str) -> dict[str, np.ndarray]:
     """Defence → share of right draws on clean images (n,): `ALONE`, then `PURIFIERS`."""
-    rows = {defence: {"clean": CLEAN} for defence in (ALONE, *PURIFIERS)}
-    scores = Evaluation(config, classifier).scores(rows)
+    scores = Experiment(config, CLEAN_IMAGES, classifier).scores()
     return {defence: row["clean"].right for defence, row in scores.items()}
 
 

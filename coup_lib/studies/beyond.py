@@ -13,7 +13,7 @@ from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, WorstCase, direct, transferred, worst_of
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, made_against, with_transfers
 from coup_lib.reporting import plots, tables
 
@@ -99,25 +99,35 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
     guided one on those without.
     """
     found: dict[Setting, dict[Any, Score]] = {setting: {} for setting in chosen}
-    plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
-    surrogates = (*PLAIN, *(setting.defence for setting in plain))
-    for setting in chosen:
-        defence, evaluation = setting.defence, _evaluation(config, setting)
-        row = with_transfers({name: sources(name) for name in dict.fromkeys((*surrogates, defence))})[defence]
-        found[setting] |= evaluation.scores({defence: row})[defence]
-        if is_guided(defence):
-            made: dict[Any, AttackSpec] = {**made_against(defence, row, str(setting))}
-            for other in plain:
-                found[other] |= evaluation.scores({other.defence: made})[other.defence]
+    for setting, experiment in experiments(config, chosen, both_ways=both_ways):
+        for row in experiment.scores().values():
+            found[setting] |= row
     return {setting: Found(row, _recorded(config, setting, row)) for setting, row in found.items()}
 
 
-def _evaluation(config: Config, setting: Setting) -> Evaluation:
-    return Evaluation(config if setting.weight is None else replace(config, guidance_weight=setting.weight))
+def experiments(
+    config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
+) -> list[tuple[Setting, Experiment]]:
+    """What each setting faces, in the order of `scores`; a setting may have several parts."""
+    found = []
+    plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
+    surrogates = (*PLAIN, *(setting.defence for setting in plain))
+    for setting in chosen:
+        here, defence = _at(config, setting), setting.defence
+        row = with_transfers({name: sources(name) for name in dict.fromkeys((*surrogates, defence))})[defence]
+        found.append((setting, Experiment(here, {defence: row})))
+        if is_guided(defence):
+            made = made_against(defence, row, str(setting))
+            found += [(other, Experiment(here, {other.defence: made})) for other in plain]
+    return found
+
+
+def _at(config: Config, setting: Setting) -> Config:
+    return config if setting.weight is None else replace(config, guidance_weight=setting.weight)
 
 
 def _recorded(config: Config, setting: Setting, row: dict[str, Score]) -> WorstCase:
-    return _evaluation(config, setting).recorded({setting.defence: row})[setting.defence]
+    return Evaluation(_at(config, setting)).recorded({setting.defence: row})[setting.defence]
 
 
 def best_guided(found: Mapping[Setting, Found]) -> Setting:

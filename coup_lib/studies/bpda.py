@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from coup_lib.checks import count
-from coup_lib.defences import LABELS
+from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Score
@@ -38,6 +38,11 @@ def sources(defence: str, eot_counts: Sequence[int], exact_eot: int) -> dict[str
     """Clean images, PGD-20 with BPDA for each number of EOT draws, and PGD-20 with the exact gradient."""
     bpda = {column(eot): against("pgd", defence, "bpda", n_iter=N_ITER, eot=eot) for eot in eot_counts}
     return {"clean": CLEAN} | bpda | {"exact": against("pgd", defence, n_iter=N_ITER, eot=exact_eot)}
+
+
+def attacks(eot_counts: Sequence[int], exact_eot: int) -> dict[str, dict[str, AttackSpec]]:
+    """What the paper's four defences face: defence → column → attack, see `sources`."""
+    return {defence: sources(defence, eot_counts, exact_eot) for defence in PAPER}
 
 
 def column(eot: int) -> str:

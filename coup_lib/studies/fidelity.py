@@ -20,11 +20,12 @@ from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 
 CHUNK = 4  # images at once
 STEP_COUNTS = (10, 20, 50, 100)
+N_IMAGES = 16
 COMPARED = {"reverse": ("adjoint", "bpda"), "coup": ("adjoint", "first_order", "bpda")}
 
 
 def gradient_cosines(
-    config: Config, step_counts: tuple[int, ...] | None = None, n_images: int = 16
+    config: Config, step_counts: tuple[int, ...] | None = None, n_images: int = N_IMAGES
 ) -> dict[str, Any]:
     """The record of cosines to `exact`, "result": defence → gradient → one list of n_images per step count.
 
@@ -59,24 +60,16 @@ def gradient_cosines(
             for defence, gradients in COMPARED.items()
         }
 
-    def describe(by_name: bool) -> tuple[str, dict[str, Any]]:
-        name, attack = attacked.attack_settings(source, by_name=by_name)
-        settings = {
-            "step_counts": list(step_counts),
-            "n_images": n_images,
-            "attack": attack,
-            "target": attacked.bench.settings("coup", by_name=by_name),
-        }
-        return f"gradient-cosines-{name}", settings
-
-    # Of each defence the exact gradient, and the others, of which BPDA's is a forward pass; in float64 all of
-    # them take longer than is counted.
-    paths = sum(step_counts) / config.n_steps
-    calls = round(paths * sum(map(len, COMPARED.values()))), round(paths * len(COMPARED))
-    if attacked.plans(describe, "coup", calls, n_images):
-        return {"result": {}}
-    starts, worker = range(0, n_images, CHUNK), Worker(config.shard, config.num_shards)
-    record = ChunkedRecord(config.profile, *describe(False), starts, compute, combine, worker)
+    attack_name, attack = attacked.attack_settings(source)
+    settings = {
+        "step_counts": list(step_counts),
+        "n_images": n_images,
+        "attack": attack,
+        "target": attacked.bench.settings("coup"),
+    }
+    name, starts = f"gradient-cosines-{attack_name}", range(0, n_images, CHUNK)
+    worker = Worker(config.shard, config.num_shards)
+    record = ChunkedRecord(config.profile, name, settings, starts, compute, combine, worker)
     plan = Plan([0.0 if is_complete(record.path) else 1.0], verbose=True)
     plan.start("cosines to the exact gradient")
     return record.finish(plan.advance)

@@ -2,7 +2,7 @@
 
     python -m coup_lib.studies.grids --profile cifar10 --budget full     what each notebook costs here
 
-Notebooks ask `cost.show` with their grid before long work starts; workflow/ counts and shares the same grids.
+Notebooks ask `show` before long work starts; workflow/ counts and shares the same grids.
 """
 
 import argparse
@@ -15,12 +15,13 @@ from coup_lib.attacks import NORMS
 from coup_lib.checks import choice
 from coup_lib.data import is_here
 from coup_lib.defences import PAPER
+from coup_lib.evaluation import cost
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.cost import (
-    Experiment,
     Grid,
     Job,
+    Measurement,
     estimate,
     jobs,
     networks,
@@ -29,8 +30,7 @@ from coup_lib.evaluation.cost import (
     table_lines,
 )
 from coup_lib.evaluation.profiles import BUDGETS, PROFILES
-from coup_lib.evaluation.protocol import paper_rows
-from coup_lib.evaluation.specs import with_transfers
+from coup_lib.evaluation.protocol import Experiment, paper_attacks
 from coup_lib.files import CheckpointError
 from coup_lib.networks import zoo
 from coup_lib.networks.precision import PRECISIONS
@@ -56,11 +56,11 @@ def _case_study(config: Config, eps_factors: Sequence[float] = case_study.EPS_FA
 
 
 def _ablation(config: Config, many: Config, classifiers: Sequence[str] | None = None) -> Grid:
-    rows = with_transfers(paper_rows(ablation.PURIFIERS, config))
+    faced = paper_attacks(ablation.PURIFIERS, config)
     return [
-        Experiment(each, wanted, name)
+        Experiment(each, attacks, name)
         for name in classifiers or config.sizes.classifiers
-        for each, wanted in ((config, rows), (many, ablation.CLEAN_ROWS))
+        for each, attacks in ((config, faced), (many, ablation.CLEAN_IMAGES))
     ]
 
 
@@ -76,44 +76,52 @@ def _sweeps(
     settings = [sweeps.at(each, "t_star", t) for each in (config, plain) for t in times]
     settings += [sweeps.at(config, "guidance_weight", weight) for weight in weights]
     # And what stands best on validation, which only the sweeps can tell.
-    return [Experiment(each, sweeps.rows(each)) for each in (*settings, confirm)]
+    return [Experiment(each, sweeps.attacks(each)) for each in (*settings, confirm)]
 
 
 def _autoattack(config: Config, compare: Config) -> Grid:
-    rows = with_transfers(paper_rows(PAPER, config, autoattack=True))
+    # In float64 all of the gradients take longer than is counted; of BPDA's each is a forward pass.
+    paths = sum(fidelity.STEP_COUNTS) / config.n_steps
+    others = fidelity.COMPARED.values()
+    calls = round(paths * sum(map(len, others))), round(paths * len(others))
     return [
-        Experiment(config, rows),
-        fidelity.measurement(config),
-        Experiment(compare, likelihood_study.rows()),
+        Experiment(config, paper_attacks(PAPER, config, autoattack=True)),
+        Measurement(config, "coup", calls, min(fidelity.N_IMAGES, config.n_images)),
+        Experiment(compare, likelihood_study.attacks()),
     ]
 
 
 def _bpda(config: Config, eot_counts: Sequence[int] | None = None, purifications: int | None = None) -> Grid:
     counts = bpda.checked_counts(eot_counts, config)
     counted = replace(config, n_draws=purifications or bpda.PURIFICATIONS[config.budget])
-    return [Experiment(counted, {name: bpda.sources(name, counts, config.eot) for name in PAPER})]
+    return [Experiment(counted, bpda.attacks(counts, config.eot))]
 
 
 def _adversarial_training(*configs: Config) -> Grid:
     return [
-        Experiment(config, with_transfers(paper_rows(adversarial_training.DEFENCES, config)), name)
+        Experiment(config, paper_attacks(adversarial_training.DEFENCES, config), name)
         for config in configs
         for name in adversarial_training.classifiers(config).values()
     ]
 
 
 def _stronger_attacks(config: Config) -> Grid:
-    rows = stronger_attacks.rows(config)
-    eps = [Experiment(each, rows) for each, rows in stronger_attacks.eps_rows(config)]
-    return [Experiment(config, rows), *eps, *mechanism.grid(config)]
+    draws, steps = mechanism.LANDSCAPE_DRAWS, len(mechanism.LANDSCAPE)
+    return [
+        Experiment(config, stronger_attacks.attacks(config)),
+        *stronger_attacks.eps_experiments(config).values(),
+        *(Measurement(config, name, (draws, steps * draws), config.n_images) for name in PAPER),
+        *mechanism.experiments(config),
+        *mechanism.measurements(config),
+    ]
 
 
 def _beyond(search: Config, confirm: Config, weights: Sequence[float] | None = None) -> Grid:
     tried = beyond.settings(weights or beyond.WEIGHTS[search.budget])
     # Which setting wins is known after the search only; the paper's own stands for it.
     chosen = beyond.to_confirm(beyond.Setting("coup", confirm.guidance_weight), confirm.guidance_weight)
-    found = [*beyond.rows(search, tried), *beyond.rows(confirm, chosen, both_ways=True)]
-    return [Experiment(each, rows) for each, rows in found]
+    found = [*beyond.experiments(search, tried), *beyond.experiments(confirm, chosen, both_ways=True)]
+    return [experiment for _, experiment in found]
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,11 @@ def grid(name: str, *configs: Config, **own: Any) -> Grid:
     ValueError for an unknown notebook.
     """
     return NOTEBOOKS[choice("notebook", name, NOTEBOOKS)].grid(*configs, **own)
+
+
+def show(name: str, *configs: Config, **own: Any) -> None:
+    """Print what a notebook has ahead, before long work starts, see `cost.show`; arguments as in `grid`."""
+    cost.show(name, grid(name, *configs, **own))
 
 
 # --- the command line ---

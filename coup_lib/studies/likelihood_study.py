@@ -28,10 +28,15 @@ def sources(defence: str) -> dict[str, AttackSpec]:
     }
 
 
+def attacks() -> dict[str, dict[str, AttackSpec]]:
+    """What both face: defence → column → attack."""
+    return {defence: sources(defence) for defence in MAXIMISERS}
+
+
 def measure(config: Config) -> PerImage:
     """Defence → column → share of right draws (n,), the worst case on record among them."""
     evaluation = Evaluation(config)
-    columns = evaluation.scores({defence: sources(defence) for defence in MAXIMISERS})
+    columns = evaluation.scores(attacks())
     return tables.per_image_accuracy(columns, evaluation.recorded(columns))
 
 

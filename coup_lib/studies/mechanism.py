@@ -19,17 +19,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from coup_lib.attacks import project
-from coup_lib.defences import PURIFIERS
-from coup_lib.evaluation.bench import Bench, against
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.cost import Measurement
 from coup_lib.evaluation.noise import image_seeds
 from coup_lib.evaluation.outcomes import Accuracy, Difference, worst_of
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
-from coup_lib.evaluation.specs import AttackSpec
+from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.evaluation.stats import student
-from coup_lib.guidance import FirstOrder, Guided, gradient_of, to_image
+from coup_lib.guidance import FirstOrder, to_image
 from coup_lib.purify import Purified, Purifier, together
 from coup_lib.reporting.plots import PALETTE
 from coup_lib.solver import euler_step, step_times
@@ -46,35 +46,8 @@ SLOPE_DRAWS = 32
 LANDSCAPE_DRAWS = 16
 LANDSCAPE = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # distances, in units of eps
 DIFFERENCES = (0.05, 0.1, 0.2)  # half-widths of the finite differences, in units of eps
-POWER = 2.0  # of the smoothed maximum
 FIT, FRESH = 4, 5  # streams of the seed beside those of `evaluate`
 BATCH_PIXELS = 2**16  # in one network call, images times positions
-
-
-class SmoothMax(Guided):
-    """Guidance by log (Σ_y p(y|x)^k)^(1/k) with k = `POWER`: the maximum over classes without its kink.
-
-    COUP's own guidance ∇ log max_y p jumps where the classifier changes its mind; this one does not.
-    """
-
-    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
-        """λ ∇ₓ of the smoothed log confidence, like x."""
-
-        def smooth(x: Tensor) -> Tensor:
-            return torch.logsumexp(POWER * F.log_softmax(self.classifier(to_image(x)), 1), 1) / POWER
-
-        return self.weight * gradient_of(smooth, x)
-
-
-class SmoothBench(Bench):
-    """A bench whose COUP is guided by the smoothed maximum."""
-
-    recipes = PURIFIERS | {"coup": replace(PURIFIERS["coup"], guidance=SmoothMax)}
-
-    def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, Any]:
-        """What the behaviour of a defence depends on, for the name of its records."""
-        settings = super().settings(name, spec)
-        return settings | ({"smooth_max": POWER} if name == "coup" else {})
 
 
 # --- What is measured -------------------------------------------------------------------------------------
@@ -94,28 +67,39 @@ def sign_control(config: Config, *, verbose: bool = True) -> dict[float, dict[st
     """λ → "clean", "exact", "first_order", "worst" → share of right draws, (n,), of COUP with that λ.
 
     The worst is per image, over both gradients, BPDA and the transfers from none, reverse and DiffPure. λ = 0
-    is reverse-only. The attacks have half the iterations.
+    is the reverse SDE. The attacks have half the iterations.
     """
-    found = {}
-    for weight in WEIGHTS:
-        target = "coup" if weight else "reverse"
-        evaluation = Evaluation(
-            replace(halved(config), guidance_weight=weight or config.guidance_weight), verbose=verbose
-        )
-        found[weight] = _both_gradients(evaluation, target)
-    return found
+    return {weight: _both_gradients(one, verbose) for weight, one in sign_experiments(config).items()}
 
 
 def smooth_control(config: Config, *, verbose: bool = True) -> dict[str, np.ndarray]:
-    """As one entry of `sign_control`: COUP at the config's λ, guided by the smoothed maximum."""
-    return _both_gradients(Evaluation(halved(config), verbose=verbose, bench=SmoothBench), "coup")
+    """Like one λ of `sign_control`: COUP at the config's λ, guided by the smoothed maximum."""
+    return _both_gradients(smooth_experiment(config), verbose)
 
 
-def _both_gradients(evaluation: Evaluation, target: str) -> dict[str, np.ndarray]:
-    row = {"clean": against("clean", "none")}
+def sign_experiments(config: Config) -> dict[float, Experiment]:
+    """λ → what `sign_control` attacks with it."""
+    found, half = {}, halved(config)
+    for weight in WEIGHTS:
+        here = replace(half, guidance_weight=weight or config.guidance_weight)
+        found[weight] = Experiment(here, _control_attacks("coup" if weight else "reverse"))
+    return found
+
+
+def smooth_experiment(config: Config) -> Experiment:
+    """What `smooth_control` attacks."""
+    return Experiment(halved(config), _control_attacks("smooth-max"))
+
+
+def _control_attacks(target: str) -> dict[str, dict[str, AttackSpec]]:
+    row = {"clean": CLEAN}
     row |= {kind: against("apgd-ce", target, kind) for kind in (*KINDS, "bpda")}
     row |= {f"from_{name}": against("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
-    scores = evaluation.scores({target: row})[target]
+    return {target: row}
+
+
+def _both_gradients(experiment: Experiment, verbose: bool) -> dict[str, np.ndarray]:
+    (scores,) = experiment.scores(verbose=verbose).values()
     shares = {name: scores[name].right for name in ("clean", *KINDS)}
     return shares | {"worst": worst_of(list(scores.values()))}
 
@@ -200,12 +184,11 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
     same draws at the `DIFFERENCES`. Where the loss of every path is smooth the two agree.
 
     Args:
-        case: "reverse" (no guidance), "coup", "flipped" (−λ) or "smooth" (`SmoothMax`).
+        case: "reverse" (no guidance), "coup", "flipped" (−λ) or "smooth" (`guidance.SmoothMax`).
     """
     weight = config.guidance_weight * (-1 if case == "flipped" else 1)
-    bench = SmoothBench if case == "smooth" else Bench
-    evaluation = Evaluation(replace(config, guidance_weight=weight), verbose=False, bench=bench)
-    target = "reverse" if case == "reverse" else "coup"
+    evaluation = Evaluation(replace(config, guidance_weight=weight), verbose=False)
+    target = {"reverse": "reverse", "smooth": "smooth-max"}.get(case, "coup")
 
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
@@ -238,25 +221,50 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
 
     Half of the iterations; `eot_counts` draws per gradient.
     """
-    evaluation = Evaluation(halved(config), verbose=verbose)
-    sources = {
-        (kind, eot): against("apgd-ce", "coup", kind, eot=None if eot == config.eot else eot)
-        for kind in KINDS
-        for eot in eot_counts(config)
-    }
-    evaluation.scores({"coup": {f"{kind}, {eot}": spec for (kind, eot), spec in sources.items()}})
+    experiment = reached_experiment(config)
+    experiment.scores(verbose=verbose)
+    evaluation = Evaluation(experiment.config, verbose=False)
 
-    def compute(source: AttackSpec, places: range) -> dict[str, np.ndarray]:
-        x, y = _part(evaluation.x_adv(source), places), _part(evaluation.images.y, places)
+    def compute(spec: AttackSpec, places: range) -> dict[str, np.ndarray]:
+        x, y = _part(evaluation.x_adv(spec), places), _part(evaluation.images.y, places)
         seeds = _seeds(config, FRESH, places, DRAWS)
         return {"loss": draw_losses(evaluation.bench.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
-    for (kind, eot), source in sources.items():
-        made = partial(compute, source)
-        losses = _record(evaluation, "reached", made, draws=DRAWS, attack=source)
+    for (kind, eot), spec in experiment.attacks["coup"].items():
+        losses = _record(evaluation, "reached", partial(compute, spec), draws=DRAWS, attack=spec)
         found[kind][eot] = losses["loss"]
     return found
+
+
+def reached_experiment(config: Config) -> Experiment:
+    """The attacks of `reached`, by (kind, EOT draws)."""
+    row = {
+        (kind, eot): against("apgd-ce", "coup", kind, eot=None if eot == config.eot else eot)
+        for kind in KINDS
+        for eot in eot_counts(config)
+    }
+    return Experiment(halved(config), {"coup": row})
+
+
+def experiments(config: Config) -> list[Experiment]:
+    """Everything that is attacked here."""
+    return [*sign_experiments(config).values(), smooth_experiment(config), reached_experiment(config)]
+
+
+def measurements(config: Config) -> list[Measurement]:
+    """What is no attack here; the slopes are taken at half of the images."""
+    kinds, n, half = len(KINDS), config.n_images, max(2, config.n_images // 2)
+    statistics = kinds * (DRAWS + SECOND_ORDER_PATHS), SECOND_ORDER_PATHS
+    steps = kinds * LANDSCAPE_DRAWS, kinds * len(LANDSCAPE) * LANDSCAPE_DRAWS
+    slope = kinds * SLOPE_DRAWS, kinds * 2 * len(DIFFERENCES) * SLOPE_DRAWS
+    after = (0, DRAWS)
+    return [
+        Measurement(config, "coup", statistics, n),
+        *[Measurement(config, "coup", steps, n)] * 4,  # two cases, from two starts
+        *[Measurement(config, "coup", slope, half)] * len(CASES),
+        *[Measurement(config, "coup", after, n)] * kinds * len(eot_counts(config)),
+    ]
 
 
 # --- The tools --------------------------------------------------------------------------------------------

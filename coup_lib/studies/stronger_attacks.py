@@ -24,7 +24,7 @@ from coup_lib.evaluation.outcomes import (
     transferred,
     worst_of,
 )
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
 from coup_lib.reporting import tables
@@ -125,10 +125,14 @@ def labels(config: Config) -> dict[str, str]:
     }
 
 
+def attacks(config: Config, defences: Sequence[str] = PAPER) -> dict[str, dict[Any, AttackSpec]]:
+    """Every source on every defence, and those of `TRANSFERRED` on all others: defence → key → attack."""
+    return with_transfers({defence: sources(config, defence) for defence in defences}, TRANSFERRED)
+
+
 def columns(evaluation: Evaluation, defences: Sequence[str] = PAPER) -> Columns:
-    """Every source on every defence, and those of `TRANSFERRED` on all others."""
-    rows = {defence: sources(evaluation.config, defence) for defence in defences}
-    return evaluation.scores(with_transfers(rows, TRANSFERRED))
+    """The scores of all `attacks`."""
+    return evaluation.scores(attacks(evaluation.config, defences))
 
 
 def per_image_accuracy(columns: Columns, recorded: Mapping[str, WorstCase]) -> PerImage:
@@ -218,13 +222,19 @@ def eps_series(config: Config, *, verbose: bool = True) -> dict[str, dict[float,
 
     Half of the images and half of the iterations; factor 0 is the clean images.
     """
-    small = replace(halved(config), n_images=max(2, config.n_images // 2))
     found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
-    for factor in (0.0, *EPS_FACTORS[config.norm]):
-        evaluation = Evaluation(replace(small, eps=(factor or 1.0) * config.eps), verbose=verbose)
-        rows = {name: {"it": against("apgd-ce" if factor else "clean", name)} for name in PAPER}
-        for name, row in evaluation.scores(rows).items():
+    for factor, experiment in eps_experiments(config).items():
+        for name, row in experiment.scores(verbose=verbose).items():
             found[name][factor] = row["it"].right
+    return found
+
+
+def eps_experiments(config: Config) -> dict[float, Experiment]:
+    """Factor of eps → what `eps_series` measures at it."""
+    small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), {}
+    for factor in (0.0, *EPS_FACTORS[config.norm]):
+        faced = {name: {"it": against("apgd-ce" if factor else "clean", name)} for name in PAPER}
+        found[factor] = Experiment(replace(small, eps=(factor or 1.0) * config.eps), faced)
     return found
 
 

@@ -17,7 +17,7 @@ from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Transfer
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.evaluation.stats import LEVEL
 from coup_lib.reporting import plots, tables
@@ -53,24 +53,27 @@ def at(config: Config, name: str, value: float) -> Config:
     return replace(config, **changes)
 
 
-def measure(config: Config) -> Right:
-    """COUP's columns; without guidance it is the reverse SDE, whose records serve more than one notebook.
+def attacks(config: Config) -> dict[str, dict[Any, AttackSpec]]:
+    """What COUP faces; without guidance it is the reverse SDE, whose records serve more than one notebook.
 
     Every λ faces what is made against λ = 0 (a column) and against the paper's λ (transferred) at the same
     t*. Values are compared by "worst", the worst of these attacks: on record, the paper's λ faces more.
     """
     defence, papers = "coup" if config.guidance_weight else "reverse", config.sizes.guidance_weight
-    evaluation = Evaluation(config, verbose=False)
-    row: dict[str, dict[Any, Any]] = {**evaluation.columns((defence,))}
+    faced = paper_attacks((defence,), config)
     if config.guidance_weight != papers:
-        gradients = {"adaptive": config.gradient, "first_order": "first_order"}
-        sources: dict[Any, AttackSpec] = {
-            Transfer("coup", name): against("apgd-ce", "coup", gradient, guidance_weight=papers)
-            for name, gradient in gradients.items()
-        }
-        row[defence] |= evaluation.scores({defence: sources})[defence]
-    recorded = evaluation.recorded(row)[defence].right
-    return tables.per_image_accuracy(row)[defence] | {"recorded": recorded}
+        for name, gradient in {"adaptive": config.gradient, "first_order": "first_order"}.items():
+            spec = against("apgd-ce", "coup", gradient, guidance_weight=papers)
+            faced[defence][Transfer("coup", name)] = spec
+    return faced
+
+
+def measure(config: Config) -> Right:
+    """The columns of `attacks` and the worst cases: column → share of right draws, (n,)."""
+    evaluation = Evaluation(config, verbose=False)
+    scores = evaluation.scores(attacks(config))
+    ((defence, found),) = tables.per_image_accuracy(scores).items()
+    return found | {"recorded": evaluation.recorded(scores)[defence].right}
 
 
 def sweep(config: Config, name: str, values: Sequence[float]) -> Sweep:
