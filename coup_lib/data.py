@@ -1,6 +1,5 @@
 """The images of each profile, in splits that never move."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,18 +93,6 @@ def load_split(dataset: str, split: str, subset: str = "first") -> Images:
 def is_here(dataset: str) -> bool:
     """Whether a data set can be loaded without downloading it."""
     return dataset == "digits" or cifar.is_here(dataset, data_dir())
-
-
-def fingerprint(dataset: str, split: str, subset: str, n: int) -> str:
-    """Twelve hex digits that name the first n images of a split by their places in the data set.
-
-    "" for digits: there the split alone says which images they are.
-    """
-    if dataset == "digits":
-        return ""
-    pixels, rows = _held(dataset, split, subset)
-    places = pixels.place[rows[:n]]
-    return hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:12]
 
 
 def _held(dataset: str, split: str, subset: str) -> tuple[cifar.Pixels, np.ndarray]:

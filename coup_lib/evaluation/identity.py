@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from coup_lib.data import Images
+from coup_lib.data import Images, load_split
 
 DIGITS = 16  # of a hash, hexadecimal
 
@@ -23,6 +24,12 @@ def of_network(network: nn.Module) -> str:
 def of_images(images: Images) -> str:
     """A hash of pixels and labels, in order."""
     return _hashed([("x", images.x), ("y", images.y)])
+
+
+@cache
+def of_split(dataset: str, split: str, subset: str, n: int) -> str:
+    """`of_images` of the first n images of a split."""
+    return of_images(load_split(dataset, split, subset).first(n))
 
 
 def _hashed(named: Iterable[tuple[str, Tensor]]) -> str:

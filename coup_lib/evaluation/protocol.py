@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from coup_lib.data import load_split
 from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.identity import of_images
+from coup_lib.evaluation.identity import of_split
 from coup_lib.evaluation.outcomes import Score, WorstCase
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, Rows, with_transfers
@@ -56,14 +55,9 @@ class Evaluation(Runner):
 
 def images_identity(config: Config, *, by_name: bool = False) -> dict[str, Any]:
     """What identifies a configuration's images: data set, split, and the pixels (or their name)."""
-    dataset = config.sizes.dataset
-    which = config.subset if by_name else _pixels(dataset, config.split, config.subset, config.n_images)
-    return {"dataset": dataset, "split": config.split, "images": which}
-
-
-@cache
-def _pixels(dataset: str, split: str, subset: str, n: int) -> str:
-    return of_images(load_split(dataset, split, subset).first(n))
+    named = config.sizes.dataset, config.split, config.subset
+    which = config.subset if by_name else of_split(*named, config.n_images)
+    return {"dataset": config.sizes.dataset, "split": config.split, "images": which}
 
 
 def paper_attacks(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from coup_lib import paths
-from coup_lib.data import fingerprint
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.identity import of_split
 from coup_lib.evaluation.outcomes import Score
 from coup_lib.evaluation.records import read
 from coup_lib.evaluation.store import published
@@ -43,10 +43,7 @@ def _is_of(attack: dict[str, Any], config: Config) -> bool:
     threat = {"split": config.split, "norm": config.norm, "eps": config.eps, "dataset": dataset}
     if n < config.n_images or any(attack.get(name, value) != value for name, value in threat.items()):
         return False
-    return attack.get("images", "") == _fingerprint(dataset, config.split, config.subset, n)
-
-
-_fingerprint = cache(fingerprint)
+    return attack["images"] == of_split(dataset, config.split, config.subset, n)
 
 
 @cache  # a finished record does not change
