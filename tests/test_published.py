@@ -351,7 +351,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(listed, folder, checkp
 
 
 def test_an_archive_with_a_flipped_bit_is_refused(listed, folder, checkpoint):
-    """As a download leaves it that went on with another file's beginning: torch reads it without a word."""
+    """A download that went on with another file's beginning leaves one: torch reads it without a word."""
     spoilt = bytearray(checkpoint)
     spoilt[len(spoilt) // 2] ^= 1
     torch.load(put(listed, spoilt), weights_only=True)
