@@ -248,7 +248,7 @@ def test_wrong_inputs(x, labels):
 
 
 def checkpoint() -> dict[str, Any]:
-    """As score_sde saves it: averages in a list, raw weights (here NaN) under DataParallel's names."""
+    """A checkpoint of score_sde: averages in a list, raw weights (here NaN) under DataParallel's names."""
     weights = recipe(manifest("nf16")["keys"], seed=5)
     raw = {f"module.{key}": torch.full_like(value, torch.nan) for key, value in weights.items()}
     ema = {"decay": 0.9999, "num_updates": 7, "shadow_params": list(weights.values())}

@@ -257,7 +257,7 @@ class GaussianDenoiser(nn.Module):
 
 
 class Wavy(nn.Module):
-    """As a score or as a denoiser: nothing in particular, but for every level another function."""
+    """A score or a denoiser of no particular images: another function for every level."""
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return torch.sin(3 * x) + per_image(level, x)

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import hashlib
+import importlib.util
 import io
 import os
 import pickle
@@ -126,26 +127,66 @@ def test_files_on_drive_are_fetched_by_gdown_and_others_by_torch(tmp_path, monke
 
     def from_drive(**settings):
         asked.append(settings)
+        Path(settings["output"]).write_bytes(b"whole")
         return settings["output"]
-
-    gdown = types.SimpleNamespace(download=from_drive, exceptions=types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "gdown", gdown)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *given: asked.append(given))
-    gdown.exceptions.FileURLRetrievalError = LookupError
-    file = tmp_path / "a.pt"
-    published.download(DRIVE.format("1t98-_x"), file)
-    published.download(SOURCE, file)
-    assert asked == [{"id": "1t98-_x", "output": str(file), "resume": True}, (SOURCE, str(file))]
 
     def refuse(**settings):
         raise LookupError("too many users")
 
+    gdown = types.SimpleNamespace(exceptions=types.SimpleNamespace(FileURLRetrievalError=LookupError))
+    monkeypatch.setitem(sys.modules, "gdown", gdown)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *given: asked.append(given))
+    file, part = tmp_path / "a.pt", tmp_path / ".a.pt.part"
+    published.download(SOURCE, file)
     gdown.download = refuse
     with pytest.raises(OSError, match="too many users"):
-        published.download(DRIVE.format("1"), file)
+        published.download(DRIVE.format("1t98-_x"), file)
     gdown.download = lambda **settings: None  # what it does when parts of several attempts are there
-    with pytest.raises(OSError, match="more than one part"):
+    with pytest.raises(OSError, match=r"several .*\.a\.pt\.part\* are there"):
+        published.download(DRIVE.format("1t98-_x"), file)
+    gdown.download = from_drive
+    published.download(DRIVE.format("1t98-_x"), file)
+    assert asked == [(SOURCE, str(file)), {"id": "1t98-_x", "output": str(part), "resume": True}]
+    assert file.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gdown"), reason="gdown is not installed (an extra)")
+def test_gdown_goes_on_with_a_broken_download_and_leaves_other_files_alone(tmp_path, monkeypatch):
+    """gdown itself, its requests answered here: first the connection breaks, then the rest comes."""
+    import gdown
+    import requests
+
+    ranges, answers = [], [b"first ", b"", b"second"]
+
+    class Answer(requests.Response):
+        def iter_content(self, chunk_size):
+            yield content
+            if content == b"first ":
+                raise requests.ConnectionError("broken")
+
+    def get(self, url, headers=None, **_):
+        nonlocal content
+        content = answers.pop(0)
+        ranges.append((headers or {}).get("Range"))
+        answer = Answer()
+        answer.status_code = 200
+        answer.headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Disposition": 'filename="a.pt"',
+        }
+        return answer
+
+    content = b""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(gdown.download.__globals__["requests"].Session, "get", get)
+    file, other = put(tmp_path / "models/a.pt", b""), put(tmp_path / "models/a.pt.old", b"another")
+    file.unlink()
+    with pytest.raises(OSError, match="broken"):
         published.download(DRIVE.format("1"), file)
+    assert not file.exists()
+    published.download(DRIVE.format("1"), file)
+    assert file.read_bytes() == b"first second" and other.read_bytes() == b"another"
+    assert ranges == [None, None, "bytes=6-"]
 
 
 def test_without_gdown_the_message_says_how_to_get_it(folder, register, monkeypatch):
@@ -310,7 +351,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(listed, folder, checkp
 
 
 def test_an_archive_with_a_flipped_bit_is_refused(listed, folder, checkpoint):
-    """As a download leaves it that went on with another file's beginning: torch reads it without a word."""
+    """A download that went on with another file's beginning leaves one: torch reads it without a word."""
     spoilt = bytearray(checkpoint)
     spoilt[len(spoilt) // 2] ^= 1
     torch.load(put(listed, spoilt), weights_only=True)

@@ -33,28 +33,22 @@ class Compiled(nn.Module):
         super().__init__()
         self.score = score
         self._guided = any(isinstance(part, Guided) for part in score.modules())
+        device = next(score.parameters()).device
+        x, t = torch.zeros(LEAST, *shape, device=device), torch.tensor(0.05, device=device)
         started = time.monotonic()
         print("compiling the score network", flush=True)
         try:
             self._run = torch.compile(score.forward, backend=backend)
-            self._try(shape)
+            with torch.no_grad():
+                self(x, t)
+            with torch.enable_grad():  # the program with a gradient is another one
+                torch.autograd.grad(self(x.requires_grad_(), t).sum(), x)
         except Exception as error:  # whatever a compiler or what it asks for may raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"torch.compile failed, going on without it: {reason}", flush=True)
             self._run = score.forward
         else:
             print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-
-    def _try(self, shape: tuple[int, int, int]) -> None:
-        """Both programs, with and without a gradient, once."""
-        device = next(self.score.parameters()).device
-        t = torch.tensor(0.05, device=device)
-        x = torch.zeros(LEAST, *shape, device=device)
-        with torch.no_grad():
-            self(x, t)
-        with torch.enable_grad():
-            x.requires_grad_()
-            torch.autograd.grad(self(x, t).sum(), x)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The score at x (B, C, H, W) and t of shape ()."""

@@ -233,12 +233,15 @@ def download(source: str, file: Path) -> None:
         raise ImportError(
             f"{source} is fetched by gdown: pip install 'coup-lib[cifar]', or put it at {file}"
         ) from error
+    # gdown goes on with any file whose name begins with this one, which no other file's does.
+    part = file.with_name(f".{file.name}.part")
     try:
-        found = gdown.download(id=drive[1], output=str(file), resume=True)
+        whole = part.is_file() or gdown.download(id=drive[1], output=str(part), resume=True)
     except gdown.exceptions.FileURLRetrievalError as error:
         raise ConnectionError(str(error)) from error
-    if not found:
-        raise ConnectionError(f"more than one part of it lies in {file.parent}; remove all but one")
+    if not whole:
+        raise ConnectionError(f"several {part}* are there; remove all but one")
+    part.replace(file)
 
 
 def missing(names: Iterable[str]) -> list[str]:

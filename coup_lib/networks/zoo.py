@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -123,9 +122,10 @@ def digest(dataset: str, name: str) -> str:
     listed = _listed(dataset, name)
     if listed in published.ARTEFACTS:
         return published.digest(listed)[:16]
-    if not _file(listed).is_file():
+    file = model_dir() / f"{listed}.pt"
+    if not file.is_file():
         load_classifier(dataset, name)  # RobustBench fetches it
-    return published.file_digest(_file(listed))[:16]
+    return published.file_digest(file)[:16]
 
 
 def needed(dataset: str, classifiers: Iterable[str], score: str | None = None) -> list[str]:
@@ -164,11 +164,6 @@ def _listed(dataset: str, name: str) -> str:
     return name if name in CLASSIFIERS[dataset] | SCORES[dataset] else f"{dataset}/{threat}/{model}"
 
 
-def _file(listed: str) -> Path:
-    """Where RobustBench reads a model."""
-    return model_dir() / f"{listed}.pt"
-
-
 def _robustbench(name: str) -> tuple[str, str]:
     """(RobustBench's name, threat model) of NAME or NAME@THREAT."""
     model, _, threat = name.partition("@")
@@ -180,7 +175,7 @@ def _from_robustbench(dataset: str, name: str) -> nn.Module:
 
     ImportError, naming the extra to install, without RobustBench.
     """
-    (model, threat), file = _robustbench(name), _file(_listed(dataset, name))
+    (model, threat), file = _robustbench(name), model_dir() / f"{_listed(dataset, name)}.pt"
     try:
         load_model = robustbench_loader()
     except ImportError as error:
