@@ -149,6 +149,18 @@ def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_
     assert {path.suffix for path in (tmp_path / "digits").iterdir()} == {".png", ".pdf"}
 
 
+@pytest.mark.parametrize("sideways", [False, True])
+def test_error_bars_reach_the_ends_of_the_interval(sideways):
+    right = [all_but(8).astype(float), np.zeros(N)]
+    figure, axes = plt.subplots()
+    plots.points(axes, [0, 1], right, sideways=sideways, fmt="o")
+    (bars,) = axes.containers[0].lines[2]
+    ends = np.array([segment[:, 0 if sideways else 1] for segment in bars.get_segments()])
+    expected = [[one.low, one.high] for one in map(Accuracy.of, right)]
+    np.testing.assert_allclose(ends, expected, atol=1e-9)
+    plt.close(figure)
+
+
 def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     monkeypatch.setenv(paths.PDF_VARIABLE, "1")
@@ -172,15 +184,20 @@ def test_readme_blocks_are_replaced_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_times_are_those_of_the_executed_notebooks(tmp_path):
-    for index, (_, notebook, norm) in enumerate(readme.RUNS):
-        metadata = {"papermill": {"duration": 60.0 * index + 30}}
-        path = tmp_path / f"{notebook}{'_' if norm else ''}{norm}.ipynb"
-        path.write_text(json.dumps({"metadata": metadata}))
-    lines = readme.times(tmp_path).splitlines()
-    assert len(lines) == 2 + len(readme.RUNS)
-    assert [float(line.split("|")[-2]) for line in lines[2:]] == [0.5 + i for i in range(len(readme.RUNS))]
-    (l2,) = [line for line in lines if line.startswith("| Table 2 |")]
-    assert "`papermill notebooks/04_autoattack.ipynb out.ipynb -p norm l2`" in l2
+    for name, norm, seconds in (("04_autoattack", "linf", 30.0), ("04_autoattack_l2", "l2", 90.0)):
+        ran = {
+            "duration": seconds,
+            "input_path": "notebooks/04_autoattack.ipynb",
+            "parameters": {"norm": norm},
+        }
+        cells = [{"cell_type": "markdown", "source": ["# AutoAttack (Tables 1 and 2)\n", "Text."]}]
+        document = {"metadata": {"papermill": ran}, "cells": cells}
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(document))
+    command = "`papermill notebooks/04_autoattack.ipynb out.ipynb"
+    assert readme.times(tmp_path).splitlines()[2:] == [
+        f"| AutoAttack (Tables 1 and 2) | {command}` | 0.5 |",
+        f"| AutoAttack (Tables 1 and 2) | {command} -p norm l2` | 1.5 |",
+    ]
 
 
 def test_compare_says_what_agrees(tmp_path):

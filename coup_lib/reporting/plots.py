@@ -67,18 +67,6 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     return publishing.note(folder / f"{name}.png")
 
 
-def bars(shares: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracies (k,) and what 95 % error bars reach below and above them (2, k), in percent.
-
-    Args:
-        shares: k times the share of right draws of each image, (n,).
-    """
-    points = [Accuracy.of(share) for share in shares]
-    values = np.array([point.value for point in points])
-    ends = np.array([[point.low, point.high] for point in points]).T
-    return values, np.abs(ends - values)
-
-
 def points(
     axes: Axes, places: Any, shares: Sequence[np.ndarray], *, sideways: bool = False, **look: Any
 ) -> None:
@@ -88,7 +76,9 @@ def points(
         shares: k times the share of right draws of each image, (n,).
         look: of `Axes.errorbar`.
     """
-    values, errors = bars(shares)
+    found = [Accuracy.of(share) for share in shares]
+    values = np.array([one.value for one in found])
+    errors = np.abs(np.array([[one.low, one.high] for one in found]).T - values)
     where = (
         {"x": values, "y": places, "xerr": errors} if sideways else {"x": places, "y": values, "yerr": errors}
     )

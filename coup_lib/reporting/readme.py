@@ -11,21 +11,6 @@ from coup_lib.paths import FIGURES, ROOT
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-RUNS = (
-    # what, notebook, norm where it is not the default
-    ("Fig. 1a, Fig. 3a, Fig. 3b, Prop. 1 and 2", "00_toy_analysis", ""),
-    ("Fig. 1c, Fig. 2a", "01_case_study", ""),
-    ("Fig. 2b", "02_ablation", ""),
-    ("Fig. 4a, Fig. 4b", "03_sweeps", ""),
-    ("Table 1", "04_autoattack", ""),
-    ("Table 2", "04_autoattack", "l2"),
-    ("Table 3", "05_bpda", ""),
-    ("Fig. 2c", "06_adversarial_training", ""),
-    ("does the claim survive?", "07_stronger_attacks", ""),
-    ("a better guided purifier?", "08_beyond", ""),
-    ("everything beside the paper", "09_report", ""),
-)
-
 
 def filled(text: str) -> str:
     """README text with every `<!-- name -->` block replaced by the file figures/<name>.md."""
@@ -37,13 +22,14 @@ def _content(name: str) -> str:
 
 
 def times(executed: Path) -> str:
-    """Figure → notebook → command → minutes, minutes as papermill noted them in the executed notebooks."""
-    lines = ["| figure or table | notebook | command | minutes |", "|---|---|---|---|"]
-    for what, notebook, norm in RUNS:
-        path = executed / f"{notebook}{'_' if norm else ''}{norm}.ipynb"
-        seconds = json.loads(path.read_text())["metadata"]["papermill"]["duration"]
-        command = f"papermill notebooks/{notebook}.ipynb out.ipynb{' -p norm ' if norm else ''}{norm}"
-        lines.append(f"| {what} | `{notebook}` | `{command}` | {seconds / 60:.1f} |")
+    """Notebook → command → minutes, as papermill noted them in the executed notebooks of a folder."""
+    lines = ["| notebook | command | minutes |", "|---|---|---|"]
+    for path in sorted(executed.glob("*.ipynb")):
+        document = json.loads(path.read_text())
+        ran, title = document["metadata"]["papermill"], document["cells"][0]["source"][0].strip("# \n")
+        norm = " -p norm l2" if ran["parameters"].get("norm") == "l2" else ""
+        command = f"papermill notebooks/{Path(ran['input_path']).name} out.ipynb{norm}"
+        lines.append(f"| {title} | `{command}` | {ran['duration'] / 60:.1f} |")
     return "\n".join(lines)
 
 

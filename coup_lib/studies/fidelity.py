@@ -30,7 +30,7 @@ def gradient_cosines(
     """The record of cosines to `exact`, "result": defence → gradient → one list of n_images per step count.
 
     The gradient is that of the cross-entropy in the image, in float64, on the same Brownian path, at the
-    images that APGD-ce made against reverse-only: where an attack walks, not at clean images, where the
+    images that APGD-ce made against the reverse SDE: where an attack walks, not at clean images, where the
     classifier is sure of itself and there is next to no guidance to differentiate.
     """
     step_counts = step_counts or ((2, 4) if config.budget == "smoke" else STEP_COUNTS)

@@ -108,7 +108,7 @@ def _adversarial_training(*configs: Config) -> Grid:
 def _stronger_attacks(config: Config) -> Grid:
     draws, steps = mechanism.LANDSCAPE_DRAWS, len(mechanism.LANDSCAPE)
     return [
-        Experiment(config, stronger_attacks.attacks(config)),
+        stronger_attacks.experiment(config),
         *stronger_attacks.eps_experiments(config).values(),
         *(Measurement(config, name, (draws, steps * draws), config.n_images) for name in PAPER),
         *mechanism.experiments(config),

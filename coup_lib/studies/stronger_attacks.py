@@ -39,100 +39,88 @@ EPS_FACTORS = {"linf": (0.5, 1.0, 2.0, 4.0), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
 TOLERANCE = 2.0  # points that a larger effort may still win
 NOISE_TOLERANCE = 5.0  # points that random noise of size eps may cost
 
-# The order of the figure: what sees less of the defence comes last.
-SOURCE_LABELS = {
-    "exact": "APGD-ce, exact (paper's protocol)",
-    "first_order": "APGD-ce, first-order",
-    "adjoint": "APGD-ce, adjoint",
-    "bpda": "APGD-ce, BPDA",
-    "coarse": "APGD-ce through half of the steps",
-    "restart": "APGD-ce, exact, another seed",
-    "eot_1": "APGD-ce, exact, EOT {eot_1}",
-    "eot_2": "APGD-ce, exact, EOT {eot_2}",
-    "eot_3": "APGD-ce, exact, EOT {eot_3}",
-    "eot_4": "APGD-ce, exact, EOT {eot_4}",
-    "eot_first_order": "APGD-ce, first-order, EOT {most}",
-    "dlr": "APGD-dlr, exact",
-    "margin": "APGD-margin, exact",
-    "pgd": "PGD-{pgd}, exact",
-    "pgd_first_order": "PGD-{pgd}, first-order",
-    "warm_none": "warm start from undefended",
-    "warm_reverse": "warm start from reverse SDE",
-    "fixed": "fixed noise, fresh noise at the test",
-    "fixed_own": "fixed noise, the same at the test",
-    "from_none": "transfer from undefended",
-    "from_reverse": "transfer from reverse SDE",
-    "from_diffpure": "transfer from DiffPure",
-    "transferred": "the others' attacks, all of them",
-    "square": "Square (black box)",
-    "fgsm": "FGSM (one step)",
-    "noise": "random noise",
-    "clean": "clean images",
-    "recorded": tables.COLUMNS["recorded"],
-}
-
 # What is tried on the other defences, too: what spent the whole number of iterations, and other losses.
 TRANSFERRED = ("exact", "first_order", "restart", "dlr", "margin", "pgd", "pgd_first_order")
-SERIES = ("eot_1", "eot_2", "eot_3", "eot_4")  # a small budget has fewer
+# What does not suit an undefended classifier, which has one gradient and no noise.
+FOR_PURIFIERS = ("first_order", "adjoint", "bpda", "coarse", "eot", "pgd_first_order", "warm", "fixed")
+
+
+def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | None]]:
+    """Name → (label, source) of everything that a defence faces; what sees less of the defence comes last.
+
+    Exact, first-order, the restart and the fixed noise take all of the configuration's iterations, PGD takes
+    `PGD_FACTOR` times as many, the rest of APGD half: the convergence check shows what that half is worth.
+    Its shorter runs have no label. Labels without a source belong to what `per_image_accuracy` adds.
+    """
+    half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
+    many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
+
+    def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
+        return against(f"apgd-{loss}", target, gradient, **more)
+
+    found: dict[str, tuple[str, AttackSpec | None]] = {
+        "exact": ("APGD-ce, exact (paper's protocol)", apgd()),
+        "quarter": ("", apgd(n_iter=quarter)),
+        "short": ("", apgd(n_iter=half)),
+        "first_order": ("APGD-ce, first-order", apgd("first_order")),
+        "adjoint": ("APGD-ce, adjoint", apgd("adjoint", n_iter=half)),
+        "bpda": ("APGD-ce, BPDA", apgd("bpda", n_iter=half)),
+        "coarse": (
+            "APGD-ce through half of the steps",
+            apgd(n_iter=half, n_steps=coarse),
+        ),
+        "restart": ("APGD-ce, exact, another seed", apgd(seed=config.seed + 1)),
+    }
+    for place, eot in enumerate(counts, start=1):
+        found[f"eot_{place}"] = f"APGD-ce, exact, EOT {eot}", apgd(n_iter=half, eot=eot)
+    found |= {
+        "eot_first_order": (f"APGD-ce, first-order, EOT {most}", apgd("first_order", n_iter=half, eot=most)),
+        "dlr": ("APGD-dlr, exact", apgd(loss="dlr", n_iter=half)),
+        "margin": ("APGD-margin, exact", apgd(loss="margin", n_iter=half)),
+        "pgd": (f"PGD-{many}, exact", against("pgd", target, n_iter=many)),
+        "pgd_first_order": (f"PGD-{many}, first-order", against("pgd", target, "first_order", n_iter=many)),
+    }
+    surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
+    for name in ("none", "reverse"):
+        start = against("apgd-ce", name)
+        found[f"warm_{name}"] = f"warm start from {surrogates[name]}", apgd(n_iter=half, start=start)
+    found["fixed"] = "fixed noise, fresh noise at the test", apgd(eot=1, fixed_noise=True)
+    found["fixed_own"] = "fixed noise, the same at the test", None
+    for name, label in surrogates.items():
+        found[f"from_{name}"] = f"transfer from {label}", against("apgd-ce", name)
+    return found | {
+        "transferred": ("the others' attacks, all of them", None),
+        "square": ("Square (black box)", against("square", target)),
+        "fgsm": ("FGSM (one step)", against("fgsm", target)),
+        "noise": ("random noise", against("noise", "none")),
+        "clean": ("clean images", against("clean", "none")),
+        "recorded": (tables.COLUMNS["recorded"], None),
+    }
 
 
 def sources(config: Config, target: str) -> dict[str, AttackSpec]:
-    """Name → source of everything that this target faces.
-
-    Own attacks that a target has no use for (an undefended classifier has one gradient and no noise) are left
-    out. PGD takes `PGD_FACTOR` times the config's iterations; exact, first-order, the restart and the fixed
-    noise take all of them, the rest of APGD half: the convergence check shows what that half is worth.
-    """
-    half, quarter = halved(config).n_iter, max(1, config.n_iter // 4)
-    found = {
-        "clean": against("clean", "none"),
-        "noise": against("noise", "none"),
-        "fgsm": against("fgsm", target),
-        "exact": against("apgd-ce", target),
-        "short": against("apgd-ce", target, n_iter=half),
-        "quarter": against("apgd-ce", target, n_iter=quarter),
-        "restart": against("apgd-ce", target, seed=config.seed + 1),
-        "dlr": against("apgd-dlr", target, n_iter=half),
-        "margin": against("apgd-margin", target, n_iter=half),
-        "pgd": against("pgd", target, n_iter=PGD_FACTOR * config.n_iter),
-        "square": against("square", target),
+    """Name → source of everything that this target faces."""
+    return {
+        name: source
+        for name, (_, source) in attacks(config, target).items()
+        if source and not (target == "none" and name.startswith(FOR_PURIFIERS))
     }
-    found |= {f"from_{name}": against("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
-    if target == "none":
-        return found
-    found["first_order"] = against("apgd-ce", target, "first_order")
-    found |= {kind: against("apgd-ce", target, kind, n_iter=half) for kind in ("adjoint", "bpda")}
-    found["coarse"] = against("apgd-ce", target, n_iter=half, n_steps=max(1, config.n_steps // 2))
-    found["fixed"] = against("apgd-ce", target, eot=1, fixed_noise=True)
-    counts = eot_counts(config)
-    for place, eot in enumerate(counts, start=1):
-        found[f"eot_{place}"] = against("apgd-ce", target, n_iter=half, eot=eot)
-    found["eot_first_order"] = against("apgd-ce", target, "first_order", n_iter=half, eot=counts[-1])
-    found["pgd_first_order"] = against("pgd", target, "first_order", n_iter=PGD_FACTOR * config.n_iter)
-    for name in ("none", "reverse"):
-        found[f"warm_{name}"] = against("apgd-ce", target, n_iter=half, start=against("apgd-ce", name))
-    return found
 
 
 def labels(config: Config) -> dict[str, str]:
-    """Name → what the source is called in the figure and the table, with this budget's numbers."""
-    numbers = {f"eot_{place}": eot for place, eot in enumerate(eot_counts(config), start=1)}
-    numbers |= {"pgd": PGD_FACTOR * config.n_iter, "most": max(eot_counts(config))}
-    return {  # the shorter runs of the convergence check have no row of their own
-        name: label.format(**numbers)
-        for name, label in SOURCE_LABELS.items()
-        if name not in SERIES or name in numbers
-    }
+    """Name → what the attack is called in the figure and the table, with this budget's numbers."""
+    return {name: label for name, (label, _) in attacks(config, "coup").items() if label}
 
 
-def attacks(config: Config, defences: Sequence[str] = PAPER) -> dict[str, dict[Any, AttackSpec]]:
-    """Every source on every defence, and those of `TRANSFERRED` on all others: defence → key → attack."""
-    return with_transfers({defence: sources(config, defence) for defence in defences}, TRANSFERRED)
+def experiment(config: Config, defences: Sequence[str] = PAPER) -> Experiment:
+    """Every source on every defence, and those of `TRANSFERRED` on all others."""
+    faced = {defence: sources(config, defence) for defence in defences}
+    return Experiment(config, with_transfers(faced, TRANSFERRED))
 
 
 def columns(evaluation: Evaluation, defences: Sequence[str] = PAPER) -> Columns:
-    """The scores of all `attacks`."""
-    return evaluation.scores(attacks(evaluation.config, defences))
+    """The scores of the `experiment`."""
+    return evaluation.scores(experiment(evaluation.config, defences).attacks)
 
 
 def per_image_accuracy(columns: Columns, recorded: Mapping[str, WorstCase]) -> PerImage:
@@ -223,8 +211,8 @@ def eps_series(config: Config, *, verbose: bool = True) -> dict[str, dict[float,
     Half of the images and half of the iterations; factor 0 is the clean images.
     """
     found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
-    for factor, experiment in eps_experiments(config).items():
-        for name, row in experiment.scores(verbose=verbose).items():
+    for factor, one in eps_experiments(config).items():
+        for name, row in one.scores(verbose=verbose).items():
             found[name][factor] = row["it"].right
     return found
 
@@ -282,7 +270,7 @@ def _strongest(right: Mapping[Any, np.ndarray]) -> tuple[bool, str]:
     worst = min(cheaper, key=lambda name: float(cheaper[name].mean()))
     holds = all(_ordered(shares, right["exact"])[0] for shares in cheaper.values())
     exact, other = 100 * right["exact"].mean(), 100 * cheaper[worst].mean()
-    return holds, f"exact {exact:.1f}, {SOURCE_LABELS[worst].removeprefix('APGD-ce, ')} {other:.1f} %"
+    return holds, f"exact {exact:.1f}, {worst.replace('_', ' ')} {other:.1f} %"
 
 
 def _converged(*efforts: np.ndarray, tolerance: float = TOLERANCE) -> tuple[bool, str]:

@@ -1,6 +1,6 @@
 """Fig. 4: accuracy and robustness along t* and λ; chosen on validation, confirmed once on the test split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from coup_lib.checks import number
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Transfer
+from coup_lib.evaluation.outcomes import Difference, Transfer
 from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.evaluation.specs import AttackSpec
@@ -152,22 +152,15 @@ def _joint(differences: Sequence[Difference]) -> str:
 
 
 def claims(times: Sweep, weights: Sweep, config: Config) -> pd.DataFrame:
-    """The paper's claims of Sec. 5.4, the verdict on each, and what it rests on.
-
-    The last one, that more guidance is better, is what Sec. 5.4 would have to say if only the adaptive attack
-    counted.
-    """
+    """The paper's claims of Sec. 5.4, and that more guidance is better: verdicts, and what they rest on."""
     names, ends = tables.headings(times[config.t_star], config), (max(weights), min(weights))
     judged = [("accuracy falls as t* grows", "clean", falls(times))]
+    papers = config.t_star, config.guidance_weight
     for column in JUDGED:
         judged += [
             ("too short and too long t* are both worse", column, peaks_inside(times, column)),
-            (f"t* = {config.t_star:g} is best", column, is_best(times, column, config.t_star)),
-            (
-                f"λ = {config.guidance_weight:g} is best",
-                column,
-                is_best(weights, column, config.guidance_weight),
-            ),
+            (f"t* = {papers[0]:g} is best", column, is_best(times, column, papers[0])),
+            (f"λ = {papers[1]:g} is best", column, is_best(weights, column, papers[1])),
             ("the more guidance the better", column, is_above(weights, column, *ends)),
         ]
     lines = [[claim, names[column], f"**{verdict}**", why] for claim, column, (verdict, why) in judged]
@@ -178,51 +171,47 @@ def claims(times: Sweep, weights: Sweep, config: Config) -> pd.DataFrame:
 # --- choice and confirmation ---
 
 
-def choices(times: Sweep, weights: Sweep, config: Config) -> dict[str, Config]:
-    """What is to be confirmed: the paper's own setting, and the best t* and the best λ by the worst case.
+def confirm(times: Sweep, weights: Sweep, config: Config) -> list[tables.Row]:
+    """The paper's setting, and the best t* and the best λ of the sweeps, on the images of `config`.
 
-    Each of the two is chosen with the other at the paper's value, as in the paper's two sweeps.
+    Best is what has the highest accuracy under the worst of these attacks; each of the two is chosen with the
+    other at the paper's value.
     """
-    return {
-        "the paper's": config,
-        "best t* by the worst case": replace(config, t_star=best(times, "worst")),
-        "best λ by the worst case": replace(config, guidance_weight=best(weights, "worst")),
+    changes: dict[str, dict[str, Any]] = {
+        "the paper's": {},
+        "best t* by the worst case": {"t_star": best(times, "worst")},
+        "best λ by the worst case": {"guidance_weight": best(weights, "worst")},
     }
-
-
-def confirm(chosen: Mapping[str, Config], config: Config) -> dict[str, tuple[Config, Right]]:
-    """The same settings on the images and with the budget of `config`."""
-    plan, found = Plan([1.0] * len(chosen), verbose=True), {}
-    for label, setting in chosen.items():
-        here = replace(config, t_star=setting.t_star, guidance_weight=setting.guidance_weight)
-        plan.start(label)
-        found[label] = here, measure(here)
+    found = []
+    for label, changed in changes.items():
+        here = replace(config, **changed)
+        shown = {"t*": f"{here.t_star:g}", "λ": f"{here.guidance_weight:g}", "n": str(here.n_images)}
+        found.append(tables.Row(label, measure(here), here, {}, shown))
     return found
 
 
-def confirmation_table(confirmed: Mapping[str, tuple[Config, Right]]) -> pd.DataFrame:
+def confirmation_table(confirmed: Sequence[tables.Row]) -> pd.DataFrame:
     """Accuracies of the settings, and the paired differences from the first one, the paper's."""
-    (papers, reference), *_ = confirmed.values()
-    names, rows = tables.headings(reference, papers), {}
-    for label, (config, right) in confirmed.items():
-        cells = {"t*": f"{config.t_star:g}", "λ": f"{config.guidance_weight:g}", "n": str(config.n_images)}
-        cells |= {text: str(Accuracy.of(right[name])) for name, text in names.items() if name in SHOWN}
-        for name in JUDGED:
-            difference = Difference.of(right[name], reference[name])
-            cells[f"Minus the paper's: {names[name]}"] = "–" if config == papers else str(difference)
-        rows[label] = cells
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Setting (accuracies in %)")
+    papers, names = confirmed[0], tables.headings(SHOWN, confirmed[0].config)
+    frame = tables.accuracies(confirmed, names, "Setting (accuracies in %)")
+    for name in JUDGED:
+        differences = [Difference.of(row.right[name], papers.right[name]) for row in confirmed]
+        frame[f"Minus the paper's: {names[name]}"] = [
+            "–" if row.config == papers.config else str(difference)
+            for row, difference in zip(confirmed, differences, strict=True)
+        ]
+    return frame
 
 
-def confirmed_claims(confirmed: Mapping[str, tuple[Config, Right]]) -> str:
+def confirmed_claims(confirmed: Sequence[tables.Row]) -> str:
     """Markdown: whether what was chosen on validation is better than the paper's setting."""
-    (papers, reference), *others = confirmed.values()
-    names = {name: tables.headings(reference, papers)[name] for name in JUDGED}
+    papers, *others = confirmed
     pairs = {
-        f"t* = {config.t_star:g}, λ = {config.guidance_weight:g}: better than the paper's": (right, reference)
-        for config, right in others
-        if config != papers
+        f"t* = {row.shown['t*']}, λ = {row.shown['λ']}: better than the paper's": (row.right, papers.right)
+        for row in others
+        if row.config != papers.config
     }
+    names = tables.headings(JUDGED, papers.config)
     return tables.claims(pairs, names) if pairs else "What was chosen is the paper's own setting."
 
 
