@@ -12,7 +12,7 @@ from coup_lib import hessian as frozen
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.hessian import FrozenLayers
 from coup_lib.networks.wideresnet import WideResNet
-from coup_lib.studies.estimate import FlopCounter
+from workflow.estimate import FlopCounter
 
 SETTINGS = {
     "plain": {},

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from coup_lib.data import load_split
+from coup_lib.defences import PURIFIERS
 from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_split
@@ -99,3 +100,27 @@ class Experiment:
     def scores(self, *, verbose: bool = True) -> dict[str, dict[Any, Score]]:
         """`Runner.scores` of the attacks: target → key → score."""
         return Evaluation(self.config, self.classifier, verbose=verbose).scores(self.attacks)
+
+    @property
+    def classifiers(self) -> list[str]:
+        """The classifier that decides, and the robust one where that guides."""
+        named = {spec.surrogate for row in self.attacks.values() for spec in row.values()} | {*self.attacks}
+        guided = any(PURIFIERS[name].robust_guide for name in named - {"none"})
+        robust = [self.config.sizes.robust_classifiers[self.config.norm]] if guided else []
+        return [self.classifier or self.config.classifier, *robust]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A part of a study that is no attack: gradients and forward passes of a defence, per image.
+
+    Whether it is on record is not asked for: it counts as done when all attacks of its grid are.
+    """
+
+    config: Config
+    defence: str
+    calls: tuple[int, int]
+    n_images: int
+
+
+Grid: TypeAlias = Sequence[Experiment | Measurement]

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from coup_lib.attacks import project
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.cost import Measurement
 from coup_lib.evaluation.noise import image_seeds
 from coup_lib.evaluation.outcomes import Accuracy, Difference, worst_of
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation, Experiment
+from coup_lib.evaluation.protocol import Evaluation, Experiment, Measurement
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.evaluation.stats import student

@@ -1,9 +1,14 @@
-"""What experiments cost on this machine: their network calls counted, at the speed of one of them here."""
+"""What notebooks cost on this machine: their network calls counted, at the speed of one of them here.
 
+python -m workflow.estimate --profile cifar10 --budget full
+"""
+
+import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -13,38 +18,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from coup_lib.data import SHAPES, is_here, load_split
+from coup_lib.attacks import NORMS
+from coup_lib.data import SHAPES, is_here
 from coup_lib.defences import PURIFIERS, SMOOTHING_DRAWS, is_guided, purifications
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.protocol import Evaluation, Experiment
+from coup_lib.evaluation.profiles import BUDGETS, PROFILES
+from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measurement
 from coup_lib.evaluation.records import config_hash, is_complete, record_path
 from coup_lib.evaluation.specs import AttackSpec
+from coup_lib.files import CheckpointError
 from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
 from coup_lib.likelihood import N_STEPS
-from coup_lib.networks import published, zoo
-from coup_lib.networks.precision import products
+from coup_lib.networks import zoo
+from coup_lib.networks.precision import PRECISIONS, products
 from coup_lib.sde import VPSDE
 from coup_lib.solver import time_grid
+from coup_lib.studies.grids import NOTEBOOKS, networks, obtain, of_run
 
-SHORT = 120  # seconds: of less work than that nothing is said
 TIMED_FLOP = {"cpu": 5e8, "cuda": 5e12}  # in one timed call, a tenth of a second or so
 USABLE = 0.8  # of the free memory
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A part of a study that is no attack: gradients and forward passes of a defence, per image.
-
-    Whether it is on record is not asked for: it counts as done when all attacks of its grid are.
-    """
-
-    config: Config
-    defence: str
-    calls: tuple[int, int]
-    n_images: int
-
-
-Grid = Sequence[Experiment | Measurement]
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,8 @@ def jobs(grid: Grid) -> list[Job]:
         named = Evaluation(part.config, part.classifier, by_name=True)
         specs = dict.fromkeys(spec for row in part.attacks.values() for spec in row.values())
         for spec in specs:
-            key = config_hash(named.attack_settings(spec)[1])
+            name, settings = named.attack_settings(spec)
+            key = name, config_hash(settings)
             scored = {target: (key, target, str(part.config)) for target, row in part.attacks.items()}
             scored = {target: scored[target] for target, row in part.attacks.items() if spec in row.values()}
             left = tuple(target for target, score in scored.items() if score not in known)
@@ -104,42 +97,6 @@ def _job(part: Experiment, classifier: str, spec: AttackSpec, targets: tuple[str
 def _at_hand(job: Job) -> bool:
     dataset, score = job.config.sizes.dataset, job.config.sizes.score
     return is_here(dataset) and not zoo.missing(dataset, job.classifiers, score)
-
-
-def show(name: str, grid: Grid) -> None:
-    """Print what is ahead, and a batch size that fits, before long work starts.
-
-    Data and networks are looked for first, see `obtain`.
-    """
-    obtain(jobs(grid))
-    planned = jobs(grid)  # again, for records have names now
-    if all(job.done for job in planned):
-        print(f"{name}: the record of every attack is here, none is to be computed")
-        return
-    row = estimate(planned)
-    if row["hours"] * 3600 > SHORT:
-        print(*table_lines(name, row), f"\n{suggestion(planned[0].config, row['GiB'])}", sep="\n")
-
-
-def obtain(planned: Iterable[Job]) -> None:
-    """See that the images and networks that these jobs take are here, or fetch them.
-
-    Raises what `data.load_split` and `published.obtain` raise where they cannot be had: of networks, all that
-    are missing are named at once.
-    """
-    planned = list(planned)
-    for which in {(job.config.sizes.dataset, job.config.split, job.config.subset) for job in planned}:
-        load_split(*which)
-    published.obtain(networks(planned, zoo.needed))
-
-
-def networks(planned: Iterable[Job], which: Callable[..., list[str]]) -> list[str]:
-    """Of the networks that the jobs take those that are `zoo.needed` or `zoo.missing`."""
-    taken: dict[tuple[str, str], dict[str, None]] = {}
-    for job in planned:
-        sizes = job.config.sizes
-        taken.setdefault((sizes.dataset, sizes.score), {}).update(dict.fromkeys(job.classifiers))
-    return [name for (dataset, score), names in taken.items() for name in which(dataset, names, score)]
 
 
 # --- counting ---
@@ -357,3 +314,51 @@ def table_lines(name: str, row: dict[str, float]) -> list[str]:
         cells["hours"] = f"{60 * row['hours']:.1f} min"
     lines = [["notebook", *cells], ["---"] * (len(cells) + 1), [name, *cells.values()]]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+# --- the command line ---
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A row for each notebook as soon as it is known, and their sum."""
+    parser = argparse.ArgumentParser(description="What every notebook will cost on this machine.")
+    parser.add_argument("--profile", default="digits", choices=PROFILES)
+    parser.add_argument("--budget", default="quick", choices=BUDGETS)
+    parser.add_argument("--norm", default="linf", choices=NORMS)
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
+    parser.add_argument("--classifier")
+    parser.add_argument("--subset")
+    parser.add_argument("--n-images", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--obtain", action="store_true", help="only see that data and networks are here")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="04_autoattack, 04_autoattack@l2 …")
+    given = vars(parser.parse_args(arguments))
+    only_obtain, runs = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
+    try:
+        plans = {run: of_run(run, given) for run in runs}
+        if only_obtain:
+            obtain([*chain(*plans.values())])
+            return
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        raise SystemExit(str(error)) from None
+    print(_absent([*chain(*plans.values())]), end="\n\n", flush=True)
+    rows: dict[str, dict[str, float]] = {}
+    for run, plan in plans.items():
+        rows[run] = estimate(jobs(plan))
+        print(*table_lines(run, rows[run])[2 if len(rows) > 1 else 0 :], sep="\n", flush=True)
+    total = {head: sum(row[head] for row in rows.values()) for head in next(iter(rows.values()))}
+    total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
+    if len(rows) > 1:
+        print(table_lines("all of them", total)[-1])
+    print(f"\n{suggestion(Config(**given), total['GiB'])}")
+
+
+def _absent(grid: Grid) -> str:
+    """What of a grid's images and networks is not here."""
+    datasets = dict.fromkeys(one.config.sizes.dataset for one in grid)
+    absent = [name for name in datasets if not is_here(name)] + networks(grid, zoo.missing)
+    return f"Still to be fetched: {', '.join(absent)}" if absent else "Data and networks are here."
+
+
+if __name__ == "__main__":
+    main()
