@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from coup_lib import paths
 from coup_lib.attacks import ATTACKS, AttackResult
 from coup_lib.defences import DEFENCES, PURIFIERS
+from coup_lib.evaluation import bench, records
 from coup_lib.evaluation import config as settings
-from coup_lib.evaluation import records
 from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
@@ -429,3 +431,36 @@ def test_only_the_settings_that_matter_name_a_record():
     assert weak.attack_settings(same) == strong.attack_settings(same)
     other = against("apgd-ce", "coup")
     assert weak.attack_settings(other) != strong.attack_settings(other)
+
+
+def test_memory_running_out_halves_the_batch(results_folder, capsys, monkeypatch):
+    """A classifier that takes 8 images at a time: the same numbers, and a line that says so."""
+
+    class Small(nn.Module):
+        limit = 1000
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x):
+            if len(x) > self.limit:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return self.linear(x.flatten(1))
+
+    torch.manual_seed(0)
+    small = Small().eval().requires_grad_(False)
+    monkeypatch.setattr(bench, "load_classifier", lambda dataset, name: small)
+    config = Config(n_images=20, n_iter=3, eot=2, n_draws=2)
+    shares = []
+    for limit in (1000, 8):
+        Small.limit = limit
+        monkeypatch.setattr(paths, "RESULTS", results_folder / str(limit))
+        row = Evaluation(config).columns(("none", "reverse"))["reverse"]
+        shares.append({name: score.right for name, score in row.items()})
+    assert "out of memory: going on with at most 5 images at once" in capsys.readouterr().out
+    assert all((shares[0][name] == shares[1][name]).all() for name in shares[0])
+    Small.limit = 0
+    monkeypatch.setattr(paths, "RESULTS", results_folder / "none")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Evaluation(config).columns(("none",))

@@ -134,8 +134,7 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
     """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
     gaps = []
     for place, classifier in zip(PLACES, classifiers, strict=False):
-        own = replace(config, **fig2b.get(classifier, {}))
-        evaluation = Evaluation(own, classifier)
+        evaluation = Evaluation(spending(config, classifier, fig2b), classifier)
         columns = evaluation.columns(("diffpure", "reverse", "coup"))
         results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
         for than in ("reverse", "diffpure"):
@@ -145,6 +144,11 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
             ]
             gaps.append(Gap(f"{place} classifier: COUP − {LABELS[than]}, APGD-ce", None, *pair))
     return [claim("Fig. 2b", gap) for gap in gaps], gaps
+
+
+def spending(config: Config, classifier: str, fig2b: Spending) -> Config:
+    """The configuration of a classifier of Fig. 2b."""
+    return replace(config, **fig2b.get(classifier, {}))
 
 
 def purification_costs(config: Config, classifiers: Sequence[str]) -> list[Line]:
