@@ -16,7 +16,7 @@ from coup_lib.evaluation import config as settings
 from coup_lib.evaluation import records
 from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, worst_case, worst_of
+from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, Transfer, worst_case, worst_of
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.run import CLEAN, Evaluation, Source, image_seeds
 from coup_lib.purify import FixedNoise, Purifier, together
@@ -47,20 +47,17 @@ def test_ways_of_counting():
     report = [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 2]]
     robust = np.array([True, True, False])
     found = score(report, [1, 1, 1], robust=robust, average=[0, 1, 2])
-    assert found.mean.value == pytest.approx(100 * (1 + 0.75 + 0.25) / 3)
-    assert found.worst_draw.value == pytest.approx(100 / 3)
-    assert found.majority.value == pytest.approx(200 / 3)
-    assert found.autoattack.value == pytest.approx(200 / 3)
-    assert found.averaged.value == pytest.approx(100 / 3)
+    assert found.decided("single").tolist() == [1, 0.75, 0.25]
+    assert found.decided("worst_draw").tolist() == [1, 0, 0]
+    assert found.decided("majority").tolist() == [1, 1, 0]
+    assert found.decided("averaged").tolist() == [1, 0, 0]
     assert found.counted.tolist() == [1.0, 1.0, 0.0]
-    assert found.averaged.n == 3
 
 
 def test_a_borrowed_attack_has_no_count_of_its_own():
     found = score([[0]] * 3, [1, 1, 1])
-    for name in ("counted", "autoattack"):
-        with pytest.raises(ValueError, match="no count of its own"):
-            getattr(found, name)
+    with pytest.raises(ValueError, match="no count of its own"):
+        _ = found.counted
 
 
 def test_the_worst_source_is_chosen_per_image_and_rescored():
@@ -294,8 +291,8 @@ def test_columns_and_their_records(results_folder, capsys):
     columns = Evaluation(config).columns(("none", "reverse", "coup"))
     names = ["clean", "adaptive", "first_order", "from_none", "from_reverse"]
     assert list(columns["coup"]) == names  # the others' are there already: from_none, from_reverse
-    lent = ["adaptive of coup", "first_order of coup"]
-    assert list(columns["none"]) == list(columns["reverse"]) == names + lent
+    transfers = [Transfer("coup", "adaptive"), Transfer("coup", "first_order")]
+    assert list(columns["none"]) == list(columns["reverse"]) == names + transfers
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["none"]["adaptive"] is columns["none"]["from_none"]
     assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
@@ -319,8 +316,8 @@ def test_columns_and_their_records(results_folder, capsys):
 def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_folder, capsys):
     evaluation = Evaluation(Config(**TINY))
     columns = evaluation.columns(("none", "reverse", "coup"), autoattack=True)
-    lent = [f"{name} of {other}" for other in ("none", "reverse") for name in ("standard", "dlr")]
-    assert list(columns["coup"])[5:] == ["standard", "dlr", *lent]
+    transfers = [Transfer(other, name) for other in ("none", "reverse") for name in ("standard", "dlr")]
+    assert list(columns["coup"])[5:] == ["standard", "dlr", *transfers]
     for defence, row in columns.items():
         for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
             robust = evaluation.attack(Source(attack, defence))["result"]["robust"]
@@ -329,9 +326,9 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
     # What is found on one is tried on all.
     for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
         found = evaluation.score("coup", Source(attack, "reverse"))
-        assert (columns["coup"][f"{name} of reverse"].report == found.report).all()
+        assert (columns["coup"][Transfer("reverse", name)].report == found.report).all()
         found = evaluation.score("reverse", Source(attack, "coup"))
-        assert (columns["reverse"][f"{name} of coup"].report == found.report).all()
+        assert (columns["reverse"][Transfer("coup", name)].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
     said = evaluation.warnings("coup")
