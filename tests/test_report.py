@@ -133,3 +133,14 @@ def test_the_figure_shows_the_papers_number_only_where_there_is_one():
 def test_the_page_reads_what_the_notebooks_write(notebook, parameter, values):
     found = papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))[parameter]
     assert found["default"] == str(list(values))
+
+
+def test_the_report_computes_nothing(tmp_path, monkeypatch):
+    """What is not on record shows as such, at once."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    lines, gaps = report.everything(Config(n_images=3), ["cnn-small"])
+    assert [line.where for line in lines] == list(report.PARTS) and not gaps
+    assert {line.what for line in lines} == {"not on record: run its notebook first"}
+    assert not list(tmp_path.rglob("*"))
+    assert report.table(lines).shape == (len(report.PARTS), 7)
+    assert report.figure(gaps).axes

@@ -137,7 +137,7 @@ def test_every_profile_plans_shards_then_figures(tmp_path, profile):
     counts = dict(re.findall(r"^(needed|shard|figures|report) +(\d+)$", plan, re.MULTILINE))
     assert counts == {"needed": "1", "shard": "63", "figures": "9", "report": "1"}
     assert re.search(r"papermill .*04_autoattack.ipynb.* -p norm l2 -p shard 6 -p num_shards 7", plan)
-    assert re.search(r"estimate --obtain .* --classifier cnn-large 04_autoattack 04_autoattack@l2 ", plan)
+    assert re.search(r"estimate.py\" --obtain .* --classifier cnn-large 04_autoattack 04_auto", plan)
 
 
 def test_an_unknown_setting_is_refused(tmp_path):

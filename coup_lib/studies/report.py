@@ -19,9 +19,9 @@ from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
 from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.evaluation.protocol import Evaluation
-from coup_lib.evaluation.records import record
+from coup_lib.evaluation.records import Missing, reading_only, record
 from coup_lib.files import write_atomically
-from coup_lib.reporting import paper, tables, toy_figures
+from coup_lib.reporting import paper, publishing, tables, toy_figures
 from coup_lib.reporting.plots import COLOURS
 from coup_lib.studies import ablation as clean
 from coup_lib.studies import adversarial_training as cross
@@ -315,7 +315,7 @@ def everything(
     weights: Sequence[float] = sweeps.WEIGHTS,
     fig2b: Spending = SAME,
 ) -> tuple[list[Line], list[Gap]]:
-    """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook.
+    """All of it that is on record, with the profile, budget and seed of `config`, and each notebook's sizes.
 
     Args:
         classifiers: of Fig. 2b.
@@ -354,8 +354,16 @@ def everything(
         "toy": lambda: (toy_claims(), []),
         "Fig. 4": lambda: (hyperparameters(of("sweep", split="validation"), t_stars, weights), []),
     }
-    sections = [found[part]() for part in PARTS if part in chosen]
-    return [line for lines, _ in sections for line in lines], [gap for _, gaps in sections for gap in gaps]
+    lines: list[Line] = []
+    gaps: list[Gap] = []
+    for part in (part for part in PARTS if part in chosen):
+        try:
+            with reading_only():
+                more, differences = found[part]()
+        except Missing:
+            more, differences = [Line(part, "not on record: run its notebook first", NOTHING)], []
+        lines, gaps = lines + more, gaps + differences
+    return lines, gaps
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -377,18 +385,20 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def side_by_side() -> str:
-    """Markdown: the paper beside every profile whose report lies in the figures; figures/side_by_side.md.
+    """Markdown: the paper beside every profile that has a report, here or published; side_by_side.md.
 
     Only what a profile measures: no quotations, and not the toy analysis, which is the same for all.
     """
     found, captions = [], []
     for name in PROFILES:
-        if (written := paths.FIGURES / name / "report.csv").exists():
+        places = [folder / name / "report.csv" for folder in (paths.FIGURES, paths.ROOT / "figures")]
+        if written := next((place for place in places if place.exists()), None):
             found.append(_of_profile(name, pd.read_csv(written, keep_default_na=False)))
             captions.append(written.with_suffix(".md").read_text().strip().split("\n\n")[-1])
     frame = pd.concat(found, axis=1, sort=False).fillna(NOTHING).reset_index().set_index("Where")
     text = "\n\n".join([tables.markdown(frame), *captions])
-    write_atomically(paths.FIGURES / "side_by_side.md", lambda temporary: temporary.write_text(text + "\n"))
+    path = publishing.note(paths.FIGURES / "side_by_side.md")
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
     return text
 
 
@@ -460,6 +470,8 @@ def figure(gaps: Sequence[Gap]) -> Figure:
     )
     for label, shift, marker, colour, differences in ways:
         rows = [(place, one) for place, one in zip(places, differences, strict=True) if one]
+        if not rows:
+            continue
         values = np.array([one.value for _, one in rows])
         ends = np.abs(np.array([[one.low, one.high] for _, one in rows]).T - values)
         heights = [place + shift for place, _ in rows]
