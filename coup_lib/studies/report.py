@@ -487,5 +487,6 @@ def figure(gaps: Sequence[Gap]) -> Figure:
     axes.grid(visible=False, axis="y")
     claimed = "the claim is that it is positive"
     axes.set_xlabel(f"difference in accuracy (points), paired 95 % interval;\n{claimed}")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    if gaps:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return drawn
