@@ -1,7 +1,5 @@
 """Published records, results/<profile>/records.jsonl, and their accuracies in scores.csv: a line for each.
 
-    python -m coup_lib.evaluation.store     publish what runs have left in build/results/
-
 A run leaves its records as files of their own in build/results/<profile>/, which stand before published ones
 of the same settings. To publish puts them into the profile's one file.
 
@@ -10,7 +8,6 @@ lines of its own before them. Outcomes of images are strings of digits, one digi
 float32 only is base64 of its bytes. Reading gives back every record to the last bit.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -24,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from coup_lib import paths
 from coup_lib.evaluation.outcomes import Accuracy, right_draws
 from coup_lib.files import write_atomically
 
@@ -195,12 +191,6 @@ def _unpacked(value: Any, shared: dict[str, Any]) -> Any:
     return value
 
 
-def main() -> None:
-    """Publish every finished record that is a file of its own, profile by profile, and remove that file."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    move(paths.RESULTS.glob("*/*.json"), paths.PUBLISHED)
-
-
 def move(records: Iterable[Path], results: Path) -> None:
     """Move records that are files of their own, with their arrays, to the published ones below `results`."""
     folders = defaultdict(list)
@@ -215,7 +205,3 @@ def move(records: Iterable[Path], results: Path) -> None:
         for path in files:
             path.unlink()
         print(f"{there}: {len(files)} records published; {len(published(there))} there are")
-
-
-if __name__ == "__main__":
-    main()
