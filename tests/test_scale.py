@@ -1,4 +1,4 @@
-"""Several processes on one run: the same records, gaps refused, a killed job started again."""
+"""Several processes on one run: the same records, a killed job started again."""
 
 import json
 import os
@@ -15,9 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from coup_lib.evaluation import records
 from coup_lib.evaluation.config import Config
-from workflow import merge
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,27 +24,24 @@ SHARDS = """
     from dataclasses import replace
     from pathlib import Path
     from coup_lib import paths
-    from coup_lib.evaluation import config
-    from coup_lib.evaluation.run import Evaluation
-    from coup_lib.evaluation.records import ChunkedRecord
+    from coup_lib.evaluation import config, run
 
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
-    made, compute = [], ChunkedRecord._compute
+    attacks, attack = [], run.Attack.__call__
 
-    def counted(self, index, journal):
-        before = len(journal.parts())
-        compute(self, index, journal)
-        made.append(len(journal.parts()) - before)
+    def counted(*args):
+        attacks.append(args)
+        return attack(*args)
 
     def work(shard, count, ready):
         tiny = {"n_images": 14, "n_iter": 1, "eot": 1, "n_draws": 1, "n_steps": 2}
-        evaluation = Evaluation(config.Config(**tiny, shard=shard, num_shards=count), verbose=False)
+        evaluation = run.Evaluation(config.Config(**tiny, shard=shard, num_shards=count), verbose=False)
         evaluation.classifier, evaluation.score_network, evaluation.images
         ready.wait()
         evaluation.columns(["coup", "reverse"])
-        Path(f"{count}", f"{shard}.made").write_text(str(sum(made)))
+        Path(f"{count}", f"{shard}.made").write_text(str(len(attacks)))
 
-    ChunkedRecord._compute = counted
+    run.Attack.__call__ = counted
     fork = multiprocessing.get_context("fork")  # PyTorch takes seconds to be imported: once is enough
     for count in map(int, sys.argv[1:]):
         paths.RESULTS = Path(f"{count}", "results").absolute()
@@ -81,75 +76,7 @@ def test_one_two_and_seven_shards_make_the_same_records(tmp_path):
         assert numbers(tmp_path / f"{count}" / "results") == alone
         made = [int(path.read_text()) for path in (tmp_path / f"{count}").glob("*.made")]
         assert len(made) == count, "one of the shards did not reach its end"
-        assert sum(chunks > 0 for chunks in made) > 1, f"one of the shards did it all: {made}"
-
-
-def executed(folder, shard=0, num_shards=2, exception=None, **parameters):
-    """An executed notebook as papermill leaves it."""
-    path = folder / f"{shard}of{num_shards}-{len(list(folder.glob('*.ipynb')))}.ipynb"
-    parameters |= {"shard": shard, "num_shards": num_shards}
-    written = {"input_path": "notebooks/04_autoattack.ipynb", "exception": exception, "end_time": "now"}
-    path.write_text(json.dumps({"metadata": {"papermill": written | {"parameters": parameters}}}))
-    return path
-
-
-def test_merge_wants_every_shard_once_with_the_same_settings(tmp_path):
-    whole = [executed(tmp_path, shard, norm="l2") for shard in (0, 1)]
-    assert merge.check(whole, tmp_path) == []
-    assert merge.check(whole[:1], tmp_path) == [
-        "04_autoattack norm=l2: shard 1 of 2 is missing, or was run with other parameters"
-    ]
-    reasons = merge.check([whole[0], executed(tmp_path, 1, norm="l2", eot=3)], tmp_path)
-    assert [reason.split(":")[0] for reason in reasons] == [
-        "04_autoattack norm=l2",
-        "04_autoattack eot=3 norm=l2",
-    ]
-    mixed = merge.check([*whole, executed(tmp_path, 2, 3, norm="l2")], tmp_path)
-    assert mixed == ["04_autoattack norm=l2: mixes runs in 2 and 3 shards"]
-    (broken,) = merge.check([whole[0], executed(tmp_path, 1, norm="l2", exception=True)], tmp_path)
-    assert broken.endswith("did not reach its end")
-
-
-def test_merge_refuses_what_is_no_executed_notebook(tmp_path):
-    with pytest.raises(ValueError, match=r"04_autoattack.ipynb: expected a notebook that papermill has"):
-        merge.read_shard(tmp_path / "04_autoattack.ipynb")
-
-
-def test_merge_refuses_gaps_and_mixed_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(records.paths, "RESULTS", tmp_path)
-
-    def work(name):
-        return records.ChunkedRecord(
-            "digits", name, {}, range(3), lambda i: {"v": i}, lambda parts: {}, records.Worker(0, 2)
-        )
-
-    def one_chunk(name, index):
-        part = work(name)
-        part.path.parent.mkdir(exist_ok=True)
-        part._compute(index, records.Journal(part.path, part.worker))
-
-    whole = [executed(tmp_path, shard) for shard in (0, 1)]
-    one_chunk("begun", 1)
-    (gap,) = merge.check(whole, tmp_path)
-    assert re.search(r"digits/begun-\w+: not finished; chunks 0, 2 are missing", gap)
-    work("begun").finish()
-    assert merge.check(whole, tmp_path) == []
-    monkeypatch.setattr(records, "COMMIT", "0123456789abcdef")
-    one_chunk("mixed", 1)
-    monkeypatch.setattr(records, "COMMIT", "fedcba9876543210")
-    work("mixed").finish()
-    (reason,) = merge.check(whole, tmp_path)
-    assert "mixed-" in reason and reason.endswith("(commits 0123456789ab, fedcba987654)")
-    # What is committed as it is was there before the run.
-    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "records")):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    assert merge.check(whole, tmp_path) == []
-    (record,) = (tmp_path / "digits").glob("mixed-*.json")
-    record.write_text(record.read_text() + " ")
-    assert merge.check(whole, tmp_path) == [reason]
-    record.unlink()
-    assert merge.check(whole, tmp_path) == []
+        assert sum(attacks > 0 for attacks in made) > 1, f"one of the shards did it all: {made}"
 
 
 def test_a_shard_is_checked_before_any_work():
@@ -199,13 +126,13 @@ def snakemake(folder, *options, root=ROOT, **kwargs):
 
 
 @pytest.mark.parametrize("profile", ["laptop", "multi-gpu", "slurm"])
-def test_every_profile_plans_shards_then_the_merge_then_figures(tmp_path, profile):
+def test_every_profile_plans_shards_then_figures(tmp_path, profile):
     options = ["--profile", str(ROOT / "workflow" / "profiles" / profile), "--dry-run", "--printshellcmds"]
     run = snakemake(tmp_path, *options, "--config", "shards=7", "parameters=-p classifier cnn-large")
     plan = run.communicate(timeout=600)[0]
     assert run.returncode == 0, plan
-    counts = dict(re.findall(r"^(needed|shard|merge|figures|report) +(\d+)$", plan, re.MULTILINE))
-    assert counts == {"needed": "1", "shard": "63", "merge": "1", "figures": "9", "report": "1"}
+    counts = dict(re.findall(r"^(needed|shard|figures|report) +(\d+)$", plan, re.MULTILINE))
+    assert counts == {"needed": "1", "shard": "63", "figures": "9", "report": "1"}
     assert re.search(r"papermill .*04_autoattack.ipynb.* -p norm l2 -p shard 6 -p num_shards 7", plan)
     assert re.search(r"estimate --obtain .* --classifier cnn-large 04_autoattack 04_autoattack@l2 ", plan)
 

@@ -1,16 +1,16 @@
-"""Results of runs: a JSON record per experiment, a journal while it is being made, and reading both back.
+"""Making records: one JSON file for each experiment, from chunks that any number of processes may share.
 
-Work is a list of chunks. Each finished chunk is appended to `results/<profile>/<name>-<hash>.journal` and
-synced, so a killed run continues behind its last whole chunk. When all are there, the JSON record is moved
-into place in one step and the journal goes. The hash is that of the settings: asking for the same settings
-reads the record back, from such a file or from the published ones (`store`); changed ones are another record.
+A chunk is one file beside the record that is being made, `<record>.chunk<i>of<n>-<cut>.npz`, renamed into place
+when it is whole: a chunk whose file exists is done, and a killed run loses the chunk it was at. A lock for
+each chunk says what is in work. Whoever finds all chunks writes the record, `results/<profile>/<name>-<hash>.json`,
+and deletes them. The numbers do not depend on who made which chunk.
 
-Several processes, on one machine or on many with a common folder, may share the chunks of all records: each
-`Worker` has a journal of its own, and a lock for each chunk says what is in work. The numbers do not depend
-on who did what.
+The hash is that of the settings: asking for the same settings reads the record back, from such a file or from
+the published ones (`store`); changed settings are another record.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -98,35 +98,26 @@ class ChunkedRecord:
         """Where the JSON is, or will be."""
         return record_path(self.profile, self.name, self.settings)
 
+    def chunk_path(self, index: int) -> Path:
+        """The file of a finished chunk. Its name ends in a hash of all chunks: no two ways to cut the work mix."""
+        cut = hashlib.sha256(repr(list(self.chunks)).encode()).hexdigest()[:8]
+        return self.path.with_name(f"{self.path.stem}.chunk{index}of{len(self.chunks)}-{cut}.npz")
+
     def share(self, progress: Progress | None = None) -> None:
         """Compute the chunks that are not there yet and that nobody works on; wait for nobody else's.
 
         progress is called as progress(chunks done, chunks in all) after each.
         """
-        journal = Journal(self.path, self.worker)
-        if is_complete(self.path):
-            journal.remove()  # its writer may have been killed before it came to that
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(journal.path.with_suffix(".journal.lock")):
-            journal.mend()
-            for index in self.worker.order(len(self.chunks)):
-                with _lock(_chunk_path(self.path, index, "lock"), wait=False) as free:
-                    if free:
-                        self._compute(index, journal)
-                if progress:
-                    progress(len(journal.parts()), len(self.chunks))
-        if is_complete(self.path):  # by another: the locks taken since are for nobody
-            journal.remove()
+        self._make(progress, wait=False)
 
     def finish(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Read the record back, or compute what is missing (resuming a journal), write it and return it.
+        """Read the record back, or compute the chunks that are missing, write it and return it.
 
-        Where another process works on a chunk, or as the same worker, this one says so and waits for it.
+        Where another process works on the last chunks, this one says so and waits for it.
         """
         self.share(progress)
-        if not is_complete(self.path):
-            self._await_and_write()
+        while not is_complete(self.path):
+            self._make(progress, wait=True)
         return read(self.path)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -143,37 +134,58 @@ class ChunkedRecord:
         """This record with its arrays beside it, in the folder where they are kept apart."""
         return replace(self, profile=f"{self.profile}/{APART}", apart=False)
 
-    def _await_and_write(self) -> None:
-        journal = Journal(self.path, self.worker)
-        for index in range(len(self.chunks)):
-            if is_complete(self.path):
-                break
-            if index not in journal.parts():
-                with _lock(_chunk_path(self.path, index, "lock")):
-                    self._compute(index, journal)
+    def _make(self, progress: Progress | None, *, wait: bool) -> None:
+        """Go over all chunks once, write the record if all are there, and delete them once it is written."""
         if not is_complete(self.path):
-            with _lock(self.path.with_suffix(".lock")):
-                if not is_complete(self.path):
-                    self._write([journal.parts()[index] for index in range(len(self.chunks))])
-        journal.remove()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files = [self.chunk_path(index) for index in range(len(self.chunks))]
+            for index in self.worker.order(len(files)):
+                self._make_chunk(index, wait)
+                if progress:
+                    progress(sum(file.exists() for file in files), len(files))
+            if all(file.exists() for file in files):
+                self._write(files, wait)
+        if is_complete(self.path):
+            self._delete_chunks()
 
-    def _compute(self, index: int, journal: "Journal") -> None:
-        """The chunk whose lock is held, unless somebody did it in the meantime."""
-        if index in journal.parts() or is_complete(self.path):
+    def _make_chunk(self, index: int, wait: bool) -> None:
+        """Compute a chunk, unless it is done or, where this does not wait, in work."""
+        file = self.chunk_path(index)
+        if file.exists():
             return
-        started = time.perf_counter()
-        with products("float32"):  # unless `compute` says otherwise, as attacks may
-            arrays, values = _split(self.compute(self.chunks[index]))
-        values["seconds"] = round(time.perf_counter() - started, 3)
-        journal.append(index, len(self.chunks), values, arrays)
+        with _lock(file, wait) as free:
+            if free and not file.exists() and not is_complete(self.path):  # deleted only when it is complete
+                started = time.perf_counter()
+                with products("float32"):  # unless `compute` says otherwise, as attacks may
+                    arrays, values = _split(self.compute(self.chunks[index]))
+                seconds = round(time.perf_counter() - started, 3)
+                about = {"values": values, "seconds": seconds, "made": provenance()}
+                _write_arrays(file, {"about": np.array(json.dumps(about, allow_nan=False)), **arrays})
 
-    def _write(self, parts: list["Part"]) -> None:
+    def _write(self, files: list[Path], wait: bool) -> None:
+        """Combine the chunks of these files, if all are as they were written."""
+        with _lock(self.path.with_suffix(".chunks"), wait) as free:
+            if not free or is_complete(self.path):
+                return
+            parts = [part for file in files if (part := _read_chunk(file))]
+            if len(parts) == len(files):
+                result = self.combine([part["values"] for part in parts])
+                self._put(*_split(result), self._provenance(parts))
+
+    def _provenance(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """What this process notes of itself, of the time all chunks took, and of other code that made some."""
         made = provenance()
-        others = {repr(_code(part.made)): part.made for part in parts if part.made}
+        others = {repr(_code(part["made"])): part["made"] for part in parts}
         others.pop(repr(_code(made)), None)
-        made |= {"seconds": round(sum(part.values.pop("seconds") for part in parts), 3)}
-        made |= {"peak_memory_mib": _peak_memory()} | ({"also": list(others.values())} if others else {})
-        self._put(*_split(self.combine([part.values for part in parts])), made)
+        made |= {
+            "seconds": round(sum(part["seconds"] for part in parts), 3),
+            "peak_memory_mib": _peak_memory(),
+        }
+        if others:
+            made["also"] = list(others.values())
+            commits = ", ".join(sorted({other["commit"][:12] for other in (made, *others.values())}))
+            print(f"warning: {self.path.stem} mixes versions of the code or its packages (commits {commits})")
+        return made
 
     def _put(self, arrays: Values, result: Values, made: dict[str, Any]) -> None:
         """Write the record, its arrays first."""
@@ -194,21 +206,18 @@ class ChunkedRecord:
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
         write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
+    def _delete_chunks(self) -> None:
+        """Delete whatever chunks and locks lie beside the record, also those of another way to cut the work."""
+        folder, start = self.path.parent, f"{self.path.stem}.chunk"
+        for name in os.listdir(folder) if folder.is_dir() else []:
+            if name.startswith(start):
+                (folder / name).unlink(missing_ok=True)
+
 
 def is_complete(path: Path) -> bool:
     """Whether the record is there, with the arrays it names (they may have been cleaned away)."""
-    document, place = _document(path)
+    document, place = _find(path)
     return document is not None and (not document["arrays"] or place.with_suffix(".npz").exists())
-
-
-def _document(path: Path) -> tuple[Document | None, Path]:
-    """The record of this file or else the published one, if any, and the file that its arrays lie beside."""
-    if path.exists():
-        return json.loads(path.read_text()), path
-    for folder in (path.parent, paths.PUBLISHED / path.parent.name):
-        if document := published(folder).get(path.stem):
-            return document, folder / path.name
-    return None, path
 
 
 def read(path: Path) -> Document:
@@ -217,110 +226,81 @@ def read(path: Path) -> Document:
     Raises:
         FileNotFoundError: where there is none.
     """
-    document, place = _document(path)
+    document, place = _find(path)
     if document is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
+    if not place.exists():
+        document = published(place.parent)[place.stem]
+    arrays = {}
     if document["arrays"]:
         with np.load(place.with_suffix(".npz"), allow_pickle=False) as file:
-            document["arrays"] = {name: file[name] for name in document["arrays"]}
-    else:
-        document["arrays"] = {}
-    return document
+            arrays = {name: file[name] for name in document["arrays"]}
+    return document | {"arrays": arrays}
 
 
-@dataclass(frozen=True)
-class Part:
-    """A finished chunk: its numbers and arrays, and the provenance of the process that made it."""
-
-    values: Values
-    made: dict[str, Any] | None
-
-
-class Journal:
-    """Finished chunks, one JSON line each, in the order they were finished; arrays lie beside it.
-
-    A worker appends to its own file and reads those of all.
-    """
-
-    def __init__(self, record: Path, worker: Worker = Worker()) -> None:
-        self.record = record
-        name = "journal" if worker.count == 1 else f"{worker.index}of{worker.count}.journal"
-        self.path = record.with_name(f"{record.stem}.{name}")
-        self._parts: dict[int, Part] = {}
-
-    def parts(self) -> dict[int, Part]:
-        """Chunk index → what any worker made of it; a line cut short, or without its arrays, is none."""
-        for path in (path for path in self._files() if path.suffix == ".journal"):
-            for entry in entries(path):
-                if entry["chunk"] not in self._parts:
-                    try:
-                        values = entry["values"] | self._arrays(entry)
-                    except (OSError, ValueError):
-                        continue
-                    self._parts[entry["chunk"]] = Part(values, entry.get("made"))
-        return self._parts
-
-    def mend(self) -> None:
-        """Cut off a last line that a crash left half written: the next one has to start on its own."""
-        if self.path.exists():
-            text = self.path.read_bytes()
-            os.truncate(self.path, text.rfind(b"\n") + 1)
-
-    def append(self, index: int, count: int, values: Values, arrays: dict[str, np.ndarray]) -> None:
-        """Write one chunk of `count` and sync it to the disk."""
-        if arrays:
-            _write_arrays(_chunk_path(self.record, index, "npz"), arrays)
-        entry = {"chunk": index, "of": count, "values": values, "arrays": bool(arrays), "made": provenance()}
-        with self.path.open("ab") as file:
-            file.write((json.dumps(entry, allow_nan=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Delete all workers' journals, arrays and locks; the record now holds all of it."""
-        for path in self._files():
-            if path not in (self.record, self.record.with_suffix(".npz")):
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        """Whatever is called like the record. Not by a pattern: to match thousands of names takes longer."""
-        folder, start = self.record.parent, f"{self.record.stem}."
-        names = os.listdir(folder) if folder.is_dir() else []
-        return sorted(folder / name for name in names if name.startswith(start))
-
-    def _arrays(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-        if not entry["arrays"]:
-            return {}
-        with np.load(_chunk_path(self.record, entry["chunk"], "npz"), allow_pickle=False) as file:
-            return dict(file)
+def _find(path: Path) -> tuple[Document | None, Path]:
+    """The record of this file or else the published one, packed, if any; and what its arrays lie beside."""
+    if path.exists():
+        return json.loads(path.read_text()), path
+    for folder in (path.parent, paths.PUBLISHED / path.parent.name):
+        if path.stem in (there := published(folder)):
+            return there.data[path.stem], folder / path.name
+    return None, path
 
 
-def entries(journal: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a journal: chunk, of (how many), values, arrays (whether there are any), made."""
+def _split(values: Values) -> tuple[dict[str, np.ndarray], Values]:
+    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+    return arrays, {key: value for key, value in values.items() if key not in arrays}
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, NumPy would append .npz to it
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
+
+
+def _read_chunk(path: Path) -> dict[str, Any] | None:
+    """A chunk's "values" (with its arrays), "seconds" and "made"; a damaged file is deleted: None."""
+    content = io.BytesIO(path.read_bytes())
     try:
-        lines = journal.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:  # the record was finished since we looked
-        return
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n"):
-            yield entry
+        with np.load(content, allow_pickle=False) as file:
+            arrays = dict(file)
+        about = json.loads(arrays.pop("about").item())
+    except Exception as error:  # zip files with a wrong bit raise nearly anything
+        print(f"{path.name} is damaged and is made again: {error!r}", flush=True)
+        path.unlink()
+        return None
+    return about | {"values": about["values"] | arrays}
 
 
-def _chunk_path(record: Path, index: int, suffix: str) -> Path:
-    return record.with_name(f"{record.stem}.chunk{index}.{suffix}")
+@contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold the lock of this file; True if we do. Where another has it, wait (and say so), or yield False."""
+    lock = filelock.FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            yield False
+            return
+        print(f"another process is working on {path.name}; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def provenance() -> dict[str, Any]:
     """What a reader needs to make the record again: commit, versions, machine."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "commit": COMMIT,
         "python": platform.python_version(),
         "packages": _versions(),
-        "machine": _machine(),
+        "machine": ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpus]),
     }
 
 
@@ -330,19 +310,11 @@ def _code(made: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @lru_cache
-def _machine() -> str:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpus])
-
-
-@lru_cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -350,9 +322,7 @@ def _commit() -> str:
     """The checkout's commit, with "+changes" where the library differs from it; "unknown" outside of git."""
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=paths.ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.check_output(["git", *args], cwd=paths.ROOT, stderr=subprocess.DEVNULL, text=True)
 
     try:
         changed = git("status", "--porcelain", "--", "coup_lib").strip()
@@ -368,34 +338,3 @@ def _peak_memory() -> int:
     """The process's peak resident memory in MiB (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
-
-
-def _split(values: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
-    return arrays, {key: value for key, value in values.items() if key not in arrays}
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, NumPy would append .npz to it
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-    write_atomically(path, write)
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file; True if we do. Where another process has it, wait (and say so), or yield False."""
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if not wait:
-            yield False
-            return
-        print(f"another process is working on {path.name.removesuffix('.lock')}; waiting for it", flush=True)
-        lock.acquire()
-    try:
-        yield True
-    finally:
-        lock.release()

@@ -15,7 +15,8 @@ import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,22 +43,22 @@ def published(folder: Path) -> "Published":
     return _read(path, path.stat().st_mtime_ns) if path.exists() else Published({}, {})
 
 
-class Published(Mapping[str, Document]):
-    """Records by `key`, in the order of their names; each is unpacked when it is asked for."""
+class Published(UserDict[str, Document]):
+    """Records by `key`, in the order of their names; each is unpacked when it is asked for.
+
+    Args:
+        packed: the records as their lines have them; arrays' names stand there as they are.
+        shared: what these lines refer to.
+    """
 
     def __init__(self, packed: dict[str, Document], shared: dict[str, Any]) -> None:
-        self._packed, self._shared = packed, shared
+        super().__init__(packed)
+        self.shared = shared
 
     def __getitem__(self, name: str) -> Document:
-        document = _unpacked(self._packed[name], self._shared)
+        document = _unpacked(self.data[name], self.shared)
         document["provenance"] |= document["provenance"].pop("by")
         return document
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
 
 
 def key(document: Document) -> str:
