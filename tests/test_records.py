@@ -123,6 +123,12 @@ def test_a_kill_between_the_record_and_its_chunks_end_leaves_nothing_behind(fold
     assert sorted(path.suffix for path in (folder / "digits").iterdir()) == [".json", ".npz"]
 
 
+def test_an_array_of_objects_is_refused():
+    """Reading it back would run code."""
+    with pytest.raises(TypeError, match="expected arrays of numbers or of text"):
+        run(lambda chunk: {"x": np.array([print])})
+
+
 def test_a_record_without_its_arrays_is_made_again(folder):
     run(square)
     (arrays,) = folder.rglob("*.npz")

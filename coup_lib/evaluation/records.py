@@ -1,9 +1,9 @@
 """Making records: one JSON file for each experiment, from chunks that any number of processes may share.
 
-A chunk is one file beside the record that is being made, `<record>.chunk<i>of<n>-<cut>.npz`, renamed into place
-when it is whole: a chunk whose file exists is done, and a killed run loses the chunk it was at. A lock for
-each chunk says what is in work. Whoever finds all chunks writes the record, `results/<profile>/<name>-<hash>.json`,
-and deletes them. The numbers do not depend on who made which chunk.
+A chunk is one file beside the future record, `<record>.chunk<i>of<n>-<cut>.npz`, renamed into place when it
+is whole: a chunk whose file exists is done, and a killed run loses the chunk it was at. A lock for each chunk
+says what is in work. Whoever finds all chunks writes the record, `<profile>/<name>-<hash>.json`, and deletes
+them. The numbers do not depend on who made which chunk.
 
 The hash is that of the settings: asking for the same settings reads the record back, from such a file or from
 the published ones (`store`); changed settings are another record.
@@ -35,6 +35,7 @@ from coup_lib.evaluation.store import Document, published
 from coup_lib.files import write_atomically
 from coup_lib.networks.precision import products
 
+ABOUT = "about this chunk"  # the name of what is no array in the file of a chunk
 APART = "images"  # the folder beside the records for arrays that can be made again
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
@@ -99,7 +100,7 @@ class ChunkedRecord:
         return record_path(self.profile, self.name, self.settings)
 
     def chunk_path(self, index: int) -> Path:
-        """The file of a finished chunk. Its name ends in a hash of all chunks: no two ways to cut the work mix."""
+        """The file of a finished chunk; its name has a hash of all chunks, so that no two ways to cut mix."""
         cut = hashlib.sha256(repr(list(self.chunks)).encode()).hexdigest()[:8]
         return self.path.with_name(f"{self.path.stem}.chunk{index}of{len(self.chunks)}-{cut}.npz")
 
@@ -160,7 +161,7 @@ class ChunkedRecord:
                     arrays, values = _split(self.compute(self.chunks[index]))
                 seconds = round(time.perf_counter() - started, 3)
                 about = {"values": values, "seconds": seconds, "made": provenance()}
-                _write_arrays(file, {"about": np.array(json.dumps(about, allow_nan=False)), **arrays})
+                _write_arrays(file, {ABOUT: np.array(json.dumps(about, allow_nan=False)), **arrays})
 
     def _write(self, files: list[Path], wait: bool) -> None:
         """Combine the chunks of these files, if all are as they were written."""
@@ -173,18 +174,16 @@ class ChunkedRecord:
                 self._put(*_split(result), self._provenance(parts))
 
     def _provenance(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """What this process notes of itself, of the time all chunks took, and of other code that made some."""
+        """What this process notes of itself, of the time all took, and of other code that made chunks."""
         made = provenance()
-        others = {repr(_code(part["made"])): part["made"] for part in parts}
-        others.pop(repr(_code(made)), None)
-        made |= {
-            "seconds": round(sum(part["seconds"] for part in parts), 3),
-            "peak_memory_mib": _peak_memory(),
-        }
+        others = {repr(_code(by)): by for part in parts if _code(by := part["made"]) != _code(made)}
+        made["seconds"] = round(sum(part["seconds"] for part in parts), 3)
+        made["peak_memory_mib"] = _peak_memory()
         if others:
             made["also"] = list(others.values())
-            commits = ", ".join(sorted({other["commit"][:12] for other in (made, *others.values())}))
-            print(f"warning: {self.path.stem} mixes versions of the code or its packages (commits {commits})")
+            commits = ", ".join(sorted({by["commit"][:12] for by in (made, *others.values())}))
+            what = "mixes versions of the code or its packages"
+            print(f"warning: {self.path.stem} {what} (commits {commits})", flush=True)
         return made
 
     def _put(self, arrays: Values, result: Values, made: dict[str, Any]) -> None:
@@ -207,7 +206,7 @@ class ChunkedRecord:
         write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
     def _delete_chunks(self) -> None:
-        """Delete whatever chunks and locks lie beside the record, also those of another way to cut the work."""
+        """Delete all chunks and locks beside the record, also those of another way to cut the work."""
         folder, start = self.path.parent, f"{self.path.stem}.chunk"
         for name in os.listdir(folder) if folder.is_dir() else []:
             if name.startswith(start):
@@ -254,6 +253,9 @@ def _split(values: Values) -> tuple[dict[str, np.ndarray], Values]:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise TypeError(f"{path.name}: expected arrays of numbers or of text, not of Python objects")
+
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # given a name, NumPy would append .npz to it
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -267,7 +269,7 @@ def _read_chunk(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(content, allow_pickle=False) as file:
             arrays = dict(file)
-        about = json.loads(arrays.pop("about").item())
+        about = json.loads(arrays.pop(ABOUT).item())
     except Exception as error:  # zip files with a wrong bit raise nearly anything
         print(f"{path.name} is damaged and is made again: {error!r}", flush=True)
         path.unlink()
