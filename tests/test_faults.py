@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import small_problem
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from one_thread import one_thread  # noqa: F401
 from test_artefacts import Hostile
@@ -169,7 +169,7 @@ def with_its_end_lost(content, place):
     return content[:place].ljust(len(content), b"\0")
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     damage=st.sampled_from([truncated, with_a_wrong_byte, with_its_end_lost]),
     chunk=st.integers(0, CHUNKS // 2 - 1),
@@ -181,13 +181,13 @@ def test_a_damaged_chunk_is_made_again(tmp_path_factory, broken_off, damage, chu
     shutil.copytree(broken, folder, dirs_exist_ok=True)
     file = finished_chunks(folder)[chunk]
     content = file.read_bytes()
-    file.write_bytes(damage(content, int(place * len(content))))
+    damaged = damage(content, int(place * len(content)))
+    assume(damaged != content)  # the end may have been zeros
+    file.write_bytes(damaged)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "RESULTS", folder)
         record_of_numbers(lambda chunk: made.append(chunk) or chunk_of_numbers(chunk)).finish()
-    again = {chunk} & set(made)
-    assert again or damage is not truncated  # a wrong byte may be one that nobody reads
-    assert sorted(made) == sorted(again | set(range(CHUNKS // 2, CHUNKS)))
+    assert sorted(made) == sorted({chunk} | set(range(CHUNKS // 2, CHUNKS)))
     assert found(folder) == found(undisturbed)
 
 

@@ -147,7 +147,7 @@ WORK = """
 import time
 from coup_lib.evaluation.records import ChunkedRecord, Worker
 
-for index in range(20):
+for index in range(10):
     ChunkedRecord(
         "digits", f"work-{index}", {}, range(4), lambda at: time.sleep(0.1) or {"at": at},
         lambda parts: {"at": [part["at"] for part in parts]}, Worker(shard, num_shards)
@@ -186,7 +186,7 @@ def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
     assert killed and "Trying to restart job" in said
     assert (tmp_path / "build" / "scale" / "02_ablation.ipynb").exists()
     made = [record["result"] for record in numbers(results).values()]
-    assert made == [{"at": [0, 1, 2, 3]}] * 20
+    assert made == [{"at": [0, 1, 2, 3]}] * 10
 
 
 def test_a_shard_that_fails_says_why(tmp_path):

@@ -36,6 +36,7 @@ from coup_lib.files import write_atomically
 from coup_lib.networks.precision import products
 
 ABOUT = "about this chunk"  # the name of what is no array in the file of a chunk
+DIGEST_BYTES = hashlib.sha256().digest_size
 APART = "images"  # the folder beside the records for arrays that can be made again
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
@@ -160,8 +161,7 @@ class ChunkedRecord:
                 with products("float32"):  # unless `compute` says otherwise, as attacks may
                     arrays, values = _split(self.compute(self.chunks[index]))
                 seconds = round(time.perf_counter() - started, 3)
-                about = {"values": values, "seconds": seconds, "made": provenance()}
-                _write_arrays(file, {ABOUT: np.array(json.dumps(about, allow_nan=False)), **arrays})
+                _write_chunk(file, {"values": values, "seconds": seconds, "made": provenance()}, arrays)
 
     def _write(self, files: list[Path], wait: bool) -> None:
         """Combine the chunks of these files, if all are as they were written."""
@@ -193,7 +193,8 @@ class ChunkedRecord:
             self._with_arrays()._put(arrays, result, made)
             arrays = {}
         elif arrays:
-            _write_arrays(self.path.with_suffix(".npz"), arrays)
+            content = _npz(arrays)
+            write_atomically(self.path.with_suffix(".npz"), lambda temporary: temporary.write_bytes(content))
         document = {
             "name": self.name,
             "settings": self.settings,
@@ -252,28 +253,32 @@ def _split(values: Values) -> tuple[dict[str, np.ndarray], Values]:
     return arrays, {key: value for key, value in values.items() if key not in arrays}
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     if any(array.dtype.hasobject for array in arrays.values()):
-        raise TypeError(f"{path.name}: expected arrays of numbers or of text, not of Python objects")
+        raise TypeError("expected arrays of numbers or of text, not of Python objects")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, NumPy would append .npz to it
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
-    write_atomically(path, write)
+def _write_chunk(path: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """An .npz file of the arrays and, as JSON, of what else there is; its last bytes are its SHA-256."""
+    content = _npz({ABOUT: np.array(json.dumps(about, allow_nan=False)), **arrays})
+    digest = hashlib.sha256(content).digest()
+    write_atomically(path, lambda temporary: temporary.write_bytes(content + digest))
 
 
 def _read_chunk(path: Path) -> dict[str, Any] | None:
     """A chunk's "values" (with its arrays), "seconds" and "made"; a damaged file is deleted: None."""
-    content = io.BytesIO(path.read_bytes())
-    try:
-        with np.load(content, allow_pickle=False) as file:
-            arrays = dict(file)
-        about = json.loads(arrays.pop(ABOUT).item())
-    except Exception as error:  # zip files with a wrong bit raise nearly anything
-        print(f"{path.name} is damaged and is made again: {error!r}", flush=True)
+    whole = path.read_bytes()
+    content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        print(f"{path.name} is damaged; it is made again", flush=True)
         path.unlink()
         return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = dict(file)
+    about = json.loads(arrays.pop(ABOUT).item())
     return about | {"values": about["values"] | arrays}
 
 
