@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -274,10 +275,10 @@ def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
     evaluation.scores({"none": rows})
     first, *others = (evaluation._score_record("reverse", source) for source in sources)
     thread = threading.Thread(target=evaluation.scores, args=({"reverse": rows},))
-    with records._lock(first._files()[0].with_suffix(".lock")):
+    with filelock.FileLock(f"{first.chunk_path(0)}.lock"):
         thread.start()
         deadline = time.monotonic() + 60
-        while not all(other._files()[0].exists() or other.path.exists() for other in others):
+        while not all(other.path.exists() for other in others):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert not first.path.exists() and thread.is_alive()

@@ -110,7 +110,7 @@ def test_arrays_are_published_with_their_record_and_chunks_in_work_are_left(fold
         return records.record("digits", "work", {"a": 1}, lambda: {"x": np.arange(3)})
 
     made()
-    chunk = paths.RESULTS / "digits" / "other.cut-0.npz"
+    chunk = paths.RESULTS / "digits" / "other-0.chunk0of2-0.npz"
     np.savez(chunk, x=np.zeros(1))
     publish()
     assert chunk.exists() and [path.name for path in chunk.parent.iterdir()] == [chunk.name]
