@@ -21,7 +21,7 @@ from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.noise import image_seeds
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, worst_case, worst_of
+from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, Transfer, worst_case, worst_of
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.specs import CLEAN
@@ -297,8 +297,8 @@ def test_columns_and_their_records(results_folder, capsys):
     columns = Evaluation(config).columns(("none", "reverse", "coup"))
     names = ["clean", "adaptive", "first_order", "from_none", "from_reverse"]
     assert list(columns["coup"]) == names  # the others' are there already: from_none, from_reverse
-    lent = ["adaptive of coup", "first_order of coup"]
-    assert list(columns["none"]) == list(columns["reverse"]) == names + lent
+    transfers = [Transfer("coup", "adaptive"), Transfer("coup", "first_order")]
+    assert list(columns["none"]) == list(columns["reverse"]) == names + transfers
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["none"]["adaptive"] is columns["none"]["from_none"]
     assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
@@ -322,8 +322,8 @@ def test_columns_and_their_records(results_folder, capsys):
 def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_folder, capsys):
     evaluation = Evaluation(Config(**TINY))
     columns = evaluation.columns(("none", "reverse", "coup"), autoattack=True)
-    lent = [f"{name} of {other}" for other in ("none", "reverse") for name in ("standard", "dlr")]
-    assert list(columns["coup"])[5:] == ["standard", "dlr", *lent]
+    transfers = [Transfer(other, name) for other in ("none", "reverse") for name in ("standard", "dlr")]
+    assert list(columns["coup"])[5:] == ["standard", "dlr", *transfers]
     for defence, row in columns.items():
         for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
             robust = evaluation.attack(against(attack, defence))["result"]["robust"]
@@ -332,9 +332,9 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
     # What is found on one is tried on all.
     for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
         found = evaluation.score("coup", against(attack, "reverse"))
-        assert (columns["coup"][f"{name} of reverse"].report == found.report).all()
+        assert (columns["coup"][Transfer("reverse", name)].report == found.report).all()
         found = evaluation.score("reverse", against(attack, "coup"))
-        assert (columns["reverse"][f"{name} of coup"].report == found.report).all()
+        assert (columns["reverse"][Transfer("coup", name)].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
     said = evaluation.warnings("coup")
