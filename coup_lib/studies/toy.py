@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class ToySettings:
     Raises ValueError that names the field, what was expected and what came.
     """
 
+    profile: ClassVar[str] = "toy"  # folder of the figures, tables and records
     n_runs: int = 100_000
     n_steps: int = 100
     t_star: float = 0.1
