@@ -134,7 +134,7 @@ def test_the_table_says_on_which_side_of_its_reference_an_interval_lies():
         {("coup", start): losses for start in mechanism.STARTS},
         {case: slope(1.0, 0.5) for case in mechanism.CASES},
     )
-    table = mechanism.table(mechanism.findings(found))
+    table = mechanism.findings(found)
     said = table["What the interval says"]
     assert said["Length of the exact over the first-order mean gradient, median"] == "below 1"
     assert said["First-order − exact: loss reached, 20 draws"] == "above 0"

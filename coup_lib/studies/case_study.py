@@ -380,17 +380,13 @@ STYLES: dict[str, Literal["--", "-"]] = {"reverse": "--", "coup": "-"}
 
 def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
     """Fig. 2a: a column per eps, a row per group; mean confidence and 25–75 % of the cases against t."""
-    shape = (2, len(studies))
-    figure, grid = plt.subplots(
-        *shape, figsize=(1.2 + 2.7 * shape[1], 5.2), sharex=True, sharey=True, squeeze=False
-    )
+    n = len(studies)
+    figure, grid = plt.subplots(2, n, figsize=(1.2 + 2.7 * n, 5.2), sharex=True, sharey=True, squeeze=False)
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for row, group in zip(grid, ("right", "wrong"), strict=True):
         for axes, study in zip(row, studies, strict=True):
-            n = len(study.rescued(group))
-            axes.set_title(
-                f"({next(letters)}) eps = {radius(study.eps)}, n = {n}", loc="left", fontsize="medium"
-            )
+            title = f"({next(letters)}) eps = {radius(study.eps)}, n = {len(study.rescued(group))}"
+            axes.set_title(title, loc="left", fontsize="medium")
             _curves_panel(axes, study, group)
         row[0].set_ylabel(f"{GROUPS[group]}\nconfidence $p(y\\,|\\,x_t)$".replace("x_adv", "$x_{adv}$"))
     for axes in grid[-1]:
@@ -404,8 +400,7 @@ def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
         for colour, label in ((TRUE_COLOUR, "$p(y_{true})$"), (ADV_COLOUR, "$p(y_{adv})$"))
         for path in PATHS
     ]
-    columns = 4 if len(studies) > 2 else 2 if len(studies) > 1 else 1
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6)
+    figure.legend(handles=handles, loc="outside upper center", ncols={1: 1, 2: 2}.get(n, 4), handlelength=2.6)
     return figure
 
 
@@ -414,8 +409,7 @@ def _curves_panel(axes: Axes, study: CaseStudy, group: str) -> None:
     axes.set(xlim=(study.times[0], 0), ylim=(-0.02, 1.02))
     n = p_true["coup"].shape[1]
     if n == 0:
-        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
-        return
+        return _say_none(axes)
     for curve, colour in ((p_true, TRUE_COLOUR), (p_adv, ADV_COLOUR)):
         for path, style in STYLES.items():
             low, high = np.quantile(curve[path], [0.25, 0.75], axis=1)
@@ -425,6 +419,10 @@ def _curves_panel(axes: Axes, study: CaseStudy, group: str) -> None:
                 for edge in (low, high):
                     axes.plot(study.times, edge, color=colour, linestyle=":", linewidth=0.9, alpha=0.7)
             axes.plot(study.times, curve[path].mean(1), color=colour, linestyle=style, linewidth=1.9)
+
+
+def _say_none(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
 
 
 def rescue_figure(studies: Sequence[CaseStudy]) -> Figure:
@@ -452,7 +450,7 @@ def _rescue_panel(axes: Axes, studies: Sequence[CaseStudy], group: str, what: st
             plots.points(axes, np.array(places) + offset, [shares[i] for i in places], fmt=marker, **look)
     counts = [len(getattr(study, what)(group)) for study in studies]
     if not any(counts):
-        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
+        _say_none(axes)
     labels = [f"eps = {radius(study.eps)}\nn = {n}" for study, n in zip(studies, counts, strict=True)]
     plots.groups(axes, labels)
     axes.set_ylim(-4, 104)
@@ -498,11 +496,12 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str
             if side == 0:
                 grid[0][column].set_title(title, fontsize=11, pad=3)
             if side == 0 or column > 1:  # both paths begin with the same two images
-                _picture(grid[side][column], strips["images"][side, place, column])
+                axes = grid[side][column]
+                _picture(axes, strips["images"][side, place, column])
                 seen, sure = (strips[name][side, place, column] for name in ("class", "confidence"))
-                colour, weight = _emphasis(seen == label, title == "final")
-                text = f"{classes[seen]}\n{100 * sure:.0f} %"
-                _write(grid[side][column], 0.5, -0.05, text, ha="center", color=colour, weight=weight)
+                look = {"color": TRUE_COLOUR if seen == label else ADV_COLOUR, "ha": "center"}
+                look["weight"] = "bold" if title == "final" else "normal"
+                _write(axes, 0.5, -0.05, f"{classes[seen]}\n{100 * sure:.0f} %", **look)
         _write(grid[side][2], -0.3, 0.95, ("without", "with")[side], rotation=90, color=COLOURS[path])
     _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class\n{classes[label]}")
 
@@ -512,10 +511,6 @@ def _picture(axes: Axes, image: np.ndarray) -> None:
     picture = np.moveaxis(image, 0, -1)
     grey = picture.shape[-1] == 1
     axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-
-
-def _emphasis(right: bool, final: bool) -> tuple[Any, str]:
-    return TRUE_COLOUR if right else ADV_COLOUR, "bold" if final else "normal"
 
 
 def _write(axes: Axes, x: float, y: float, text: str, **more: Any) -> None:

@@ -7,7 +7,6 @@ one, E[∇ℓ] with the guidance differentiated, and the first-order one, with t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
@@ -194,8 +193,8 @@ def landscape(
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
         return {kind: losses.cpu().numpy() for kind, losses in found.items()}
 
-    settings = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
-    return _record(evaluation, "landscape", compute, settings, draws=draws, target=target)
+    settings: dict[str, Any] = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
+    return _record(evaluation, "landscape", compute, draws=draws, target=target, **settings)
 
 
 def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.ndarray]:
@@ -227,8 +226,9 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
             found[f"measured_{kind}"] = np.stack(differences)
         return found
 
-    settings, half = {"differences": list(DIFFERENCES)}, max(2, config.n_images // 2)
-    return _record(evaluation, "slopes", compute, settings, draws=draws, target=target, n_images=half)
+    half = max(2, config.n_images // 2)
+    settings: dict[str, Any] = {"differences": list(DIFFERENCES)}
+    return _record(evaluation, "slopes", compute, draws=draws, target=target, n_images=half, **settings)
 
 
 def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.ndarray]]:
@@ -384,17 +384,17 @@ def _record(
     evaluation: Evaluation,
     name: str,
     compute: Callable[[range], dict[str, np.ndarray]],
-    settings: Mapping[str, Any] = MappingProxyType({}),
     *,
     draws: int,
     target: str = "coup",
     attack: AttackSpec | None = None,
     n_images: int | None = None,
+    **settings: Any,
 ) -> dict[str, np.ndarray]:
     """Arrays (…, n) of the first n_images (all), made of what `compute` gives for some of them at a time.
 
     As many at a time as fill a batch with their draws: that much is lost by a kill, and processes share the
-    rest. The settings are these, the images' and the defences', and those of an attack of its own.
+    rest. The record is named by these settings, the images', the defence's and those of an attack of its own.
     """
     config, n = evaluation.config, n_images or evaluation.config.n_images
 
@@ -450,74 +450,57 @@ def _mean(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def _estimate(found: Accuracy | Difference) -> Estimate:
-    return Estimate(found.value, found.low, found.high)
+def _side(found: Any, reference: float | None) -> str:
+    """On which side of the reference an interval lies."""
+    if reference is None:
+        return MISSING
+    sides = {"above": found.low > reference, "below": found.high < reference, "includes": True}
+    return f"{next(side for side, true in sides.items() if true)} {reference:g}"
 
 
 def findings(found: Mechanism) -> pd.DataFrame:
-    """Each measured quantity with its value, 95 % interval (low, high), and what it is compared with, if so.
+    """Each measured quantity with its 95 % interval, and what the interval says of no difference.
 
-    Medians and ratios have bootstrap intervals, means have Student's, accuracies those of `Accuracy`.
+    Medians and ratios have bootstrap intervals and mean losses Student's; accuracies and their differences
+    have those of `Accuracy` and `Difference`. "No difference" is a ratio of 1, and a difference of 0.
     """
     statistics, controls = found.gradient_statistics, found.controls
     share, draws = statistics["second_order"].max(0), max(found.reached["exact"])
-    none: dict[str, Estimate] = {
+    plain: dict[str, Any] = {
         "Cosine of the exact and the first-order mean gradient, median": _median(statistics["cosine"]),
         "Second-order term over a step's vector-Jacobian product, largest step, median": _median(share),
         "Share of the paths on which the classifier's decision changes": _mean(statistics["switched"]),
     }
     for kind, label in KIND_NAMES.items():
-        none[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
-        accuracy = Accuracy.of(controls["smooth"][kind])
-        none[f"Accuracy (%) of COUP, smoothed max, {label} attack"] = _estimate(accuracy)
+        plain[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
+        plain[f"Accuracy (%) of COUP, smoothed max, {label} attack"] = Accuracy.of(controls["smooth"][kind])
 
-    one = {"Length of the exact over the first-order mean gradient, median": _median(statistics["ratio"])}
+    ratios = {"Length of the exact over the first-order mean gradient, median": _median(statistics["ratio"])}
     for case, slope in found.slopes.items():
         for kind, label in KIND_NAMES.items():
-            one[f"Predicted over measured slope, {CASES[case]}, {label}"] = predicted_over_measured(
-                slope, kind
-            )
+            ratio = predicted_over_measured(slope, kind)
+            ratios[f"Predicted over measured slope, {CASES[case]}, {label}"] = ratio
 
     gains = {f"loss reached, {draws} draws": {kind: row[draws] for kind, row in found.reached.items()}}
     for (case, start), losses in found.landscapes.items():
         label = f"loss along the direction, {CASES[case]}, {STARTS[start]} image"
         gains[label] = {kind: losses[kind][1:].mean(0) for kind in KINDS}
-    zero = {
+    differences: dict[str, Any] = {
         f"First-order − exact: {label}": _mean(losses["first_order"] - losses["exact"])
         for label, losses in gains.items()
     }
     for name, row in controls.items():
         label = "smoothed max" if name == "smooth" else f"λ = {name:g}"
         gap = Difference.of(row["exact"], row["first_order"])
-        zero[f"Exact − first-order attack: accuracy (points), {label}"] = _estimate(gap)
+        differences[f"Exact − first-order attack: accuracy (points), {label}"] = gap
         if name not in (0.0, "smooth"):
             for kind, attack in (("exact", "exact attack"), ("worst", "worst case over attacks, per image")):
                 gain = Difference.of(row[kind], controls[0.0][kind])
-                zero[f"{label} against λ = 0: accuracy (points), {attack}"] = _estimate(gain)
+                differences[f"{label} against λ = 0: accuracy (points), {attack}"] = gain
     lines = [
-        {"quantity": quantity} | estimate._asdict() | {"reference": reference}
-        for reference, estimates in ((None, none), (1.0, one), (0.0, zero))
-        for quantity, estimate in estimates.items()
-    ]
-    return pd.DataFrame(lines).astype({"reference": float})
-
-
-def table(found: pd.DataFrame) -> pd.DataFrame:
-    """The `findings` as they are shown: quantity, value, 95 % interval, and what the interval says."""
-
-    def said(row: Any) -> str:
-        if np.isnan(row.reference):
-            return MISSING
-        above, below = row.low > row.reference, row.high < row.reference
-        return (
-            f"{'above' if above else 'below'} {row.reference:g}"
-            if above or below
-            else f"includes {row.reference:g}"
-        )
-
-    lines = [
-        [row.quantity, f"{row.value:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", said(row)]
-        for row in found.itertuples()
+        [quantity, f"{one.value:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", _side(one, reference)]
+        for reference, group in ((None, plain), (1, ratios), (0, differences))
+        for quantity, one in group.items()
     ]
     columns = ["Quantity", "Value", "95 % interval", "What the interval says"]
     return pd.DataFrame(lines, columns=columns).set_index("Quantity")
@@ -563,15 +546,9 @@ def sign_panel(axes: Axes, controls: Mapping[float | str, Arrays], at: float) ->
         ]
         look = {"color": KIND_COLOURS[kind], "label": KIND_LABELS[kind]} | SMALL
         estimates(axes, np.array(weights) + offset, changes, fmt=KIND_MARKERS[kind] + "-", **look)
-        axes.plot(
-            at + offset,
-            Difference.of(controls["smooth"][kind], base).value,
-            KIND_MARKERS[kind],
-            color=KIND_COLOURS[kind],
-            markerfacecolor="white",
-            markersize=5.5,
-            zorder=5,
-        )
+        hollow = {"color": KIND_COLOURS[kind], "markerfacecolor": "white", "markersize": 5.5, "zorder": 5}
+        smooth = Difference.of(controls["smooth"][kind], base)
+        axes.plot(at + offset, smooth.value, KIND_MARKERS[kind], **hollow)
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes.set(xlabel="guidance weight λ", ylabel="change against λ = 0 (points)")
 
@@ -656,19 +633,13 @@ def mechanism_figure(found: Mechanism, config: Config) -> Figure:
         chosen = {case: row for (case, place), row in found.landscapes.items() if place == start}
         landscape_panel(axes, chosen)
     slope_panel(panels[7], found.slopes)
-    titles = (
-        "robustness against λ",
-        "gradients alike",
-        "second-order term",
-        "noise of one draw",
-        "averaging more draws",
-        "steps from the clean image",
-        "steps from the attacked image",
+    titles = [
+        *("robustness against λ", "gradients alike", "second-order term", "noise of one draw"),
+        *("averaging more draws", "steps from the clean image", "steps from the attacked image"),
         "the predicted slope",
-    )
+    ]
     for letter, axes, title in zip("abcdefgh", panels, titles, strict=True):
         axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
-    panels[0].legend(loc="best", fontsize="small", title="hollow: smooth", title_fontsize="small")
-    panels[6].legend(loc="best", fontsize="small")
-    panels[7].legend(loc="best", fontsize="small")
+    for axes, title in ((panels[0], "hollow: smooth"), (panels[6], ""), (panels[7], "")):
+        axes.legend(loc="best", fontsize="small", title=title, title_fontsize="small")
     return figure
