@@ -21,11 +21,11 @@ from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import Missing, reading_only, record
 from coup_lib.files import write_atomically
-from coup_lib.reporting import paper, publishing, tables, toy_figures
+from coup_lib.reporting import paper, publishing, tables
 from coup_lib.reporting.plots import COLOURS
 from coup_lib.studies import ablation as clean
 from coup_lib.studies import adversarial_training as cross
-from coup_lib.studies import bpda, case_study, likelihood_study, sweeps, toy
+from coup_lib.studies import bpda, case_study, likelihood_study, sweeps, toy, toy_figures
 
 QUOTED = "not comparable: quoted by the paper, not measured here"
 LEVEL = "not comparable: other data and networks"
