@@ -176,7 +176,7 @@ def test_an_attack_that_many_settings_read_is_counted_once(results):
     """Without guidance, λ changes nothing; without a purifier, neither does t*."""
     given = configs("03_sweeps", n_images=5, n_iter=7, eot=1)
     row = estimate.estimate(jobs("03_sweeps", *given, t_stars=[0.05, 0.3], guidance_weights=[0, 2]))
-    # Undefended; reverse-only at three t*; COUP at these and at another λ, exact and first-order.
+    # Undefended; the reverse SDE at three t*; COUP at these and at another λ, exact and first-order.
     on_validation = 1 + 3 + 2 * (3 + 1)
     on_test = 1 + 1 + 2
     assert row["gradients"] == 5 * 7 * (on_validation + on_test)

@@ -21,7 +21,7 @@ from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.noise import image_seeds
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, Transfer, worst_case, worst_of
+from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_case, worst_of
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.specs import CLEAN
@@ -42,7 +42,7 @@ def in_chunks(monkeypatch):
 
 
 def score(report, suspicion, labels=(0, 0, 0), robust=None, average=(0, 0, 0)):
-    return Score(*map(np.array, (labels, report, average, suspicion)), robust)
+    return Predictions(*map(np.array, (labels, report, average, suspicion)), robust)
 
 
 def attack_hash(source, **changes):
@@ -272,8 +272,8 @@ def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
     evaluation = Evaluation(Config(**TINY, num_shards=2), verbose=False)
     sources = [CLEAN, against("noise", "none"), against("pgd", "none")]
     rows = {str(source): source for source in sources}
-    evaluation.scores({"none": rows})
-    first, *others = (evaluation._score_record("reverse", source) for source in sources)
+    evaluation.predictions({"none": rows})
+    first, *others = (evaluation._prediction_record("reverse", source) for source in sources)
     thread = threading.Thread(target=evaluation.scores, args=({"reverse": rows},))
     with filelock.FileLock(f"{first.chunk_path(0)}.lock"):
         thread.start()
@@ -331,9 +331,9 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
         assert row["clean"].attack_robust is None
     # What is found on one is tried on all.
     for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
-        found = evaluation.score("coup", against(attack, "reverse"))
+        found = evaluation.prediction("coup", against(attack, "reverse"))
         assert (columns["coup"][Transfer("reverse", name)].report == found.report).all()
-        found = evaluation.score("reverse", against(attack, "coup"))
+        found = evaluation.prediction("reverse", against(attack, "coup"))
         assert (columns["reverse"][Transfer("coup", name)].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
@@ -349,22 +349,22 @@ def test_an_attack_is_never_made_twice(results_folder, monkeypatch):
     assert evaluation.attack(source) is first
     again = Evaluation(Config(**TINY), verbose=False)
     assert again.attack(source) == first and (again.x_adv(source) == evaluation.x_adv(source)).all()
-    evaluation.scores({target: {"it": source} for target in ("none", "coup")})
+    evaluation.predictions({target: {"it": source} for target in ("none", "coup")})
 
 
 def test_a_new_target_has_the_attack_run_again_where_its_images_are_gone(results_folder, monkeypatch, capsys):
     """Scores that are on record are read back without images."""
     source, config = against("pgd", "reverse", start=against("pgd", "none")), Config(**TINY)
     rows = {target: {"it": source} for target in ("reverse", "coup")}
-    there = Evaluation(config, verbose=False).scores(rows)
+    there = Evaluation(config, verbose=False).predictions(rows)
     shutil.rmtree(results_folder / "digits" / records.APART)
     assert (
-        Evaluation(config, verbose=False).scores(rows)["coup"]["it"].report == there["coup"]["it"].report
+        Evaluation(config, verbose=False).predictions(rows)["coup"]["it"].report == there["coup"]["it"].report
     ).all()
     assert not (results_folder / "digits" / records.APART).exists()
     for path in results_folder.glob("digits/score-coup-*.json"):
         path.unlink()
-    again = Evaluation(config, verbose=False).scores(rows)
+    again = Evaluation(config, verbose=False).predictions(rows)
     assert (again["coup"]["it"].report == there["coup"]["it"].report).all()
     said = capsys.readouterr().out
     assert said.count("they are made again from the seed") == 2 and "not to the bit" not in said
@@ -375,7 +375,7 @@ def test_scores_do_not_depend_on_the_chunks(results_folder, in_chunks):
     found = []
     for size in (64, 4):
         in_chunks(size)
-        found.append(Evaluation(config, verbose=False).score("coup", CLEAN))
+        found.append(Evaluation(config, verbose=False).prediction("coup", CLEAN))
         for path in results_folder.rglob("*.json"):
             path.unlink()
     whole, chunked = found
@@ -387,7 +387,7 @@ def test_average_is_the_class_of_the_mean_logits(results_folder):
     config = Config(n_images=12, n_draws=5)
     evaluation = Evaluation(config, verbose=False)
     source = against("noise", "none")
-    found, model = evaluation.score("diffpure", source), evaluation.bench.defence("diffpure")
+    found, model = evaluation.prediction("diffpure", source), evaluation.bench.defence("diffpure")
     x = evaluation.x_adv(source)
     seeds = image_seeds(config.seed, evaluate.REPORT, range(12), 5)
     logits = torch.stack([model(x, seeds=seeds[:, draw]) for draw in range(5)])
@@ -398,7 +398,7 @@ def test_average_is_the_class_of_the_mean_logits(results_folder):
 @pytest.mark.parametrize("name", DEFENCES)
 def test_every_defence_is_built_attacked_and_scored(results_folder, name):
     evaluation = Evaluation(Config(**TINY), verbose=False)
-    found = evaluation.scores({name: {"clean": CLEAN, "pgd": against("pgd", name)}})[name]
+    found = evaluation.predictions({name: {"clean": CLEAN, "pgd": against("pgd", name)}})[name]
     assert found["pgd"].report.shape == (4, 2)
     assert found["pgd"].attack_robust.shape == (4,) and found["clean"].attack_robust is None
     x_adv = evaluation.x_adv(against("pgd", name))

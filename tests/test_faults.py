@@ -91,7 +91,7 @@ def evaluation(folder, index=0, count=1):
     paths.RESULTS = folder
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
     tiny = Config(n_images=8, n_iter=1, eot=1, n_draws=1, n_steps=2, shard=index, num_shards=count)
-    Evaluation(tiny, verbose=False).scores({"coup": {"it": against("apgd-ce", "coup")}})
+    Evaluation(tiny, verbose=False).predictions({"coup": {"it": against("apgd-ce", "coup")}})
 
 
 def found(folder):

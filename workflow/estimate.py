@@ -56,7 +56,7 @@ class Job:
     def classifiers(self) -> list[str]:
         """The classifier that decides, and the robust one where that guides."""
         guided = any(PURIFIERS[name].robust_guide for name in {self.spec.surrogate, *self.targets} - {"none"})
-        return [self.classifier, *[self.config.sizes.robust_classifiers[self.config.norm]] * guided]
+        return [self.classifier, *[self.config.setup.robust_classifiers[self.config.norm]] * guided]
 
 
 def jobs(grid: Grid) -> list[Job]:
@@ -95,7 +95,7 @@ def _job(part: Experiment, classifier: str, spec: AttackSpec, targets: tuple[str
 
 
 def _at_hand(job: Job) -> bool:
-    dataset, score = job.config.sizes.dataset, job.config.sizes.score
+    dataset, score = job.config.setup.dataset, job.config.setup.score
     return is_here(dataset) and not zoo.missing(dataset, job.classifiers, score)
 
 
@@ -169,9 +169,9 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
     row |= {"GiB on disk": 0.0, "hours": 0.0}
     for job in planned:
         config, spec, (gradients, forwards) = job.config, job.spec, job.calls
-        n, pixels = job.n_images, prod(SHAPES[config.sizes.dataset])
+        n, pixels = job.n_images, prod(SHAPES[config.setup.dataset])
         attack, scores = work(job, replayed=_replays(job))
-        flop = np.array([_score_network(config).flop, _classifier_flop(config.sizes.dataset, job.classifier)])
+        flop = np.array([_score_network(config).flop, _classifier_flop(config.setup.dataset, job.classifier)])
         decided = [(spec.surrogate, forwards), *((target, 2 * config.n_draws) for target in job.targets)]
         row["images"] = max(row["images"], n)
         row["purifications"] += n * sum(k * purifications(name) for name, k in decided if name != "none")
@@ -179,7 +179,7 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
         row["network calls"] += n * float((attack + scores)[0])
         row["PFLOP"] += n * float((attack + scores) @ flop) / 1e15
         row["GiB on disk"] += n * pixels * 4 / 2**30 * job.makes_images
-        row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.sizes.max_batch / 2**30)
+        row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.setup.max_batch / 2**30)
         if not job.done:
             speeds = {name: _score_network(config, name).speed for name in {"float32", config.precision}}
             row["hours"] += n * seconds(attack * flop, scores * flop, config.precision, speeds) / 3600
@@ -217,13 +217,13 @@ def _score_network(config: Config, precision: str = "float32") -> Measured:
 @cache
 def _measured_once(profile: str, device: str, precision: str) -> Measured:
     config = Config(profile=profile, device=device, n_images=1)
-    dataset, where = config.sizes.dataset, config.torch_device
-    score = zoo.load_score(dataset, config.sizes.score, trained=False, precision=precision).to(where)
+    dataset, where = config.setup.dataset, config.torch_device
+    score = zoo.load_score(dataset, config.setup.score, trained=False, precision=precision).to(where)
     x, times = torch.rand(1, *SHAPES[dataset], device=where), time_grid(0.1, 1)
     with FlopCounter() as counter, products(precision):
         kept = activation_bytes(score, VPSDE(), x, times)
     most = min(TIMED_FLOP.get(where.type, TIMED_FLOP["cpu"]) / counter.total, fitting(config, kept))
-    x = x.repeat(int(min(max(most, 1), config.sizes.max_batch)), 1, 1, 1).requires_grad_()
+    x = x.repeat(int(min(max(most, 1), config.setup.max_batch)), 1, 1, 1).requires_grad_()
     for _ in range(1 if len(x) == 1 else 2):  # the first call of a shape is slower
         began = time.perf_counter()
         with products(precision):
@@ -265,7 +265,7 @@ def bytes_per_image(job: Job) -> int:
     config, defence = job.config, job.spec.surrogate
     if defence == "none":
         return 0
-    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.sizes.dataset]) * 4
+    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.setup.dataset]) * 4
 
 
 def _step_bytes(job: Job) -> int:
@@ -278,15 +278,15 @@ def _replays(job: Job) -> bool:
     config, spec = job.config, job.spec
     if spec.surrogate == "none":
         return False
-    together = min(job.n_images, config.sizes.chunk_size) * (spec.eot or config.eot)
+    together = min(job.n_images, config.setup.chunk_size) * (spec.eot or config.eot)
     # On a CPU an attack takes as few images at once as fit.
-    batch = 1 if config.torch_device.type == "cpu" else min(together, config.sizes.max_batch)
+    batch = 1 if config.torch_device.type == "cpu" else min(together, config.setup.max_batch)
     return _step_bytes(job) * _steps(job, spec.surrogate) * batch > ACTIVATION_BUDGET
 
 
 def suggestion(config: Config, gib: float) -> str:
     """What batch fits into this device's memory, when the profile's takes so many GiB."""
-    batch = config.sizes.max_batch
+    batch = config.setup.max_batch
     free, fits = _free_memory(config) / 2**30, fitting(config, gib / batch * 2**30)
     return (
         f"On {config.torch_device}, {free:.0f} GiB free, up to {fits:,} images fit into one call of the "
@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _absent(grid: Grid) -> str:
     """What of a grid's images and networks is not here."""
-    datasets = dict.fromkeys(one.config.sizes.dataset for one in grid)
+    datasets = dict.fromkeys(one.config.setup.dataset for one in grid)
     absent = [name for name in datasets if not is_here(name)] + networks(grid, zoo.missing)
     return f"Still to be fetched: {', '.join(absent)}" if absent else "Data and networks are here."
 

@@ -132,7 +132,7 @@ def radii(config: Config, eps_factors: Any) -> list[Config]:
 def case_study(config: Config, shown: int = 3) -> CaseStudy:
     """APGD-ce on the reverse SDE at config.eps, both paths from its images, `shown` strips of each kind."""
     evaluation, source = Evaluation(config), against("apgd-ce", "reverse", config.gradient)
-    brownian = evaluation.scores({"reverse": {"it": source}})["reverse"]["it"].right
+    brownian = evaluation.predictions({"reverse": {"it": source}})["reverse"]["it"].right
 
     def compute() -> dict[str, Any]:
         x_adv = evaluation.x_adv(source)
@@ -153,7 +153,7 @@ def case_study(config: Config, shown: int = 3) -> CaseStudy:
 def _measure(evaluation: Evaluation, x_adv: Tensor, shown: int) -> dict[str, Any]:
     """What the record holds: classes per image, the bad cases' curves, the images of the strips."""
     x, labels = evaluation.images.x, evaluation.images.y
-    size, config = evaluation.config.sizes.max_batch, evaluation.config
+    size, config = evaluation.config.setup.max_batch, evaluation.config
     settings = {"t_star": config.t_star, "n_steps": config.n_steps}
     defences: dict[str, Purified] = {name: evaluation.bench.defence(name) for name in PATHS}  # type: ignore[misc]
     defences["flipped"] = coup(

@@ -40,7 +40,7 @@ def _ablation(config: Config, many: Config, classifiers: Sequence[str] | None = 
     faced = paper_attacks(ablation.PURIFIERS, config)
     return [
         Experiment(each, attacks, name)
-        for name in classifiers or config.sizes.classifiers
+        for name in classifiers or config.setup.classifiers
         for each, attacks in ((config, faced), (many, ablation.CLEAN_IMAGES))
     ]
 
@@ -141,7 +141,7 @@ def obtain(experiments: Grid) -> None:
     Raises what `data.load_split` and `published.obtain` raise where they cannot be had: of networks, all that
     are missing are named at once.
     """
-    for which in {(one.config.sizes.dataset, one.config.split, one.config.subset) for one in experiments}:
+    for which in {(one.config.setup.dataset, one.config.split, one.config.subset) for one in experiments}:
         load_split(*which)
     published.obtain(networks(experiments, zoo.needed))
 
@@ -150,9 +150,9 @@ def networks(experiments: Grid, which: Callable[..., list[str]]) -> list[str]:
     """Of the networks that a grid takes those that are `zoo.needed` or `zoo.missing`."""
     taken: dict[tuple[str, str], dict[str, None]] = {}
     for one in experiments:
-        sizes = one.config.sizes
+        setup = one.config.setup
         names = one.classifiers if isinstance(one, Experiment) else [one.config.classifier]
-        taken.setdefault((sizes.dataset, sizes.score), {}).update(dict.fromkeys(names))
+        taken.setdefault((setup.dataset, setup.score), {}).update(dict.fromkeys(names))
     return [name for (dataset, score), names in taken.items() for name in which(dataset, [*names], score)]
 
 

@@ -108,7 +108,7 @@ def controls(config: Config, *, verbose: bool = True) -> dict[float | str, dict[
     """
     found: dict[float | str, dict[str, np.ndarray]] = {}
     for name, experiment in control_experiments(config).items():
-        (scores,) = experiment.scores(verbose=verbose).values()
+        (scores,) = experiment.predictions(verbose=verbose).values()
         found[name] = {kind: scores[kind].right for kind in KINDS}
         found[name]["worst"] = worst_of(list(scores.values()))
     return found
@@ -236,7 +236,7 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
     Half of the iterations; `eot_counts` draws per gradient.
     """
     experiment = reached_experiment(config)
-    experiment.scores(verbose=verbose)
+    experiment.predictions(verbose=verbose)
     evaluation = Evaluation(experiment.config, verbose=False)
 
     def compute(spec: AttackSpec, places: range) -> dict[str, np.ndarray]:

@@ -125,7 +125,7 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
             ours.robustness - rival.robustness,
             f"{norm}: COUP − DiffPure, AutoAttack",
         ),
-        gap("reverse", "autoattack", None, f"{norm}: COUP − COUP w/o guidance, AutoAttack"),
+        gap("reverse", "autoattack", None, f"{norm}: COUP − {LABELS['reverse']}, AutoAttack"),
     ]
     return [*lines, *(claim(where, one) for one in gaps)], gaps
 
@@ -168,7 +168,7 @@ def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
     most = bpda.column(max(counts))
     counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
     rows = {defence: bpda.sources(defence, counts, config.eot) for defence in PAPER}
-    results = bpda.by_rule(Evaluation(counted).scores(rows))["single"]
+    results = bpda.by_rule(Evaluation(counted).predictions(rows))["single"]
     lines = quoted(where, paper.BPDA_LITERATURE)
     for name, row in paper.BPDA.items():
         found = results[name]
@@ -443,7 +443,7 @@ def counts(lines: Sequence[Line]) -> str:
 
 def caption(config: Config, classifiers: Sequence[str], fig2b: Spending = SAME) -> str:
     """What stands behind the page."""
-    full = config.sizes.budgets["report"]["full"]
+    full = config.setup.budgets["report"]["full"]
     spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
     most = max(bpda.checked_counts(None, replace(config, purpose="sweep")))
     other = "".join(
