@@ -315,8 +315,7 @@ class Evaluation:
         }
         if autoattack:
             for defence, row in rows.items():
-                row["standard"] = Source("standard", defence, gradient)
-                row["dlr"] = Source("apgd-dlr", defence, gradient)
+                row |= self._autoattack(defence)
         return self.scores(lend(rows))
 
     def scores(self, rows: dict[str, dict[str, Source]]) -> dict[str, dict[str, Score]]:
@@ -338,10 +337,21 @@ class Evaluation:
             return []
         return recorded_scores(self.config, self.classifier_name, target, self.defence_settings(target))
 
+    def _autoattack(self, defence: str) -> dict[str, Source]:
+        """What AutoAttack takes beside APGD-ce.
+
+        APGD-dlr, the other half of "rand", draws noise of its own: AutoAttack's generator has gone on by then.
+        """
+        gradient = self.config.gradient
+        return {
+            "standard": Source("standard", defence, gradient),
+            "dlr": Source("apgd-dlr", defence, gradient, seed=self.config.seed + 1),
+        }
+
     def warnings(self, defence: str) -> list[str]:
         """What AutoAttack said of a defence in its two versions, each sentence once."""
-        attacks = ("standard", "apgd-ce", "apgd-dlr")
-        said = [self.attack(Source(attack, defence, self.config.gradient)) for attack in attacks]
+        sources = [Source("apgd-ce", defence, self.config.gradient), *self._autoattack(defence).values()]
+        said = [self.attack(source) for source in sources]
         return list(dict.fromkeys(text for record in said for text in record["result"]["warnings"]))
 
     def attack(self, source: Source, progress: Progress | None = None) -> dict[str, Any]:
