@@ -17,7 +17,7 @@ DONE := build/done-$(BUDGET)
 # at the end; run it again after a kill and it goes on where it stopped.
 RESULTS ?= build/$(if $(filter full,$(BUDGET)),full,reproduced)/results
 PUBLISHED ?= $(if $(filter full,$(BUDGET)),results,$(RESULTS))
-FIGURES ?= $(if $(filter full,$(BUDGET)),figures,build/reproduced/figures)
+FIGURES ?= build/$(if $(filter full,$(BUDGET)),full,reproduced)/figures
 # Two notebooks run at a time; threads beyond a process's share make small networks slower, not faster.
 THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
@@ -31,7 +31,7 @@ reproduce: run
 
 full:
 	@$(MAKE) --no-print-directory run BUDGET=full
-	@COUP_RESULTS=build/full/results COUP_PUBLISHED=results $(BIN)/python -m coup_lib.evaluation.store
+	@COUP_RESULTS=build/full/results COUP_FIGURES=build/full/figures $(BIN)/python -m coup_lib.reporting.publishing
 	@# Without the cell of parameters that papermill put in: a later run would obey it.
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \

@@ -68,7 +68,7 @@ def test_cheaper(
     compiled_score.cache_clear()
     compiling = {name: seconds_to_compile(run) for name, run in runs.items() if run.config.compiled}
     source = against("apgd-ce", defence)
-    scores = {name: run.scores({defence: {"own": source}})[defence]["own"] for name, run in runs.items()}
+    scores = {name: run.predictions({defence: {"own": source}})[defence]["own"] for name, run in runs.items()}
     exact = slope(runs["float32"], defence).double().flatten(1)
     take_turns(
         benchmark,

@@ -84,7 +84,7 @@ def _share(shard: int, num_shards: int, seed: int, results: str) -> None:
     config = Config(
         n_images=N_SHARED, n_iter=2, eot=1, n_draws=1, seed=seed, shard=shard, num_shards=num_shards
     )
-    Evaluation(config, verbose=False).scores({"coup": {"it": against("apgd-ce", "coup")}})
+    Evaluation(config, verbose=False).predictions({"coup": {"it": against("apgd-ce", "coup")}})
 
 
 @pytest.mark.benchmark(group="cost")

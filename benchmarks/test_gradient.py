@@ -28,7 +28,7 @@ from problems import (
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.networks.wideresnet import wrn_28_10
 from coup_lib.paths import is_smoke
-from coup_lib.studies.estimate import FlopCounter
+from workflow.estimate import FlopCounter
 
 BUDGETS = {"kept": KEEP, "replayed": REPLAY}
 ROUNDS = {"digits": 21, "cifar": 5}

@@ -64,7 +64,7 @@ class Recipe:
 
 PURIFIERS = {
     "diffpure": Recipe("DiffPure", forward_noise=True),
-    "reverse": Recipe("COUP w/o guidance"),
+    "reverse": Recipe("Reverse SDE"),
     "coup": Recipe("COUP", Guided),
     "noised": Recipe("guided after forward noise", Guided, forward_noise=True),
     "denoised": Recipe("guided by x̂0", DenoisedGuided, differentiates_score=True),

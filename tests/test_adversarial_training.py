@@ -55,7 +55,7 @@ def test_every_combination_is_judged(found):
 
 def test_table_and_figure_show_all(found):
     rows = cross.rows(found, CONFIGS)
-    assert len(rows) == 18 and {row.label for row in rows} == {cross.ALONE, "COUP w/o guidance", "COUP"}
+    assert len(rows) == 18 and {row.label for row in rows} == {cross.ALONE, "Reverse SDE", "COUP"}
     long = tables.long_form(rows, tables.headings(rows[0].right, CONFIGS["linf"]))
     assert len(long) == 18 * 6
     chosen = long.query("norm == 'l2' and training == 'l2' and defence == 'coup' and column == 'recorded'")

@@ -5,7 +5,7 @@ import pytest
 
 from coup_lib.defences import CANDIDATES
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score, Transfer, worst_case
+from coup_lib.evaluation.outcomes import Predictions, Transfer, worst_case
 from coup_lib.reporting import tables
 from coup_lib.studies import beyond
 from coup_lib.studies.beyond import Found, Setting
@@ -17,7 +17,7 @@ def row(**right):
     for name in (*beyond.SOURCES, Transfer("averaged", "margin")):
         n_right = right.get(name, 10)
         wrong = (np.arange(10) >= n_right).astype(int)
-        made[name] = Score(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
+        made[name] = Predictions(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
     return Found(made, worst_case(list(made.values())))
 
 
@@ -85,7 +85,7 @@ def test_tables_and_figures_have_every_setting(found):
 def test_a_search_on_a_few_images(results_folder):
     config = Config(n_images=3, n_draws=2, split="validation", purpose="search")
     tried = [Setting("reverse"), Setting("smoothed", 2.0)]
-    found = beyond.scores(config, tried)
+    found = beyond.measure(config, tried)
     assert list(found) == tried
     assert all(score.report.shape == (3, 2) for each in found.values() for score in each.scores.values())
     assert len(list(results_folder.rglob("*guided*"))) == 0
@@ -98,7 +98,7 @@ def test_a_search_on_a_few_images(results_folder):
 def test_both_ways_what_is_made_against_one_is_tried_on_the_other(results_folder):
     config = Config(n_images=3, n_draws=2, purpose="compare", n_iter=1, eot=1)
     tried = [Setting("reverse"), Setting("diffpure"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
-    found = beyond.scores(config, tried, both_ways=True)
+    found = beyond.measure(config, tried, both_ways=True)
     names = ("exact", "first_order", "margin", "warm")
     guided = {Transfer(str(setting), name) for setting in tried[2:] for name in names}
     assert all(guided < set(found[setting].scores) for setting in tried[:2])

@@ -9,7 +9,7 @@ import pytest
 from coup_lib import paths
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score
+from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.reporting import paper, tables
 from coup_lib.studies import bpda
 
@@ -20,7 +20,7 @@ def made_up(n_wrong):
     """N images, the first n_wrong of them always misclassified."""
     report = np.zeros((N, 5), dtype=int)
     report[:n_wrong] = 1
-    return Score(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), None)
+    return Predictions(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), None)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_counts_are_the_budgets_own_where_none_are_given(monkeypatch, profile, c
 
 def test_three_ways_to_decide_can_disagree():
     """One image: a confident mistake in the mean of the logits, three of four draws right."""
-    score = Score(np.array([0]), np.array([[0, 0, 0, 1]]), np.array([1]), np.array([0.75]), None)
+    score = Predictions(np.array([0]), np.array([[0, 0, 0, 1]]), np.array([1]), np.array([0.75]), None)
     assert [score.decided(rule).tolist() for rule in bpda.RULES] == [[0.75], [0.0], [1.0]]
 
 

@@ -79,8 +79,10 @@ def test_groups_rescued_and_broken():
     assert found.rescued("all").tolist() == [1, 0, 0, 1]
     assert found.broken("right").tolist() == [0]
     assert found.broken("wrong").tolist() == [1]
-    assert "Of 6 images 4 are bad cases (the paper: 14)" in cs.reading(found)
-    assert "In 1 of them the bare classifier sees y_adv in x_adv already" in cs.reading(found)
+    counted = cs.control_table([found]).iloc[0]
+    assert (counted["Images"], counted["Bad cases"], counted["y_adv seen in x_adv"]) == (6, 4, 1)
+    assert counted["Rescued by guidance (COUP) (%)"].startswith("50.00 [")
+    assert counted["Guidance − Brownian motion"].endswith("**is not decided**")
     table = cs.verdict_table([found])
     assert table["Bad cases"].tolist() == [4, 2, 2] and table["Good cases"].tolist() == [2, 1, 1]
 
@@ -100,7 +102,9 @@ def test_the_papers_pattern_and_its_opposite_get_opposite_verdicts():
     )
     assert set(cs.verdicts(paper, "right").values()) == {"holds"}
     assert set(cs.verdicts(paper, "wrong").values()) == {"too few cases"}
-    assert "classifier right on x_adv: **holds** at eps = 0.1" in cs.verdict_lines([paper])
+    changed = cs.change_table([paper]).set_index("Group")["p(y_true), with guidance, first tenth"]
+    assert changed["classifier right on x_adv"].startswith("+40.")
+    assert changed["classifier wrong on x_adv"] == "–"
     opposite = study(
         everywhere,
         everywhere,
@@ -167,7 +171,8 @@ def test_without_a_bad_case_text_and_figures_say_so(results_folder):
     found = cs.case_study(replace(SMALL, n_images=3, eps=1e-4))
     if found.bad.any():
         pytest.fail("choose images that no attack this small can break")
-    assert "Of 3 images 0 are bad cases" in cs.reading(found)
+    counted = cs.control_table([found]).iloc[0]
+    assert (counted["Bad cases"], counted["Guidance − Brownian motion"]) == (0, "–")
     assert set(cs.verdicts(found, "all").values()) == {"too few cases"}
     for figure in (
         cs.curves_figure([found]),

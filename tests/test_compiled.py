@@ -137,7 +137,7 @@ def test_the_smoothed_maximum_has_its_gradient(quick):
 
 def test_attacks_meet_what_is_compiled_and_scores_do_not(quick):
     evaluation = Evaluation(Config(**SMALL, compiled=True), verbose=False)
-    scores = evaluation.scores({"coup": {"own": against("apgd-ce", "coup"), "clean": CLEAN}})["coup"]
+    scores = evaluation.predictions({"coup": {"own": against("apgd-ce", "coup"), "clean": CLEAN}})["coup"]
     assert isinstance(evaluation.bench.attacked_score("coup", "exact"), Compiled)
     assert not isinstance(evaluation.bench.defence("coup").purifier.score.score, Compiled)
     assert scores["own"].right.shape == (LEAST,)

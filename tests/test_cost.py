@@ -1,13 +1,13 @@
 """The count of what the whole paper takes, against a count by hand."""
 
-import runpy
 from pathlib import Path
 
 import pytest
 
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Job
+from workflow import cost
+from workflow.estimate import Job
 
 ROOT = Path(__file__).parents[1]
 WRN, STEPS, DRAWS = "Standard", 100, 20
@@ -16,11 +16,6 @@ WRN, STEPS, DRAWS = "Standard", 100, 20
 @pytest.fixture(autouse=True)
 def no_smoke(monkeypatch):
     monkeypatch.delenv("COUP_SMOKE", raising=False)
-
-
-@pytest.fixture(scope="module")
-def cost():
-    return runpy.run_path(str(ROOT / "workflow" / "cost.py"))
 
 
 @pytest.mark.parametrize(
@@ -38,23 +33,23 @@ def cost():
         (against("clean", "none"), 0),
     ],
 )
-def test_an_attack_is_counted_as_by_hand(cost, source, gflop):
+def test_an_attack_is_counted_as_by_hand(source, gflop):
     config = Config(profile="cifar10", budget="full", subset="first", n_images=4, n_steps=STEPS)
     scored = DRAWS * (STEPS * (37.1 + 21.0) + 10.5)
-    job = Job(config, WRN, source, ("coup",), record="", done=False)
-    attack, scores = cost["cost"](job)
+    job = Job(config, WRN, source, ("coup",), source.calls(config), 4, done=False)
+    attack, scores = cost.cost(job)
     assert attack.sum() == pytest.approx(gflop / 1000) and scores.sum() == pytest.approx(scored / 1000)
 
 
-def test_hours_and_days_are_those_of_the_operations(cost):
-    frame = cost["table"](512)
+def test_hours_and_days_are_those_of_the_operations():
+    frame = cost.table(512)
     all_of_them = frame.loc["all of them"]
     by_hand = all_of_them["PFLOP"] * 1000 / (0.5 * 67) / 3600
     assert all_of_them["GPU hours, float32"] == pytest.approx(by_hand)
     assert all_of_them["GPU hours, TF32"] < all_of_them["GPU hours, bfloat16"] < by_hand
-    days = cost["days"](frame).loc["all of them, float32"]
+    days = cost.days(frame).loc["all of them, float32"]
     assert list(days) == pytest.approx([by_hand / 24 / n for n in (1, 4, 8)])
 
 
-def test_the_committed_page_is_what_the_command_prints(cost):
-    assert (ROOT / "workflow" / "cost.md").read_text() == cost["page"]() + "\n"
+def test_the_committed_page_is_what_the_command_prints():
+    assert (ROOT / "workflow" / "cost.md").read_text() == cost.page() + "\n"

@@ -1,5 +1,6 @@
-"""The plan before a run: what is counted, and that nothing is computed for it."""
+"""What notebooks attack, declared once, and what that costs: counted before a run."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,21 +14,30 @@ from torch import nn
 
 from coup_lib import paths, purify
 from coup_lib.defences import DEFENCES, PURIFIERS
-from coup_lib.evaluation import run as evaluate
-from coup_lib.evaluation.bench import against
+from coup_lib.evaluation import bench
+from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.protocol import Evaluation
-from coup_lib.evaluation.run import Job, calls, planning
+from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import CLEAN
 from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import gradient_of, log_confidence
-from coup_lib.studies import estimate
+from coup_lib.networks import zoo
+from coup_lib.studies import fidelity, grids, likelihood_study, mechanism, stronger_attacks, sweeps
+from workflow import estimate
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     return tmp_path
+
+
+def configs(name, **given):
+    return [Config(**given | fixed) for fixed in grids.NOTEBOOKS[name].settings]
+
+
+def jobs(name, *given, **own):
+    return estimate.jobs(grids.grid(name, *(given or configs(name)), **own))
 
 
 def test_flop_of_a_convolution_and_its_derivatives():
@@ -50,35 +60,29 @@ def test_flop_of_a_convolution_and_its_derivatives():
 
 def test_calls_of_the_attacks():
     config = Config(n_iter=7, eot=3, n_targets=2, square_queries=11)
-    assert calls(CLEAN, config) == (0, 0)
-    assert calls(against("apgd-ce", "coup"), config) == (21, 0)
-    assert calls(against("apgd-ce", "coup", "bpda", eot=2), config) == (0, 14)
-    assert calls(against("square", "coup"), config) == (0, 11)
-    assert calls(against("standard", "coup"), config) == (7 * 5, 11)
+    assert CLEAN.calls(config) == (0, 0)
+    assert against("apgd-ce", "coup").calls(config) == (21, 0)
+    assert against("apgd-ce", "coup", "bpda", eot=2).calls(config) == (0, 14)
+    assert against("square", "coup").calls(config) == (0, 11)
+    assert against("standard", "coup").calls(config) == (7 * 5, 11)
 
 
-def test_planning_lists_what_a_run_would_do_and_computes_nothing(results, monkeypatch):
+def test_looking_ahead_loads_no_network(results, monkeypatch):
     def refuse(*args, **settings):
         raise AssertionError("a network was loaded")
 
-    monkeypatch.setattr(evaluate, "load_classifier", refuse)
-    with planning() as jobs:
-        columns = Evaluation(Config()).columns(("none", "coup"))
-    assert [str(job.source) for job in jobs][:3] == [
-        "clean",
-        "apgd-ce on none, exact",
-        "apgd-ce on reverse, exact",
-    ]
-    assert jobs[0].targets == ("none", "coup") and not any(job.done for job in jobs)
-    assert columns["coup"]["adaptive"].mean.value == 100
-    assert not list(results.iterdir())
+    for name in ("load_classifier", "load_score"):
+        monkeypatch.setattr(bench, name, refuse)
+    monkeypatch.setattr(estimate, "is_here", lambda dataset: False)
+    found = jobs("04_autoattack")
+    assert [str(job.spec) for job in found][:2] == ["clean", "apgd-ce on none, exact"]
+    assert found[0].targets == ("none", "diffpure", "reverse", "coup")
+    assert not any(job.done for job in found) and not list(results.iterdir())
 
 
 def plan(defence, **settings):
     """The jobs of an attack on this defence and of scoring it there."""
-    with planning() as jobs:
-        Evaluation(Config(**settings)).run({defence: [against("apgd-ce", defence)]})
-    return jobs
+    return estimate.jobs([Experiment(Config(**settings), {defence: {"it": against("apgd-ce", defence)}})])
 
 
 def test_a_decision_of_several_purifications_is_counted_as_such(results):
@@ -100,11 +104,12 @@ def test_network_calls_are_those_that_are_made(monkeypatch, defence, replayed):
     classifier = config.classifier
     flop = estimate._score_network(config).flop, estimate._classifier_flop("digits", classifier)
     gradients = ("exact", "first_order", "adjoint")
-    if defence == "none" or PURIFIERS[defence].through_score or replayed:
+    if defence == "none" or PURIFIERS[defence].differentiates_score or replayed:
         gradients = gradients[:2]  # no SDE, or a second derivative that torchsde cannot take
     for gradient in (None, *gradients):
-        job = Job(config, classifier, against("apgd-ce", defence, gradient or "exact"), (), "")
-        model = Evaluation(config).defence(defence, gradient or "exact")
+        spec = against("apgd-ce", defence, gradient or "exact")
+        job = estimate.Job(config, classifier, spec, (), (1, 0), 1, done=False)
+        model = Bench(config).defence(defence, gradient or "exact")
         for _ in range(2):  # a score is looked at once, before its first gradient
             with estimate.FlopCounter() as counter:
                 if gradient:
@@ -116,10 +121,10 @@ def test_network_calls_are_those_that_are_made(monkeypatch, defence, replayed):
         assert counted == pytest.approx(counter.total, rel=0.03 if gradient is None else 0.15), gradient
 
 
-@pytest.mark.parametrize("name", estimate.NOTEBOOKS)
+@pytest.mark.parametrize("name", grids.NOTEBOOKS)
 def test_every_notebook_has_a_row(results, name):
-    row = estimate.estimate(estimate.jobs(name, *estimate._configs(name, {})))
-    assert set(row) == set(estimate.TABLE_HEAD) and row["images"] == 4
+    row = estimate.estimate(jobs(name))
+    assert row["images"] == 4
     assert row["gradients"] > 0 and row["network calls"] > row["gradients"] and row["hours"] > 0
     assert not list(results.iterdir())
 
@@ -127,32 +132,51 @@ def test_every_notebook_has_a_row(results, name):
 SMALLEST = {"n_images": 2, "n_iter": 1, "eot": 1, "n_steps": 2, "n_draws": 1}
 
 
-@pytest.mark.parametrize("name", ["03_sweeps", "04_autoattack", "05_bpda", "07_stronger_attacks"])
-def test_a_plan_is_in_step_with_the_run(results, monkeypatch, capsys, name):
-    """What a notebook's run leaves is what was planned; then nothing is left to do."""
-    configs = estimate._configs(name, SMALLEST)
-    planned = estimate.jobs(name, *configs)
-    estimate.show(name, *configs)
-    assert capsys.readouterr().out == "", "this is short work"
-    monkeypatch.setattr(estimate, "SHORT", 0)
-    estimate.show(name, *configs)
-    assert "hours" in capsys.readouterr().out
-    estimate.NOTEBOOKS[name].run(*configs)
-    assert all(job.done for job in estimate.jobs(name, *configs)) and not any(job.done for job in planned)
-    records = [path for path in results.glob("*/*.json") if not path.name.startswith("score-")]
-    assert len(records) == sum(not job.shared for job in planned)
-    capsys.readouterr()
-    estimate.show(name, *configs)
-    assert capsys.readouterr().out == f"{name}: the record of every attack is here, none is to be computed\n"
+def run_07(config):
+    stronger_attacks.columns(Evaluation(config))
+    stronger_attacks.eps_series(config)
+    stronger_attacks.clean_landscapes(config)
+    mechanism.sign_control(config)
+    mechanism.smooth_control(config)
+    mechanism.reached(config)
+    mechanism.gradient_statistics(config)
+    mechanism.all_slopes(config)
+    mechanism.landscapes(config)
+
+
+def run_04(config, compare):
+    Evaluation(config).columns(("none", "diffpure", "reverse", "coup"), autoattack=True)
+    fidelity.gradient_cosines(config)
+    likelihood_study.measure(compare)
+
+
+def run_03(config, confirm):
+    times = sweeps.sweep(config, "t_star", sweeps.values_to_sweep(config, "t_star", sweeps.T_STARS))
+    weights = sweeps.values_to_sweep(config, "guidance_weight", sweeps.WEIGHTS)
+    sweeps.sweep(dataclasses.replace(config, guidance_weight=0), "t_star", list(times))
+    sweeps.sweep(config, "guidance_weight", weights)
+    sweeps.measure(confirm)
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [("03_sweeps", run_03), ("04_autoattack", run_04), ("07_stronger_attacks", run_07)]
+)
+def test_the_grid_is_what_the_notebook_runs(results, name, run):
+    """The attacks that a notebook's functions leave on record are those of its grid; then none is left."""
+    given = configs(name, **SMALLEST)
+    ahead = [job for job in jobs(name, *given) if job.makes_images]
+    assert not any(job.done for job in ahead)
+    run(*given)
+    assert all(job.done for job in jobs(name, *given))
+    attacked = list(results.glob("*/images/*.json"))
+    assert len(attacked) == len(ahead)
 
 
 def test_an_attack_that_many_settings_read_is_counted_once(results):
     """Without guidance, λ changes nothing; without a purifier, neither does t*."""
-    configs = estimate._configs("03_sweeps", {"n_images": 5, "n_iter": 7, "eot": 1})
-    row = estimate.estimate(
-        estimate.jobs("03_sweeps", *configs, t_stars=[0.05, 0.3], guidance_weights=[0, 2])
-    )
-    # Undefended; reverse-only at three t*; COUP at these and at another λ, exact and first-order.
+    given = configs("03_sweeps", n_images=5, n_iter=7, eot=1)
+    row = estimate.estimate(jobs("03_sweeps", *given, t_stars=[0.05, 0.3], guidance_weights=[0, 2]))
+    # Undefended; the reverse SDE at three t*; COUP at these and at another λ, exact and first-order.
     on_validation = 1 + 3 + 2 * (3 + 1)
     on_test = 1 + 1 + 2
     assert row["gradients"] == 5 * 7 * (on_validation + on_test)
@@ -169,15 +193,11 @@ def test_an_attack_that_many_settings_read_is_counted_once(results):
     ],
 )
 def test_a_notebooks_own_parameters_count(results, name, fewer, more):
-    configs = estimate._configs(name, {})
-    assert len(estimate.jobs(name, *configs, **fewer)) < len(estimate.jobs(name, *configs, **more))
+    assert len(jobs(name, **fewer)) < len(jobs(name, **more))
 
 
 def test_purifications_count(results):
-    few, many = (
-        estimate.estimate(estimate.jobs("05_bpda", *estimate._configs("05_bpda", {}), purifications=n))
-        for n in (2, 3)
-    )
+    few, many = (estimate.estimate(jobs("05_bpda", purifications=n)) for n in (2, 3))
     assert many["purifications"] > few["purifications"]
 
 
@@ -203,9 +223,9 @@ def test_a_run_asks_for_the_networks_that_it_takes(monkeypatch, tmp_path):
     monkeypatch.delenv("COUP_SMOKE")
     monkeypatch.setenv("COUP_MODELS", str(tmp_path))
     given, taken = {"profile": "cifar10", "subset": "first"}, {}
-    for name in estimate.NOTEBOOKS:
-        planned = estimate.jobs(name, *estimate._configs(name, given))
-        taken[name] = set(estimate._networks(planned, estimate.missing))
+    for name in grids.NOTEBOOKS:
+        grid = grids.grid(name, *configs(name, **given))
+        taken[name] = set(grids.networks(grid, zoo.missing))
     linf, l2 = (f"cifar10/{norm}/Wang2023Better_WRN-28-10" for norm in ("Linf", "L2"))
     two = {"cifar10/Linf/Standard", "ddpmpp-deep"}
     more = {
@@ -213,7 +233,7 @@ def test_a_run_asks_for_the_networks_that_it_takes(monkeypatch, tmp_path):
         "06_adversarial_training": {linf, l2},
         "08_beyond": {linf},
     }
-    assert taken == {name: two | more.get(name, set()) for name in estimate.NOTEBOOKS}
+    assert taken == {name: two | more.get(name, set()) for name in grids.NOTEBOOKS}
 
 
 def test_data_and_networks_are_looked_for_before_anything_is_measured(monkeypatch, tmp_path, capsys):
@@ -221,18 +241,18 @@ def test_data_and_networks_are_looked_for_before_anything_is_measured(monkeypatc
         raise AssertionError("a network was built")
 
     monkeypatch.delenv("COUP_SMOKE")
-    monkeypatch.setattr(estimate, "load_score", refuse)
-    monkeypatch.setattr(estimate, "load_classifier", refuse)
+    for name in ("load_score", "load_classifier"):
+        monkeypatch.setattr(zoo, name, refuse)
     monkeypatch.setenv("COUP_MODELS", str(tmp_path))
     monkeypatch.setenv("COUP_DATA", str(tmp_path / "a file"))
     (tmp_path / "a file").touch()
     given = {"profile": "cifar10", "subset": "first"}
-    configs = estimate._configs("02_ablation", given)
+    grid = grids.grid("02_ablation", *configs("02_ablation", **given))
     with pytest.raises(FileNotFoundError, match="no whole cifar10 at"):
-        estimate.show("02_ablation", *configs)
-    monkeypatch.setattr(estimate, "load_split", lambda *which: None)
+        grids.obtain(grid)
+    monkeypatch.setattr(grids, "load_split", lambda *which: None)
     with pytest.raises(FileNotFoundError, match="wrn-70-16-dropout"):
-        estimate.show("02_ablation", *configs)
+        grids.obtain(grid)
     with pytest.raises(SystemExit, match="wrn-70-16-dropout"):
         estimate.main(["--profile", "cifar10", "--subset", "first", "--obtain", "02_ablation"])
     estimate.main(["--obtain", "04_autoattack"])  # digits and its networks are in this repository
@@ -257,7 +277,7 @@ def test_the_command_line(results, capsys):
 
 PAPERS_TIER = """
 import resource, sys, time
-from coup_lib.studies import estimate
+from workflow import estimate
 estimate.main(["--profile", "cifar10", "--budget", "full"])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(peak / 2**30, time.process_time())
@@ -275,39 +295,6 @@ def test_the_papers_tier_is_estimated_in_seconds_and_little_memory(tmp_path):
     assert absent.startswith("Still to be fetched: cifar10, ") and "wrn-70-16-dropout" in absent
     *table, taken = run.communicate(timeout=300)[0].splitlines()
     rows = [line.split(" | ")[0] for line in table if line.startswith("| ")]
-    assert rows == [f"| {name}" for name in ("notebook", "---", *estimate.NOTEBOOKS, "all of them")]
+    assert rows == [f"| {name}" for name in ("notebook", "---", *grids.NOTEBOOKS, "all of them")]
     peak, seconds = map(float, taken.split())
     assert peak < 2 and seconds < 60
-
-
-def test_memory_running_out_halves_the_batch(results, capsys, monkeypatch):
-    """A classifier that takes 8 images at a time: the same numbers, and a line that says so."""
-
-    class Small(nn.Module):
-        limit = 1000
-
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(64, 10)
-
-        def forward(self, x):
-            if len(x) > self.limit:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-            return self.linear(x.flatten(1))
-
-    torch.manual_seed(0)
-    small = Small().eval().requires_grad_(False)
-    monkeypatch.setattr(evaluate, "load_classifier", lambda dataset, name, trained: small)
-    config = Config(n_images=20, n_iter=3, eot=2, n_draws=2)
-    shares = []
-    for limit in (1000, 8):
-        Small.limit = limit
-        monkeypatch.setattr(paths, "RESULTS", results / str(limit))
-        row = Evaluation(config).columns(("none", "reverse"))["reverse"]
-        shares.append({name: score.right for name, score in row.items()})
-    assert "out of memory: going on with at most 5 images at once" in capsys.readouterr().out
-    assert all((shares[0][name] == shares[1][name]).all() for name in shares[0])
-    Small.limit = 0
-    monkeypatch.setattr(paths, "RESULTS", results / "none")
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        Evaluation(config).columns(("none",))

@@ -6,19 +6,22 @@ import threading
 import time
 from dataclasses import replace
 
+import filelock
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from coup_lib import paths
 from coup_lib.attacks import ATTACKS, AttackResult
 from coup_lib.defences import DEFENCES, PURIFIERS
+from coup_lib.evaluation import bench, records
 from coup_lib.evaluation import config as settings
-from coup_lib.evaluation import records
 from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.noise import image_seeds
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, worst_case, worst_of
+from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_case, worst_of
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.specs import CLEAN
@@ -39,7 +42,7 @@ def in_chunks(monkeypatch):
 
 
 def score(report, suspicion, labels=(0, 0, 0), robust=None, average=(0, 0, 0)):
-    return Score(*map(np.array, (labels, report, average, suspicion)), robust)
+    return Predictions(*map(np.array, (labels, report, average, suspicion)), robust)
 
 
 def attack_hash(source, **changes):
@@ -50,20 +53,17 @@ def test_ways_of_counting():
     report = [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 2]]
     robust = np.array([True, True, False])
     found = score(report, [1, 1, 1], robust=robust, average=[0, 1, 2])
-    assert found.mean.value == pytest.approx(100 * (1 + 0.75 + 0.25) / 3)
-    assert found.worst_draw.value == pytest.approx(100 / 3)
-    assert found.majority.value == pytest.approx(200 / 3)
-    assert found.autoattack.value == pytest.approx(200 / 3)
-    assert found.averaged.value == pytest.approx(100 / 3)
+    assert found.decided("single").tolist() == [1, 0.75, 0.25]
+    assert found.decided("worst_draw").tolist() == [1, 0, 0]
+    assert found.decided("majority").tolist() == [1, 1, 0]
+    assert found.decided("averaged").tolist() == [1, 0, 0]
     assert found.counted.tolist() == [1.0, 1.0, 0.0]
-    assert found.averaged.n == 3
 
 
 def test_a_borrowed_attack_has_no_count_of_its_own():
     found = score([[0]] * 3, [1, 1, 1])
-    for name in ("counted", "autoattack"):
-        with pytest.raises(ValueError, match="no count of its own"):
-            getattr(found, name)
+    with pytest.raises(ValueError, match="no count of its own"):
+        _ = found.counted
 
 
 def test_the_worst_source_is_chosen_per_image_and_rescored():
@@ -272,13 +272,13 @@ def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
     evaluation = Evaluation(Config(**TINY, num_shards=2), verbose=False)
     sources = [CLEAN, against("noise", "none"), against("pgd", "none")]
     rows = {str(source): source for source in sources}
-    evaluation.scores({"none": rows})
-    first, *others = (evaluation._score_record("reverse", source) for source in sources)
+    evaluation.predictions({"none": rows})
+    first, *others = (evaluation._prediction_record("reverse", source) for source in sources)
     thread = threading.Thread(target=evaluation.scores, args=({"reverse": rows},))
-    with records._lock(first._files()[0].with_suffix(".lock")):
+    with filelock.FileLock(f"{first.chunk_path(0)}.lock"):
         thread.start()
         deadline = time.monotonic() + 60
-        while not all(other._files()[0].exists() or other.path.exists() for other in others):
+        while not all(other.path.exists() for other in others):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert not first.path.exists() and thread.is_alive()
@@ -297,8 +297,8 @@ def test_columns_and_their_records(results_folder, capsys):
     columns = Evaluation(config).columns(("none", "reverse", "coup"))
     names = ["clean", "adaptive", "first_order", "from_none", "from_reverse"]
     assert list(columns["coup"]) == names  # the others' are there already: from_none, from_reverse
-    lent = ["adaptive of coup", "first_order of coup"]
-    assert list(columns["none"]) == list(columns["reverse"]) == names + lent
+    transfers = [Transfer("coup", "adaptive"), Transfer("coup", "first_order")]
+    assert list(columns["none"]) == list(columns["reverse"]) == names + transfers
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["none"]["adaptive"] is columns["none"]["from_none"]
     assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
@@ -322,8 +322,8 @@ def test_columns_and_their_records(results_folder, capsys):
 def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_folder, capsys):
     evaluation = Evaluation(Config(**TINY))
     columns = evaluation.columns(("none", "reverse", "coup"), autoattack=True)
-    lent = [f"{name} of {other}" for other in ("none", "reverse") for name in ("standard", "dlr")]
-    assert list(columns["coup"])[5:] == ["standard", "dlr", *lent]
+    transfers = [Transfer(other, name) for other in ("none", "reverse") for name in ("standard", "dlr")]
+    assert list(columns["coup"])[5:] == ["standard", "dlr", *transfers]
     for defence, row in columns.items():
         for name, attack in (("standard", "standard"), ("adaptive", "apgd-ce"), ("dlr", "apgd-dlr")):
             robust = evaluation.attack(against(attack, defence))["result"]["robust"]
@@ -331,10 +331,10 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
         assert row["clean"].attack_robust is None
     # What is found on one is tried on all.
     for name, attack in (("standard", "standard"), ("dlr", "apgd-dlr")):
-        found = evaluation.score("coup", against(attack, "reverse"))
-        assert (columns["coup"][f"{name} of reverse"].report == found.report).all()
-        found = evaluation.score("reverse", against(attack, "coup"))
-        assert (columns["reverse"][f"{name} of coup"].report == found.report).all()
+        found = evaluation.prediction("coup", against(attack, "reverse"))
+        assert (columns["coup"][Transfer("reverse", name)].report == found.report).all()
+        found = evaluation.prediction("reverse", against(attack, "coup"))
+        assert (columns["reverse"][Transfer("coup", name)].report == found.report).all()
     assert columns["coup"]["from_reverse"].attack_robust is None
     assert columns["none"]["from_none"].attack_robust is not None
     said = evaluation.warnings("coup")
@@ -349,22 +349,22 @@ def test_an_attack_is_never_made_twice(results_folder, monkeypatch):
     assert evaluation.attack(source) is first
     again = Evaluation(Config(**TINY), verbose=False)
     assert again.attack(source) == first and (again.x_adv(source) == evaluation.x_adv(source)).all()
-    evaluation.scores({target: {"it": source} for target in ("none", "coup")})
+    evaluation.predictions({target: {"it": source} for target in ("none", "coup")})
 
 
 def test_a_new_target_has_the_attack_run_again_where_its_images_are_gone(results_folder, monkeypatch, capsys):
     """Scores that are on record are read back without images."""
     source, config = against("pgd", "reverse", start=against("pgd", "none")), Config(**TINY)
     rows = {target: {"it": source} for target in ("reverse", "coup")}
-    there = Evaluation(config, verbose=False).scores(rows)
+    there = Evaluation(config, verbose=False).predictions(rows)
     shutil.rmtree(results_folder / "digits" / records.APART)
     assert (
-        Evaluation(config, verbose=False).scores(rows)["coup"]["it"].report == there["coup"]["it"].report
+        Evaluation(config, verbose=False).predictions(rows)["coup"]["it"].report == there["coup"]["it"].report
     ).all()
     assert not (results_folder / "digits" / records.APART).exists()
     for path in results_folder.glob("digits/score-coup-*.json"):
         path.unlink()
-    again = Evaluation(config, verbose=False).scores(rows)
+    again = Evaluation(config, verbose=False).predictions(rows)
     assert (again["coup"]["it"].report == there["coup"]["it"].report).all()
     said = capsys.readouterr().out
     assert said.count("they are made again from the seed") == 2 and "not to the bit" not in said
@@ -375,7 +375,7 @@ def test_scores_do_not_depend_on_the_chunks(results_folder, in_chunks):
     found = []
     for size in (64, 4):
         in_chunks(size)
-        found.append(Evaluation(config, verbose=False).score("coup", CLEAN))
+        found.append(Evaluation(config, verbose=False).prediction("coup", CLEAN))
         for path in results_folder.rglob("*.json"):
             path.unlink()
     whole, chunked = found
@@ -387,7 +387,7 @@ def test_average_is_the_class_of_the_mean_logits(results_folder):
     config = Config(n_images=12, n_draws=5)
     evaluation = Evaluation(config, verbose=False)
     source = against("noise", "none")
-    found, model = evaluation.score("diffpure", source), evaluation.bench.defence("diffpure")
+    found, model = evaluation.prediction("diffpure", source), evaluation.bench.defence("diffpure")
     x = evaluation.x_adv(source)
     seeds = image_seeds(config.seed, evaluate.REPORT, range(12), 5)
     logits = torch.stack([model(x, seeds=seeds[:, draw]) for draw in range(5)])
@@ -398,7 +398,7 @@ def test_average_is_the_class_of_the_mean_logits(results_folder):
 @pytest.mark.parametrize("name", DEFENCES)
 def test_every_defence_is_built_attacked_and_scored(results_folder, name):
     evaluation = Evaluation(Config(**TINY), verbose=False)
-    found = evaluation.scores({name: {"clean": CLEAN, "pgd": against("pgd", name)}})[name]
+    found = evaluation.predictions({name: {"clean": CLEAN, "pgd": against("pgd", name)}})[name]
     assert found["pgd"].report.shape == (4, 2)
     assert found["pgd"].attack_robust.shape == (4,) and found["clean"].attack_robust is None
     x_adv = evaluation.x_adv(against("pgd", name))
@@ -429,3 +429,36 @@ def test_only_the_settings_that_matter_name_a_record():
     assert weak.attack_settings(same) == strong.attack_settings(same)
     other = against("apgd-ce", "coup")
     assert weak.attack_settings(other) != strong.attack_settings(other)
+
+
+def test_memory_running_out_halves_the_batch(results_folder, capsys, monkeypatch):
+    """A classifier that takes 8 images at a time: the same numbers, and a line that says so."""
+
+    class Small(nn.Module):
+        limit = 1000
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x):
+            if len(x) > self.limit:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return self.linear(x.flatten(1))
+
+    torch.manual_seed(0)
+    small = Small().eval().requires_grad_(False)
+    monkeypatch.setattr(bench, "load_classifier", lambda dataset, name: small)
+    config = Config(n_images=20, n_iter=3, eot=2, n_draws=2)
+    shares = []
+    for limit in (1000, 8):
+        Small.limit = limit
+        monkeypatch.setattr(paths, "RESULTS", results_folder / str(limit))
+        row = Evaluation(config).columns(("none", "reverse"))["reverse"]
+        shares.append({name: score.right for name, score in row.items()})
+    assert "out of memory: going on with at most 5 images at once" in capsys.readouterr().out
+    assert all((shares[0][name] == shares[1][name]).all() for name in shares[0])
+    Small.limit = 0
+    monkeypatch.setattr(paths, "RESULTS", results_folder / "none")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Evaluation(config).columns(("none",))

@@ -9,10 +9,10 @@ from one_thread import one_thread  # noqa: F401
 from torch import nn
 
 from coup_lib import hessian as frozen
-from coup_lib.evaluation.cost import FlopCounter
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.hessian import FrozenLayers
 from coup_lib.networks.wideresnet import WideResNet
+from workflow.estimate import FlopCounter
 
 SETTINGS = {
     "plain": {},

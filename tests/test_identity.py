@@ -40,12 +40,12 @@ def test_the_name_of_a_network_does_not_matter_and_its_weights_do():
 def test_a_classifier_that_a_caller_puts_in_gets_no_record_of_another():
     """An untrained network has no part in what was published of cnn-small."""
     usual = Evaluation(TINY, verbose=False)
-    there = usual.scores({"none": {"clean": CLEAN}})["none"]["clean"]
+    there = usual.predictions({"none": {"clean": CLEAN}})["none"]["clean"]
     mine = Evaluation(TINY, verbose=False)
     mine.bench.classifier = untrained()
     for spec in (against("apgd-ce", "none"), against("apgd-ce", "coup")):
         assert mine.attack_settings(spec) != usual.attack_settings(spec)
-    assert mine.scores({"none": {"clean": CLEAN}})["none"]["clean"].right.mean() < there.right.mean()
+    assert mine.predictions({"none": {"clean": CLEAN}})["none"]["clean"].right.mean() < there.right.mean()
 
 
 def test_the_zoos_network_is_the_same_loaded_or_not():
@@ -91,6 +91,6 @@ def test_a_defence_that_nobody_knows_by_name_is_attacked_and_scored_like_the_pap
     images = Images(x, model(x).argmax(1))  # so that it is right on all of them
     runner = Runner(replace(TINY, eps=0.9), Foreign(model), lambda: images, dict, verbose=False)
     row = {"clean": CLEAN, "own": AttackSpec("apgd-ce", "mine")}
-    scores = runner.scores({"mine": row})["mine"]
+    scores = runner.predictions({"mine": row})["mine"]
     assert scores["own"].counted.shape == (6,)
     assert scores["own"].right.mean() < scores["clean"].right.mean() == 1

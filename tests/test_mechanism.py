@@ -1,4 +1,4 @@
-"""Gradients that foretell and gradients that do not: closed forms, and the trained networks."""
+"""Gradients that predict the slope and gradients that do not: closed forms, and the trained networks."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_draws_are_those_of_a_deterministic_loss():
     torch.testing.assert_close(losses[:, 0], F.cross_entropy(Scaled()(x), y, reduction="none"))
 
 
-def test_a_smooth_loss_has_the_slope_that_its_gradient_foretells():
+def test_a_smooth_loss_has_the_slope_that_its_gradient_predicts():
     x, y = torch.rand(4, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 0, 1])
     seeds = torch.zeros(4, 2, dtype=torch.int64)
     gradient = mechanism.draw_gradients(Scaled(), x, y, seeds).mean(1)
@@ -94,9 +94,55 @@ def test_step_directions():
     )
 
 
-def test_foretold_over_measured():
+def slope(exact, first_order, spread=0.01):
+    """A case of `mechanism.slopes`, at 8 images, from its ratios of predicted and measured slope."""
+    jitter = spread * np.linspace(-1, 1, 8)
+    predicted = {"foretold_exact": exact + jitter, "foretold_first_order": first_order + jitter}
+    return predicted | {f"measured_{kind}": np.ones((2, 8)) for kind in mechanism.KINDS}
+
+
+def test_predicted_over_measured_slope():
     result = {"foretold_exact": np.full(8, 3.0), "measured_exact": np.full((2, 8), 2.0)}
-    assert mechanism.ratio_of(result, "exact") == (1.5, 1.5, 1.5)
+    assert mechanism.predicted_over_measured(result, "exact") == (1.5, 1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("coup", "flipped", "smooth", "spread", "said"),
+    [
+        ((0.8, 1.0), (1.5, 1.0), (1.05, 1.0), 0.01, "holds"),
+        ((0.8, 1.0), (1.5, 1.0), (1.05, 1.0), 2.0, "is not decided"),  # the intervals are wide
+        ((0.8, 1.0), (1.5, 1.0), (1.7, 1.0), 0.01, "is not decided"),  # the smoothed maximum mends nothing
+        ((0.8, 0.7), (1.5, 1.0), (1.05, 1.0), 0.01, "is not decided"),  # first-order is worse
+        ((1.2, 1.0), (1.5, 1.0), (1.05, 1.0), 0.01, "does not hold"),
+        ((0.8, 1.0), (0.7, 1.0), (1.05, 1.0), 0.01, "does not hold"),
+    ],
+)
+def test_the_verdict_follows_the_slopes(coup, flipped, smooth, spread, said):
+    slopes = {"reverse": slope(1, 1), "coup": slope(*coup, spread), "flipped": slope(*flipped, spread)}
+    assert mechanism.verdict(slopes | {"smooth": slope(*smooth)}).endswith(f"**{said}**.")
+
+
+def test_the_table_says_on_which_side_of_its_reference_an_interval_lies():
+    statistics = {name: np.full(8, 0.5) for name in ("cosine", "ratio", "switched")}
+    statistics |= {f"snr_{kind}": np.full(8, 0.25) for kind in mechanism.KINDS}
+    losses = {"exact": np.ones((6, 8)), "first_order": np.ones((6, 8)) + np.linspace(0.1, 0.2, 8)}
+    right = {"exact": np.ones(8), "first_order": np.zeros(8), "worst": np.zeros(8)}
+    found = mechanism.Mechanism(
+        {0.0: right, 1.0: right, "smooth": right},
+        statistics | {"second_order": np.full((3, 8), 0.1)},
+        {kind: {5: values[0], 20: values[1]} for kind, values in losses.items()},
+        {("coup", start): losses for start in mechanism.STARTS},
+        {case: slope(1.0, 0.5) for case in mechanism.CASES},
+    )
+    table = mechanism.findings(found)
+    said = table["What the interval says"]
+    assert said["Length of the exact over the first-order mean gradient, median"] == "below 1"
+    assert said["First-order − exact: loss reached, 20 draws"] == "above 0"
+    assert said["Predicted over measured slope, COUP, exact"] == "includes 1"
+    assert said["Cosine of the exact and the first-order mean gradient, median"] == "–"
+    assert said["Exact − first-order attack: accuracy (points), λ = 1"] == "above 0"
+    gain = table.loc["λ = 1 against λ = 0: accuracy (points), worst case over attacks, per image"]
+    assert gain["Value"] == "0.000" and gain["What the interval says"] == "includes 0"
 
 
 def test_without_guidance_there_is_no_second_order_term(results_folder):
@@ -110,12 +156,12 @@ def test_without_guidance_there_is_no_second_order_term(results_folder):
     np.testing.assert_allclose(none["ratio"], 1, atol=1e-5)
 
 
-def test_on_trained_networks_the_exact_gradient_foretells_where_nothing_jumps(results_folder):
+def test_on_trained_networks_the_exact_gradient_predicts_the_slope_where_nothing_jumps(results_folder):
     config = Config(purpose="probe", n_images=12, n_iter=10, eot=2, n_steps=10)
     error = {}
     for case in ("reverse", "coup", "smooth"):
         result = mechanism.slopes(config, case, draws=8)
-        error[case] = abs(mechanism.ratio_of(result, "exact")[0] - 1)
+        error[case] = abs(mechanism.predicted_over_measured(result, "exact")[0] - 1)
     assert error["reverse"] < 0.1 and error["smooth"] < 0.1
     assert error["coup"] > error["smooth"]
 

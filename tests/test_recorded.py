@@ -15,13 +15,13 @@ CONFIG = Config(n_images=4, n_iter=2, eot=1, n_draws=2, n_steps=3)
 def clean(config=CONFIG):
     """The clean column alone, and the worst case beside it."""
     evaluation = Evaluation(config, verbose=False)
-    rows = evaluation.scores({"coup": {"clean": CLEAN}})
+    rows = evaluation.predictions({"coup": {"clean": CLEAN}})
     return rows["coup"]["clean"], evaluation.recorded(rows)["coup"]
 
 
 def attack(config=CONFIG, target="coup", **source):
     rows = {target: {"it": against("pgd", "coup", **source)}}
-    return Evaluation(config, verbose=False).scores(rows)[target]["it"]
+    return Evaluation(config, verbose=False).predictions(rows)[target]["it"]
 
 
 def test_an_attack_of_another_notebook_counts(results_folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -52,9 +53,7 @@ def test_a_record_holds_what_it_takes_to_make_it_again(folder):
 def test_a_record_names_the_gpus(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    records._machine.cache_clear()
     assert run(square)["provenance"]["machine"].endswith(f"{os.cpu_count()} cores, GPU 0, GPU 1")
-    records._machine.cache_clear()
 
 
 def test_the_same_settings_are_read_back_and_changed_ones_are_not():
@@ -73,64 +72,61 @@ def test_key_order_does_not_matter_and_values_do():
     assert records.config_hash({"a": 1}) != records.config_hash({"a": 1.5})
 
 
-def test_a_failed_run_goes_on_behind_its_last_chunk():
-    seen = []
+def breaks_off(at):
+    """Chunks as `square` makes them, up to one at which the run fails."""
 
-    def fails_at_2(chunk):
-        seen.append(chunk)
-        if chunk == 2 and len(seen) == 3:
+    def compute(chunk):
+        if chunk == at:
             raise RuntimeError("power cut")
         return square(chunk)
 
+    return compute
+
+
+def test_a_failed_run_goes_on_behind_its_last_chunk():
     with pytest.raises(RuntimeError, match="power cut"):
-        run(fails_at_2)
-    assert run(fails_at_2)["result"]["values"] == [0, 1, 4]
-    assert seen == [0, 1, 2, 2]
-
-
-def chunk_files(folder):
-    """Those of finished chunks, in their order; a lock is called alike, the record's arrays are not."""
-    return sorted(folder.rglob("work-*.*-*.npz"))
-
-
-def test_a_chunk_whose_file_is_damaged_is_made_again(folder):
-    def fails_at_2(chunk):
-        return square(chunk) if chunk < 2 else 1 / 0
-
-    with pytest.raises(ZeroDivisionError):
-        run(fails_at_2)
-    _, last = chunk_files(folder)
-    last.write_bytes(last.read_bytes()[:-10])
+        run(breaks_off(2))
     seen = []
-    record = run(lambda chunk: seen.append(chunk) or square(chunk))
-    assert seen == [2, 1] and record["result"]["values"] == [0, 1, 4]
+    assert run(lambda chunk: seen.append(chunk) or square(chunk))["result"]["values"] == [0, 1, 4]
+    assert seen == [2]
 
 
-def test_chunks_that_were_cut_in_another_way_are_not_taken(folder):
-    """Killed with one size of chunks and resumed with another: nothing is missing and nothing is mixed."""
+@pytest.mark.parametrize(("n", "first", "then"), [(8, 2, 4), (8, 4, 2), (9, 3, 4), (9, 4, 3)])
+def test_a_run_that_goes_on_with_another_chunk_size_makes_every_image_once(folder, n, first, then):
+    """Also where there are as many chunks as before: 9 images are 3 + 3 + 3 or 4 + 4 + 1."""
 
-    def labels(chunk):
-        if killed and chunk == 4:
-            raise KeyboardInterrupt
-        return {"value": list(range(chunk, min(chunk + size, 8))), "x": np.zeros(1)}
+    def labels(size, fails=False):
+        def compute(start):
+            if fails and start:
+                raise RuntimeError("killed")
+            return {"labels": list(range(start, min(start + size, n)))}
 
-    killed, size = True, 2
-    with pytest.raises(KeyboardInterrupt):
-        run(labels, chunks=range(0, 8, size))
-    for size in (3, 4, 5):
-        killed = False
-        found = work(labels, chunks=range(0, 8, size)).finish()["result"]["values"]
-        assert [label for part in found for label in part] == list(range(8))
-        shutil.rmtree(folder / "digits")
+        def combine(parts):
+            return {"labels": [label for part in parts for label in part["labels"]]}
+
+        return records.ChunkedRecord("digits", "work", {"n": n}, range(0, n, size), compute, combine)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        labels(first, fails=True).finish()
+    assert labels(then).finish()["result"]["labels"] == list(range(n))
+    assert len(list((folder / "digits").iterdir())) == 1, "the chunks of the first run were left behind"
 
 
-def test_a_kill_between_the_record_and_the_end_of_its_chunks_leaves_nothing_behind(folder, monkeypatch):
-    with monkeypatch.context() as killed:
-        killed.setattr(records.ChunkedRecord, "_clear", lambda record: None)
-        made = run(square)
-    assert chunk_files(folder)
-    assert run(square)["result"] == made["result"]
-    assert {path.suffix for path in folder.rglob("*.*")} == {".json", ".npz"}
+def test_a_kill_between_the_record_and_its_chunks_end_leaves_nothing_behind(folder):
+    with pytest.raises(RuntimeError):
+        run(breaks_off(2))
+    chunks = {path: path.read_bytes() for path in folder.glob("*/*chunk*.npz")}
+    made = run(square)
+    for path, content in chunks.items():
+        path.write_bytes(content)
+    assert len(chunks) == 2 and run(square)["result"] == made["result"]
+    assert sorted(path.suffix for path in (folder / "digits").iterdir()) == [".json", ".npz"]
+
+
+def test_an_array_of_objects_is_refused():
+    """Reading it back would run code."""
+    with pytest.raises(TypeError, match="expected arrays of numbers or of text"):
+        run(lambda chunk: {"x": np.array([print])})
 
 
 def test_a_record_without_its_arrays_is_made_again(folder):
@@ -169,20 +165,8 @@ def said(monkeypatch):
     return event
 
 
-def test_a_second_process_on_a_record_waits_and_says_so(folder, capsys, said):
-    path = records.record_path("digits", "work", {"a": 1})
-    path.parent.mkdir(parents=True)
-    held = threading.Event()
-
-    def other():
-        with filelock.FileLock(work(square)._files()[0].with_suffix(".lock")):
-            held.set()
-            said.wait(60)
-
-    threading.Thread(target=other).start()
-    held.wait()
-    assert run(square)["result"]["values"] == [0, 1, 4]
-    assert "another process is working on work-" in capsys.readouterr().out
+def lock_of(record, chunk):
+    return filelock.FileLock(f"{record.chunk_path(chunk)}.lock")
 
 
 def files(folder):
@@ -198,26 +182,24 @@ def files(folder):
 @pytest.mark.parametrize("count", [2, 7])
 def test_workers_share_the_chunks_and_make_the_same_record(folder, monkeypatch, count):
     done = {index: [] for index in range(count)}
-    for index in range(
-        count
-    ):  # one after the other, none waits: the first has only its own if others are at work
-        part = work(square, range(5), worker=records.Worker(index, count))
-        others = [
-            filelock.FileLock(part._files()[i].with_suffix(".lock")) for i in range(5) if i % count != index
-        ]
+    for index in range(count):  # one after the other: all chunks but this one's own are in others' work
+        part = work(
+            lambda chunk, index=index: done[index].append(chunk) or square(chunk),
+            range(5),
+            worker=records.Worker(index, count),
+        )
         part.path.parent.mkdir(parents=True, exist_ok=True)
+        others = [lock_of(part, chunk) for chunk in range(5) if chunk % count != index]
         for lock in others:
             lock.acquire()
-        replace(part, compute=lambda chunk, index=index: done[index].append(chunk) or square(chunk)).share()
+        part.share()
         for lock in others:
             lock.release()
     assert done == {index: [chunk for chunk in range(5) if chunk % count == index] for index in range(count)}
     merged = work(lambda chunk: pytest.fail("computed again"), range(5)).finish()
     assert merged["result"]["values"] == [0, 1, 4, 9, 16]
     shared = files(folder)
-    assert (
-        len(list(folder.rglob("*"))) == 3
-    )  # the folder of the profile, the record, its arrays: no chunk, no lock
+    assert len(list((folder / "digits").iterdir())) == 2, "chunks or locks were left behind"
     monkeypatch.setattr(paths, "RESULTS", folder / "alone")
     run(square, range(5))
     assert files(folder / "alone") == shared
@@ -235,27 +217,30 @@ def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(folde
     held = threading.Event()
 
     def other():
-        with filelock.FileLock(part._files()[1].with_suffix(".lock")):
+        with lock_of(part, 1):
             held.set()
             said.wait(60)
 
     threading.Thread(target=other).start()
     held.wait()
     part.share()
-    assert [file.exists() for file in part._files()] == [True, False, True]
+    assert [part.chunk_path(chunk).exists() for chunk in range(3)] == [True, False, True]
     assert part.finish()["result"]["values"] == [0, 1, 4]
-    assert "another process is working on work-" in (out := capsys.readouterr().out) and "-1; waiting" in out
+    assert re.search(r"another process is working on work-.*\.chunk1of3", capsys.readouterr().out)
 
 
 def test_a_record_says_whose_code_made_its_chunks(monkeypatch, capsys):
-    monkeypatch.setattr(records, "COMMIT", "old")
-    work(square, worker=records.Worker(0, 2)).share()
-    monkeypatch.setattr(records, "COMMIT", "new")
+    monkeypatch.setattr(records, "COMMIT", "0123456789abcdef")
+    with pytest.raises(RuntimeError):
+        run(breaks_off(2))
+    monkeypatch.setattr(records, "COMMIT", "fedcba9876543210")
     provenance = run(square)["provenance"]
-    assert provenance["commit"] == "new"
-    assert "made by several versions of the code (commits new, old)" in capsys.readouterr().out
-    assert [made["commit"] for made in provenance["also"]] == ["old"]
+    assert provenance["commit"] == "fedcba9876543210"
+    assert [made["commit"] for made in provenance["also"]] == ["0123456789abcdef"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: work-") and line.endswith("(commits 0123456789ab, fedcba987654)")
     assert "also" not in run(square, settings={"a": 2})["provenance"]
+    assert capsys.readouterr().out == ""
 
 
 def test_where_nothing_may_be_made_a_record_is_read_or_missing():

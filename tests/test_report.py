@@ -9,7 +9,6 @@ import pytest
 from coup_lib import paths
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
-from coup_lib.evaluation.run import planning
 from coup_lib.evaluation.stats import ratio_interval
 from coup_lib.reporting import tables
 from coup_lib.studies import report, sweeps
@@ -94,7 +93,7 @@ def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
 
 def test_parts_of_the_paper_can_be_chosen():
     lines, gaps = report.everything(Config(), [], ["toy"])
-    assert {line.where for line in lines} == set(report.TOY) and not gaps
+    assert [line.where for line in lines] == ["toy"] and not gaps
     for wrong in (["Table 9"], "toy"):
         with pytest.raises(ValueError, match="parts: expected"):
             report.everything(Config(), [], wrong)
@@ -102,12 +101,8 @@ def test_parts_of_the_paper_can_be_chosen():
 
 def test_a_classifier_of_fig_2b_can_have_sizes_of_its_own():
     own = {"cnn-small": {"n_images": 7, "precision": "tf32"}}
-    with planning() as jobs:
-        report.ablation(Config(n_images=5), ["cnn-small", "cnn-large"], own)
-    assert {(job.classifier, job.config.n_images, job.config.precision) for job in jobs} == {
-        ("cnn-small", 7, "tf32"),
-        ("cnn-large", 5, "float32"),
-    }
+    asked = [report.spending(Config(n_images=5), name, own) for name in ("cnn-small", "cnn-large")]
+    assert [(config.n_images, config.precision) for config in asked] == [(7, "tf32"), (5, "float32")]
     assert "cnn-small has in Fig. 2b n_images = 7, precision = tf32" in report.caption(Config(), [], own)
     for wrong, message in (
         (["cnn-small"], "fig2b: expected .* or the like; got \\['cnn-small'\\]"),
@@ -138,3 +133,14 @@ def test_the_figure_shows_the_papers_number_only_where_there_is_one():
 def test_the_page_reads_what_the_notebooks_write(notebook, parameter, values):
     found = papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))[parameter]
     assert found["default"] == str(list(values))
+
+
+def test_the_report_computes_nothing(tmp_path, monkeypatch):
+    """What is not on record shows as such, at once."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    lines, gaps = report.everything(Config(n_images=3), ["cnn-small"])
+    assert [line.where for line in lines] == list(report.PARTS) and not gaps
+    assert {line.what for line in lines} == {"not on record: run its notebook first"}
+    assert not list(tmp_path.rglob("*"))
+    assert report.table(lines).shape == (len(report.PARTS), 7)
+    assert report.figure(gaps).axes

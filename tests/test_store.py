@@ -1,7 +1,6 @@
 """Published records are read back to the last bit."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -85,20 +84,23 @@ def test_what_records_share_stands_once(folder):
     assert not store.published(folder / "cifar10")
 
 
+def publish():
+    store.move(paths.RESULTS.glob("*/*.json"), paths.PUBLISHED)
+
+
 def test_published_records_are_read_back_and_a_new_runs_stand_before_them(folder, monkeypatch, capsys):
     def made(value):
         return records.record("digits", "work", {"a": 1}, lambda: {"values": [value] * 9})
 
-    monkeypatch.setattr(sys, "argv", ["store"])
-    store.main()  # with nothing to publish
+    publish()  # with nothing to publish
     first = made(1)
-    store.main()
+    publish()
     assert sorted(path.name for path in (folder / "digits").iterdir()) == [store.FILE]
     assert made(2) == first  # read back, not made
     path = records.record_path("digits", "work", {"a": 1})
     path.write_text(json.dumps(first | {"arrays": [], "result": {"values": [3] * 9}}))
     assert made(2)["result"]["values"] == [3] * 9
-    store.main()
+    publish()
     assert made(2)["result"]["values"] == [3] * 9
     assert "1 records published; 1 there are" in capsys.readouterr().out
 
@@ -108,10 +110,9 @@ def test_arrays_are_published_with_their_record_and_chunks_in_work_are_left(fold
         return records.record("digits", "work", {"a": 1}, lambda: {"x": np.arange(3)})
 
     made()
-    chunk = paths.RESULTS / "digits" / "other.chunk0.npz"
+    chunk = paths.RESULTS / "digits" / "other-0.chunk0of2-0.npz"
     np.savez(chunk, x=np.zeros(1))
-    monkeypatch.setattr(sys, "argv", ["store"])
-    store.main()
+    publish()
     assert chunk.exists() and [path.name for path in chunk.parent.iterdir()] == [chunk.name]
     assert made()["arrays"]["x"].tolist() == [0, 1, 2]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score, Transfer
+from coup_lib.evaluation.outcomes import Predictions, Transfer
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.reporting import tables
 from coup_lib.studies import stronger_attacks as stronger
@@ -16,7 +16,7 @@ HALF = np.tile([1.0, 0.0], 20)
 def score(right, labels=None):
     labels = np.arange(len(right)) % 10 if labels is None else labels
     report = np.where(right[:, None] == 1, labels[:, None], (labels[:, None] + 1) % 10)
-    return Score(labels, report, report[:, 0], right, right == 1)
+    return Predictions(labels, report, report[:, 0], right, right == 1)
 
 
 def test_purifiers_face_the_same_sources():

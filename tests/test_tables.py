@@ -10,7 +10,7 @@ import pytest
 from coup_lib import paths
 from coup_lib.defences import DEFENCES, LABELS
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import RULES, Accuracy, Score, Transfer, worst_case
+from coup_lib.evaluation.outcomes import RULES, Accuracy, Predictions, Transfer, worst_case
 from coup_lib.evaluation.progress import Plan
 from coup_lib.reporting import compare, paper, plots, readme, tables
 
@@ -21,7 +21,7 @@ def made_up(n_wrong, robust=None):
     """N images, the first n_wrong of them always misclassified; robust (n,) bool is the attack's count."""
     report = np.zeros((N, 5), dtype=int)
     report[:n_wrong] = 1
-    return Score(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), robust)
+    return Predictions(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), robust)
 
 
 def all_but(n_first, n_last=0):
@@ -91,7 +91,7 @@ def test_transfers_count_and_have_one_column():
 
 def test_an_attacks_images_are_decided_in_four_ways():
     report = np.tile([0, 0, 1], (N, 1))  # right twice in three draws
-    score = Score(np.zeros(N, dtype=int), report, report[:, 2], (report == 0).mean(1), all_but(10))
+    score = Predictions(np.zeros(N, dtype=int), report, report[:, 2], (report == 0).mean(1), all_but(10))
     shares = {rule: score.decided(rule).mean() for rule in RULES}
     assert shares == pytest.approx({"single": 2 / 3, "averaged": 0, "majority": 1, "worst_draw": 0})
     assert score.counted.mean() == 1 - 10 / N
@@ -101,7 +101,7 @@ def test_a_claim_is_judged_under_the_protocol_and_in_the_worst_case(results):
     claims = tables.coup_claims(results, paper.PURIFIERS["linf"], "here: ")
     text = tables.claims(claims, tables.judged("autoattack"))
     first, second = text.splitlines()[2:4]
-    assert first.startswith("| here: COUP is more robust than COUP w/o guidance | **holds** (+25.00 points")
+    assert first.startswith("| here: COUP is more robust than Reverse SDE | **holds** (+25.00 points")
     assert "| **does not hold** (-15.00 points" in first
     assert "than DiffPure (the paper reports +2.41) | **holds**" in second
     assert text.endswith("n = 40; paired differences with 95 % intervals.")

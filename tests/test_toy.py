@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coup_lib.reporting import toy_figures
-from coup_lib.studies import toy
+from coup_lib.studies import toy, toy_figures
 from coup_lib.studies.toy import DTYPE, ToySettings, TwoGaussians
 
 DATA = TwoGaussians()
@@ -18,6 +17,17 @@ def scalar(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=DTYPE)
 
 
+def log_density(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    mean = DATA.sde.mean_coeff(t) * DATA.mean
+    logs = torch.stack([-0.5 * (x + mean) ** 2, -0.5 * (x - mean) ** 2])
+    return logs.logsumexp(0) - math.log(2 * math.sqrt(2 * math.pi))
+
+
+def drift(x: torch.Tensor, t: torch.Tensor, lam: float, c: float) -> torch.Tensor:
+    ascent = DATA.score(x, t) + lam * DATA.guidance(x, scalar(c))[0]
+    return DATA.reverse_drift(x, t, ascent)
+
+
 def counts(**changes: object) -> dict:
     return toy.label_flips(DATA, replace(SETTINGS, **changes))
 
@@ -25,14 +35,14 @@ def counts(**changes: object) -> dict:
 @pytest.mark.parametrize("t", [0.0, 0.1, 1.0])
 def test_score_is_the_gradient_of_the_log_density(t: float) -> None:
     x = torch.linspace(-4, 4, 101, dtype=DTYPE, requires_grad=True)
-    (expected,) = torch.autograd.grad(DATA.log_density(x, scalar(t)).sum(), x)
+    (expected,) = torch.autograd.grad(log_density(x, scalar(t)).sum(), x)
     torch.testing.assert_close(DATA.score(x.detach(), scalar(t)), expected)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3])
 def test_log_density_integrates_to_one(t: float) -> None:
     x = torch.linspace(-12, 12, 4001, dtype=DTYPE)
-    assert torch.trapezoid(DATA.log_density(x, scalar(t)).exp(), x).item() == pytest.approx(1, abs=1e-10)
+    assert torch.trapezoid(log_density(x, scalar(t)).exp(), x).item() == pytest.approx(1, abs=1e-10)
 
 
 @pytest.mark.parametrize("c", [0.0, 1.0, 20.0])
@@ -54,9 +64,9 @@ def test_the_true_classifier_is_a_sigmoid() -> None:
 def test_drift_without_guidance_and_its_slope() -> None:
     x = torch.linspace(-3, 3, 50, dtype=DTYPE, requires_grad=True)
     t = scalar(0.1)
-    drift = DATA.reverse_drift(x, t, scalar(0), scalar(0))
-    torch.testing.assert_close(drift, DATA.sde.beta(t) * (x / 2 + DATA.score(x, t)))
-    (slope,) = torch.autograd.grad(drift.sum(), x)
+    unguided = drift(x, t, 0, 0)
+    torch.testing.assert_close(unguided, DATA.sde.beta(t) * (x / 2 + DATA.score(x, t)))
+    (slope,) = torch.autograd.grad(unguided.sum(), x)
     torch.testing.assert_close(DATA.unguided_slope(x.detach(), t), slope)
 
 
@@ -82,7 +92,7 @@ def integrated_probabilities(lam: float, c: float) -> tuple[float, float]:
         std = float(DATA.sde.diffusion(t)) * math.sqrt(dt)
 
         def step(start: torch.Tensor, t: torch.Tensor = t, std: float = std) -> torch.Tensor:
-            mean = start + dt * DATA.reverse_drift(start, t, scalar(lam), scalar(c))
+            mean = start + dt * drift(start, t, lam, c)
             edges = torch.cat([x - h / 2, x[-1:] + h / 2])
             return torch.special.ndtr((edges - mean[:, None]) / std).diff(dim=-1)
 
@@ -206,3 +216,19 @@ def test_labels_are_spread_in_order() -> None:
     placed = toy_figures.spread([0.5, 0.52, 0.1], 0.1)
     assert placed[2] < placed[0] < placed[1]
     assert placed[1] - placed[0] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_tables_say_what_the_runs_showed() -> None:
+    settings = replace(SETTINGS, t_stars="0.1")
+    flips, hypotheses = counts(), toy.prop1_hypotheses(DATA, settings)
+    table = toy_figures.flip_table(flips)
+    assert table["Ever below 0: rarer with guidance"]["0"] == "holds"
+    assert table["Ever below 0: rarer with guidance"]["10"] == "does not hold"
+    share = 100 * flips["flipped"][0][0] / SETTINGS.n_runs
+    assert table["Final flip, λ = 0"]["0"].startswith(f"{share:.2f} % [")
+    assert toy_figures.hypothesis_table(hypotheses)["Verdict"].tolist() == ["does not hold", "holds"]
+    crossings = toy_figures.crossing_table(flips, hypotheses)
+    assert crossings["Eq. 7, path by path"].tolist() == ["holds", "does not hold", "does not hold"]
+    assert crossings["λ = 10"]["0"] == f"{flips['crossed_saved'][0][2]:,} / 0"
+    bound = toy_figures.prop2_table(toy.prop2_check(DATA, settings))
+    assert bound.index.tolist() == ["0.1"] and bound["Runs within Eq. 8"].tolist() == ["100.00%"]

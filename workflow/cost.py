@@ -1,17 +1,17 @@
-"""What the whole paper costs, by counting: `python workflow/cost.py > workflow/cost.md`; nothing is measured.
+"""What the whole paper costs, by counting: `python -m workflow.cost > workflow/cost.md`; nothing is measured.
 
-`python -m coup_lib.studies.estimate` measures on a machine how fast that is done.
+`python -m workflow.estimate` measures on a machine how fast that is done.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from coup_lib.studies.estimate import NOTEBOOKS, jobs, seconds, work
 
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.run import Job
 from coup_lib.reporting.tables import markdown
+from coup_lib.studies.grids import NOTEBOOKS, grid
+from workflow.estimate import Job, jobs, seconds, work
 
 # GFLOP of a call on one image, a multiply-add counting two.
 SCORE, CLASSIFIERS = 37.1, {"wrn-28-10": 10.5, "wrn-70-16-dropout": 77.5}
@@ -43,7 +43,7 @@ def planned(name: str, n_images: int) -> Iterable[Job]:
         for given in settings:
             if given.get("split") == "validation":
                 given["n_images"] = min(n_images, 5_000)
-        yield from jobs(name, *(Config(**given) for given in settings))
+        yield from jobs(grid(name, *(Config(**given) for given in settings)))
 
 
 def table(n_images: int) -> pd.DataFrame:
@@ -52,7 +52,7 @@ def table(n_images: int) -> pd.DataFrame:
     for name in NOTEBOOKS:
         row = rows[name] = dict.fromkeys(("attacks", "PFLOP", *map(hours, SUSTAINED), "GiB"), 0.0)
         for job in planned(name, n_images):
-            n, (attack, scores) = job.config.n_images, cost(job)
+            n, (attack, scores) = job.n_images, cost(job)
             row["attacks"] += job.makes_images
             row["PFLOP"] += n * (attack + scores).sum() / 1000
             for precision in SUSTAINED:
@@ -95,7 +95,7 @@ def page() -> str:
     )
     parts = [
         "# What the whole paper costs",
-        "By `python workflow/cost.py > workflow/cost.md`: counted, not measured. Profile `cifar10`, budget "
+        "By `python -m workflow.cost > workflow/cost.md`: counted, not measured. Profile `cifar10`, budget "
         "`full`, every notebook at the same number of images (07 and 08 take fewer by default), 100 steps at "
         "L∞ and 75 at L2: all attacks that the notebooks plan, and 20 fresh purifications of each image that "
         "they found, for every defence that is scored on it.",
@@ -103,7 +103,7 @@ def page() -> str:
         "again. An exact gradient walks the path twice and back once, guidance is a call and its "
         f"derivative: for COUP 100 × (3 × {SCORE} + 6 × {call}) = {100 * (3 * SCORE + 6 * call):,.0f} GFLOP.",
         f"**The speed is an assumption**, in TFLOP/s, by the data sheet of an H100 (SXM): {assumed}. Hours "
-        "go with its inverse; `python -m coup_lib.studies.estimate` measures it on a machine. float32 is the "
+        "go with its inverse; `python -m workflow.estimate` measures it on a machine. float32 is the "
         "default. `-p precision tf32` is for all that is under attack, `-p precision bfloat16` for the score "
         "network there; what an attack found is scored in float32.",
         "GiB: the adversarial images of every attack, float32.",

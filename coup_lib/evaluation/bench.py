@@ -46,7 +46,7 @@ class Bench:
 
     def __init__(self, config: Config, classifier: str | None = None, *, by_name: bool = False) -> None:
         self.config, self.by_name = config, by_name
-        self.classifier_name = check_classifier(config.sizes.dataset, classifier or config.classifier)
+        self.classifier_name = check_classifier(config.setup.dataset, classifier or config.classifier)
 
     @cached_property
     def classifier(self) -> nn.Module:
@@ -72,7 +72,7 @@ class Bench:
         if not self.compiles(defence, gradient):
             return self.attacked_network
         config = self.config
-        return compiled_score(config.sizes.dataset, config.sizes.score, config.precision, config.torch_device)
+        return compiled_score(config.setup.dataset, config.setup.score, config.precision, config.torch_device)
 
     def compiles(self, defence: str, gradient: str) -> bool:
         """Whether an attack by this gradient meets a compiled score network."""
@@ -132,7 +132,7 @@ class Bench:
         found["classifier_sha256"] = self._identity(self.classifier_name)
         if name == "none":
             return found
-        found["score_sha256"] = self._identity(config.sizes.score)
+        found["score_sha256"] = self._identity(config.setup.score)
         if name in MAXIMISERS:
             found |= {"n_steps": N_STEPS, "lr": LR, "sigma": SIGMA}
         else:
@@ -161,24 +161,24 @@ class Bench:
         """The content of the network in hand, or of the zoo's while none is loaded here."""
         if self.by_name:
             return network
-        ours = {self.classifier_name: "classifier", self.config.sizes.score: "score_network"}
+        ours = {self.classifier_name: "classifier", self.config.setup.score: "score_network"}
         if (attribute := ours.get(network)) in vars(self):
             return of_network(getattr(self, attribute))
         return _identity_in_zoo(
-            self.config.sizes.dataset, network, network == self.config.sizes.score, is_smoke()
+            self.config.setup.dataset, network, network == self.config.setup.score, is_smoke()
         )
 
     @property
     def _guide(self) -> str:
-        return self.config.sizes.robust_classifiers[self.config.norm]
+        return self.config.setup.robust_classifiers[self.config.norm]
 
     def _score_network(self, precision: str) -> nn.Module:
         config = self.config
-        score = load_score(config.sizes.dataset, config.sizes.score, precision=precision)
+        score = load_score(config.setup.dataset, config.setup.score, precision=precision)
         return score.to(config.torch_device)
 
     def _classifier(self, name: str) -> nn.Module:
-        return load_classifier(self.config.sizes.dataset, name).to(self.config.torch_device)
+        return load_classifier(self.config.setup.dataset, name).to(self.config.torch_device)
 
 
 @cache

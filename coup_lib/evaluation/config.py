@@ -205,7 +205,7 @@ class Config:
         return device(self.device)
 
     @property
-    def sizes(self) -> Profile:
+    def setup(self) -> Profile:
         """The profile that these settings belong to."""
         return PROFILES[self.profile]
 

@@ -67,7 +67,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Score:
+class Predictions:
     """One target's verdicts on one source's images.
 
     labels (n,); report (n, R): predicted classes on R noise draws that no attack has seen.
@@ -121,12 +121,12 @@ class Transfer(NamedTuple):
     column: str
 
 
-def direct(row: Mapping[Any, Score]) -> dict[str, Score]:
+def direct(row: Mapping[Any, Predictions]) -> dict[str, Predictions]:
     """The columns that a target's row of scores has of its own, without those that are transferred."""
     return {key: score for key, score in row.items() if not isinstance(key, Transfer)}
 
 
-def transferred(row: Mapping[Any, Score]) -> dict[Transfer, Score]:
+def transferred(row: Mapping[Any, Predictions]) -> dict[Transfer, Predictions]:
     """What was made against other defences and has no column of its own in a target's row of scores."""
     return {key: score for key, score in row.items() if isinstance(key, Transfer)}
 
@@ -149,7 +149,7 @@ class WorstCase:
     n_sources: int
 
 
-def worst_case(scores: Sequence[Score]) -> WorstCase:
+def worst_case(scores: Sequence[Predictions]) -> WorstCase:
     """The worst attack on each image, chosen by one set of draws and reported by another.
 
     To choose and report by the same draws would count luck as the attacker's skill. And to choose by each
@@ -173,6 +173,6 @@ def _shrunk(seen: np.ndarray, draws: np.ndarray) -> np.ndarray:
     return additive + rest * max(0.0, 1 - noise / spread if spread else 0.0)
 
 
-def worst_of(scores: Sequence[Score]) -> np.ndarray:
+def worst_of(scores: Sequence[Predictions]) -> np.ndarray:
     """The share of right draws of each image (n,) in the `worst_case`."""
     return worst_case(scores).right

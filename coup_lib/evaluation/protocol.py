@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from coup_lib.data import load_split
+from coup_lib.defences import PURIFIERS
 from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_split
-from coup_lib.evaluation.outcomes import Score, WorstCase
+from coup_lib.evaluation.outcomes import Predictions, WorstCase
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, Rows, with_transfers
 
@@ -33,16 +34,18 @@ class Evaluation(Runner):
         super().__init__(
             config,
             Bench(config, classifier, by_name=by_name),
-            lambda: load_split(config.sizes.dataset, config.split, config.subset),
+            lambda: load_split(config.setup.dataset, config.split, config.subset),
             lambda: images_identity(config, by_name=by_name),
             verbose=verbose,
         )
 
-    def columns(self, defences: Sequence[str], *, autoattack: bool = False) -> dict[str, dict[Any, Score]]:
+    def columns(
+        self, defences: Sequence[str], *, autoattack: bool = False
+    ) -> dict[str, dict[Any, Predictions]]:
         """The columns that every robustness table here has, see `paper_attacks`: defence → key → score."""
-        return self.scores(paper_attacks(defences, self.config, autoattack=autoattack))
+        return self.predictions(paper_attacks(defences, self.config, autoattack=autoattack))
 
-    def recorded(self, rows: Mapping[str, Mapping[str, Score]]) -> dict[str, WorstCase]:
+    def recorded(self, rows: Mapping[str, Mapping[str, Predictions]]) -> dict[str, WorstCase]:
         """Target → its worst case over all of its scores in the store, these among them."""
         return {target: self.worst_on_record(target, [*row.values()]) for target, row in rows.items()}
 
@@ -55,9 +58,9 @@ class Evaluation(Runner):
 
 def images_identity(config: Config, *, by_name: bool = False) -> dict[str, Any]:
     """What identifies a configuration's images: data set, split, and the pixels (or their name)."""
-    named = config.sizes.dataset, config.split, config.subset
+    named = config.setup.dataset, config.split, config.subset
     which = config.subset if by_name else of_split(*named, config.n_images)
-    return {"dataset": config.sizes.dataset, "split": config.split, "images": which}
+    return {"dataset": config.setup.dataset, "split": config.split, "images": which}
 
 
 def paper_attacks(
@@ -81,7 +84,8 @@ def paper_attacks(
         }
         if autoattack:
             row["standard"] = against("standard", defence, config.gradient)
-            row["dlr"] = against("apgd-dlr", defence, config.gradient)
+            # Noise of its own: by the second half of "rand", AutoAttack's generator has gone on.
+            row["dlr"] = against("apgd-dlr", defence, config.gradient, seed=config.seed + 1)
     return with_transfers(rows)
 
 
@@ -96,6 +100,30 @@ class Experiment:
     attacks: Rows
     classifier: str | None = None
 
-    def scores(self, *, verbose: bool = True) -> dict[str, dict[Any, Score]]:
-        """`Runner.scores` of the attacks: target → key → score."""
-        return Evaluation(self.config, self.classifier, verbose=verbose).scores(self.attacks)
+    def predictions(self, *, verbose: bool = True) -> dict[str, dict[Any, Predictions]]:
+        """`Runner.predictions` of the attacks: target → key → score."""
+        return Evaluation(self.config, self.classifier, verbose=verbose).predictions(self.attacks)
+
+    @property
+    def classifiers(self) -> list[str]:
+        """The classifier that decides, and the robust one where that guides."""
+        named = {spec.surrogate for row in self.attacks.values() for spec in row.values()} | {*self.attacks}
+        guided = any(PURIFIERS[name].robust_guide for name in named - {"none"})
+        robust = [self.config.setup.robust_classifiers[self.config.norm]] if guided else []
+        return [self.classifier or self.config.classifier, *robust]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A part of a study that is no attack: gradients and forward passes of a defence, per image.
+
+    Whether it is on record is not asked for: it counts as done when all attacks of its grid are.
+    """
+
+    config: Config
+    defence: str
+    calls: tuple[int, int]
+    n_images: int
+
+
+Grid: TypeAlias = Sequence[Experiment | Measurement]

@@ -1,15 +1,16 @@
-"""Results of runs: a JSON record per experiment, a file per chunk while it is made, and reading it back.
+"""Making records: one JSON file for each experiment, from chunks that any number of processes may share.
 
-Work is a list of chunks. Each finished chunk is a file beside the future record, renamed into place when it
-is whole: what is there is done, and a killed run goes on behind it. When all are there, the record is moved
-into place in one step and the chunks go. A record is called by the hash of its settings: asking for these
-settings again reads it back, from such a file or from the published ones (`store`).
+A chunk is one file beside the future record, `<record>.chunk<i>of<n>-<cut>.npz`, renamed into place when it
+is whole: a chunk whose file exists is done, and a killed run loses the chunk it was at. A lock for each chunk
+says what is in work. Whoever finds all chunks writes the record, `<profile>/<name>-<hash>.json`, and deletes
+them. The numbers do not depend on who made which chunk.
 
-Several processes, on one machine or on many with a common folder, may share the chunks of all records: a lock
-for each chunk says what is in work. The numbers do not depend on who did what.
+The hash is that of the settings: asking for the same settings reads the record back, from such a file or from
+the published ones (`store`); changed settings are another record.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -18,14 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import filelock
 import numpy as np
@@ -36,15 +36,17 @@ from coup_lib.evaluation.store import Document, published
 from coup_lib.files import write_atomically
 from coup_lib.networks.precision import products
 
+ABOUT = "about this chunk"  # the name of what is no array in the file of a chunk
+DIGEST_BYTES = hashlib.sha256().digest_size
 APART = "images"  # the folder beside the records for arrays that can be made again
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
-JSON = "values.json"  # of a chunk's file, what is no array
-
-read_here: set[Path] = set()  # the files of unpublished records that this process has read
 
 Progress = Callable[[int, int], None]
 Values = dict[str, Any]
+
+
+read_here: set[Path] = set()  # the files of unpublished records that this process has read
 
 
 class Missing(LookupError):
@@ -119,37 +121,26 @@ class ChunkedRecord:
         """Where the JSON is, or will be."""
         return record_path(self.profile, self.name, self.settings)
 
+    def chunk_path(self, index: int) -> Path:
+        """The file of a finished chunk; its name has a hash of all chunks, so that no two ways to cut mix."""
+        cut = hashlib.sha256(repr(list(self.chunks)).encode()).hexdigest()[:8]
+        return self.path.with_name(f"{self.path.stem}.chunk{index}of{len(self.chunks)}-{cut}.npz")
+
     def share(self, progress: Progress | None = None) -> None:
         """Compute the chunks that are not there yet and that nobody works on; wait for nobody else's.
 
-        progress is called as progress(chunks done, chunks in all) after each. Raises `Missing` in
-        `reading_only` where the record is not there.
+        progress is called as progress(chunks done, chunks in all) after each.
         """
-        if is_complete(self.path):
-            if any(file.exists() for file in self._files()):
-                self._clear()  # whoever wrote the record may have been killed before it came to that
-            return
-        if _reading_only.get():
-            raise Missing(f"{self.name} is not on record")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for index in self.worker.order(len(self.chunks)):
-            self._compute(index, wait=False)
-            if progress:
-                progress(sum(path.exists() for path in self._files()), len(self.chunks))
+        self._make(progress, wait=False)
 
     def finish(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Read the record back, or compute what is missing, write it and return it.
+        """Read the record back, or compute the chunks that are missing, write it and return it.
 
-        Where another process works on a chunk, this one says so and waits for it.
+        Where another process works on the last chunks, this one says so and waits for it.
         """
         self.share(progress)
         while not is_complete(self.path):
-            for index in range(len(self.chunks)):
-                self._compute(index, wait=True)
-            with _lock(self.path.with_suffix(".lock")):
-                if not is_complete(self.path):
-                    self._combine()
-        self._clear()
+            self._make(progress, wait=True)
         return read(self.path)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -166,85 +157,90 @@ class ChunkedRecord:
         """This record with its arrays beside it, in the folder where they are kept apart."""
         return replace(self, profile=f"{self.profile}/{APART}", apart=False)
 
-    def _files(self) -> list[Path]:
-        """Of every chunk its file. Chunks that were cut in another way are called otherwise."""
-        cut = hashlib.sha256(repr(list(self.chunks)).encode()).hexdigest()[:6]
-        return [self.path.with_name(f"{self.path.stem}.{cut}-{i}.npz") for i in range(len(self.chunks))]
+    def _make(self, progress: Progress | None, *, wait: bool) -> None:
+        """Go over all chunks once, write the record if all are there, and delete them once it is written."""
+        if not is_complete(self.path):
+            if _reading_only.get():
+                raise Missing(f"{self.name} is not on record")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files = [self.chunk_path(index) for index in range(len(self.chunks))]
+            for index in self.worker.order(len(files)):
+                self._make_chunk(index, wait)
+                if progress:
+                    progress(sum(file.exists() for file in files), len(files))
+            if all(file.exists() for file in files):
+                self._write(files, wait)
+        if is_complete(self.path):
+            self._delete_chunks()
 
-    def _compute(self, index: int, *, wait: bool) -> None:
-        """The chunk, unless it is there, or another process is at it and this one is not to wait."""
-        file = self._files()[index]
+    def _make_chunk(self, index: int, wait: bool) -> None:
+        """Compute a chunk, unless it is done or, where this does not wait, in work."""
+        file = self.chunk_path(index)
         if file.exists():
             return
-        with _lock(file.with_suffix(".lock"), wait=wait) as free:
-            # Somebody may have done it in the meantime.
-            if not free or file.exists() or is_complete(self.path):
+        with _lock(file, wait) as free:
+            if free and not file.exists() and not is_complete(self.path):  # deleted only when it is complete
+                started = time.perf_counter()
+                with products("float32"):  # unless `compute` says otherwise, as attacks may
+                    arrays, values = _split(self.compute(self.chunks[index]))
+                seconds = round(time.perf_counter() - started, 3)
+                _write_chunk(file, {"values": values, "seconds": seconds, "made": provenance()}, arrays)
+
+    def _write(self, files: list[Path], wait: bool) -> None:
+        """Combine the chunks of these files, if all are as they were written."""
+        with _lock(self.path.with_suffix(".chunks"), wait) as free:
+            if not free or is_complete(self.path):
                 return
-            started = time.perf_counter()
-            with products("float32"):  # unless `compute` says otherwise, as attacks may
-                values = self.compute(self.chunks[index])
-            values["seconds"] = round(time.perf_counter() - started, 3)
-            _write_chunk(file, values)
+            parts = [part for file in files if (part := _read_chunk(file))]
+            if len(parts) == len(files):
+                result = self.combine([part["values"] for part in parts])
+                self._put(*_split(result), self._provenance(parts))
 
-    def _combine(self) -> None:
-        """Write the record from its chunks; one that cannot be read is removed instead, to be made again."""
-        parts = []
-        for file in self._files():
-            try:
-                parts.append(_read_chunk(file))
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-                file.unlink(missing_ok=True)
-        if len(parts) == len(self.chunks):
-            made = _made_by(parts)
-            self._put(self.combine([values for values, _ in parts]), made)
+    def _provenance(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """What this process notes of itself, of the time all took, and of other code that made chunks."""
+        made = provenance()
+        others = {repr(_code(by)): by for part in parts if _code(by := part["made"]) != _code(made)}
+        made["seconds"] = round(sum(part["seconds"] for part in parts), 3)
+        made["peak_memory_mib"] = _peak_memory()
+        if others:
+            made["also"] = list(others.values())
+            commits = ", ".join(sorted({by["commit"][:12] for by in (made, *others.values())}))
+            what = "mixes versions of the code or its packages"
+            print(f"warning: {self.path.stem} {what} (commits {commits})", flush=True)
+        return made
 
-    def _put(self, result: Values, made: dict[str, Any]) -> None:
+    def _put(self, arrays: Values, result: Values, made: dict[str, Any]) -> None:
         """Write the record, its arrays first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        arrays, values = _split(result)
         if self.apart:
-            self._with_arrays()._put(result, made)
+            self._with_arrays()._put(arrays, result, made)
             arrays = {}
         elif arrays:
-            _write_arrays(self.path.with_suffix(".npz"), arrays)
+            content = _npz(arrays)
+            write_atomically(self.path.with_suffix(".npz"), lambda temporary: temporary.write_bytes(content))
         document = {
             "name": self.name,
             "settings": self.settings,
             "hash": config_hash(self.settings),
-            "result": values,
+            "result": result,
             "arrays": sorted(arrays),
             "provenance": made,
         }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
         write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
-    def _clear(self) -> None:
-        """Delete chunks and locks; the record now holds all of it."""
-        folder, start = self.path.parent, f"{self.path.stem}."
-        for name in os.listdir(folder) if folder.is_dir() else ():
-            if name.startswith(start) and name not in (self.path.name, f"{self.path.stem}.npz"):
+    def _delete_chunks(self) -> None:
+        """Delete all chunks and locks beside the record, also those of another way to cut the work."""
+        folder, start = self.path.parent, f"{self.path.stem}.chunk"
+        for name in os.listdir(folder) if folder.is_dir() else []:
+            if name.startswith(start):
                 (folder / name).unlink(missing_ok=True)
 
 
 def is_complete(path: Path) -> bool:
     """Whether the record is there, with the arrays it names (they may have been cleaned away)."""
-    found = _found(path)
-    return found is not None and (not found[1] or found[0].with_suffix(".npz").exists())
-
-
-def _found(path: Path) -> tuple[Path, list[str]] | None:
-    """Where the record lies, as a file of its own or published, and the names of its arrays."""
-    if path.exists():
-        return path, _own(path, path.stat().st_mtime_ns)
-    for folder in (path.parent, paths.PUBLISHED / path.parent.name):
-        if path.stem in (there := published(folder)):
-            return folder / path.name, there.arrays(path.stem)
-    return None
-
-
-@cache
-def _own(path: Path, _changed: int) -> list[str]:
-    return json.loads(path.read_text())["arrays"]
+    document, place = _find(path)
+    return document is not None and (not document["arrays"] or place.with_suffix(".npz").exists())
 
 
 def read(path: Path) -> Document:
@@ -253,53 +249,90 @@ def read(path: Path) -> Document:
     Raises:
         FileNotFoundError: where there is none.
     """
-    found = _found(path)
-    if found is None:
+    document, place = _find(path)
+    if document is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
-    place, names = found
     if place.exists():
         read_here.add(place)
-    document = json.loads(place.read_text()) if place.exists() else published(place.parent)[path.stem]
-    document["arrays"] = {}
-    if names:
+    else:
+        document = published(place.parent)[place.stem]
+    arrays = {}
+    if document["arrays"]:
         with np.load(place.with_suffix(".npz"), allow_pickle=False) as file:
-            document["arrays"] = {name: file[name] for name in names}
-    return document
+            arrays = {name: file[name] for name in document["arrays"]}
+    return document | {"arrays": arrays}
 
 
-def _write_chunk(file: Path, values: Values) -> None:
-    arrays, plain = _split(values)
-    text = json.dumps({"values": plain, "made": provenance()}, allow_nan=False)
-    _write_arrays(file, arrays | {JSON: np.array(text)})
+def _find(path: Path) -> tuple[Document | None, Path]:
+    """The record of this file or else the published one, packed, if any; and what its arrays lie beside."""
+    if path.exists():
+        return json.loads(path.read_text()), path
+    for folder in (path.parent, paths.PUBLISHED / path.parent.name):
+        if path.stem in (there := published(folder)):
+            return there.data[path.stem], folder / path.name
+    return None, path
 
 
-def _read_chunk(file: Path) -> tuple[Values, dict[str, Any]]:
-    """A chunk's values, arrays among them, and the provenance of the process that made it."""
-    with np.load(file, allow_pickle=False) as stored:
-        plain = json.loads(str(stored[JSON]))
-        arrays = {name: stored[name] for name in stored.files if name != JSON}
-    return plain["values"] | arrays, plain["made"]
+def _split(values: Values) -> tuple[dict[str, np.ndarray], Values]:
+    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+    return arrays, {key: value for key, value in values.items() if key not in arrays}
 
 
-def _made_by(parts: Sequence[tuple[Values, dict[str, Any]]]) -> dict[str, Any]:
-    """The provenance of a record of these chunks; "also": of chunks that other code made, which is said."""
-    made = provenance()
-    others = {repr(_code(each)): each for _, each in parts}
-    others.pop(repr(_code(made)), None)
-    if others:
-        commits = ", ".join(sorted({each["commit"][:12] for each in (made, *others.values())}))
-        print(f"warning: a record was made by several versions of the code (commits {commits})", flush=True)
-    made |= {"seconds": round(sum(values.pop("seconds") for values, _ in parts), 3)}
-    return made | {"peak_memory_mib": _peak_memory()} | ({"also": [*others.values()]} if others else {})
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise TypeError("expected arrays of numbers or of text, not of Python objects")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _write_chunk(path: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """An .npz file of the arrays and, as JSON, of what else there is; its last bytes are its SHA-256."""
+    content = _npz({ABOUT: np.array(json.dumps(about, allow_nan=False)), **arrays})
+    digest = hashlib.sha256(content).digest()
+    write_atomically(path, lambda temporary: temporary.write_bytes(content + digest))
+
+
+def _read_chunk(path: Path) -> dict[str, Any] | None:
+    """A chunk's "values" (with its arrays), "seconds" and "made"; a damaged file is deleted: None."""
+    whole = path.read_bytes()
+    content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        print(f"{path.name} is damaged; it is made again", flush=True)
+        path.unlink()
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = dict(file)
+    about = json.loads(arrays.pop(ABOUT).item())
+    return about | {"values": about["values"] | arrays}
+
+
+@contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold the lock of this file; True if we do. Where another has it, wait (and say so), or yield False."""
+    lock = filelock.FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            yield False
+            return
+        print(f"another process is working on {path.name}; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def provenance() -> dict[str, Any]:
     """What a reader needs to make the record again: commit, versions, machine."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "commit": COMMIT,
         "python": platform.python_version(),
         "packages": _versions(),
-        "machine": _machine(),
+        "machine": ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpus]),
     }
 
 
@@ -309,19 +342,11 @@ def _code(made: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @lru_cache
-def _machine() -> str:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpus])
-
-
-@lru_cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -329,9 +354,7 @@ def _commit() -> str:
     """The checkout's commit, with "+changes" where the library differs from it; "unknown" outside of git."""
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=paths.ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.check_output(["git", *args], cwd=paths.ROOT, stderr=subprocess.DEVNULL, text=True)
 
     try:
         changed = git("status", "--porcelain", "--", "coup_lib").strip()
@@ -347,34 +370,3 @@ def _peak_memory() -> int:
     """The process's peak resident memory in MiB (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
-
-
-def _split(values: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
-    return arrays, {key: value for key, value in values.items() if key not in arrays}
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, NumPy would append .npz to it
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-    write_atomically(path, write)
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file; True if we do. Where another process has it, wait (and say so), or yield False."""
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if not wait:
-            yield False
-            return
-        print(f"another process is working on {path.name.removesuffix('.lock')}; waiting for it", flush=True)
-        lock.acquire()
-    try:
-        yield True
-    finally:
-        lock.release()

@@ -17,9 +17,9 @@ from coup_lib.evaluation.bench import Bench
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import ATTACK, DEFENCE, REPORT, SELECT, image_seeds, seed_of
-from coup_lib.evaluation.outcomes import Score, WorstCase, worst_case
+from coup_lib.evaluation.outcomes import Predictions, WorstCase, worst_case
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.recorded import recorded_scores
+from coup_lib.evaluation.recorded import recorded_predictions
 from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
@@ -81,7 +81,7 @@ def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tenso
 def outcomes_of(
     model: nn.Module, images: Images, config: Config, *, place: int, max_batch: int
 ) -> dict[str, list[Any]]:
-    """A defence's predictions on images, the first of which is at `place`: the fields of `Score` as lists.
+    """A defence's predictions on images, the first at `place`: the fields of `Predictions` as lists.
 
     Two sets of draws that no attack has seen: by one a worst case is chosen, by the other it is reported.
     """
@@ -126,7 +126,7 @@ def attack_settings(spec: AttackSpec, config: Config, bench: Bench, images: Valu
         "eps": config.eps,
         "gradient": spec.gradient,
         "seed": config.seed if spec.seed is None else spec.seed,
-        "chunk_size": config.sizes.chunk_size,
+        "chunk_size": config.setup.chunk_size,
         "budget": spec.budget(config),
         "defence": bench.settings(spec.surrogate, spec),
         **bench.how_attacked(spec),
@@ -193,7 +193,7 @@ class Runner:
     ) -> None:
         self.config, self.bench, self.verbose = config, bench, verbose
         self._load_images, self._identify_images = load_images, identify_images
-        self.batch = Batch(config.sizes.max_batch)
+        self.batch = Batch(config.setup.max_batch)
         self._attacks: dict[AttackSpec, Values] = {}
         self._made: dict[AttackSpec, np.ndarray] = {}
         self._identified: tuple[Images, str] | None = None
@@ -212,7 +212,7 @@ class Runner:
             self._identified = images, of_images(images)
         return found | {"images": self._identified[1]}
 
-    def scores(self, rows: Rows) -> dict[str, dict[Any, Score]]:
+    def predictions(self, rows: Rows) -> dict[str, dict[Any, Predictions]]:
         """Every target on the images of each of its attacks: target → name → score.
 
         Attacks come first, each once. Finished records are read back.
@@ -220,17 +220,19 @@ class Runner:
         specs = list(dict.fromkeys(spec for row in rows.values() for spec in row.values()))
         faced = {target: list(dict.fromkeys(row.values())) for target, row in rows.items()}
         costs = [0.0 if is_complete(self._attack_record(spec).path) else self._cost(spec) for spec in specs]
-        plan = Plan([*costs, *(self._scoring_cost(*row) for row in faced.items())], verbose=self.verbose)
+        plan = Plan([*costs, *(self._prediction_cost(*row) for row in faced.items())], verbose=self.verbose)
         for spec in specs:
             plan.start(f"{self.bench.classifier_name}: {spec}")
             self._attack_record(spec).share(plan.advance)
         for target, row in faced.items():
             plan.start(f"{self.bench.classifier_name}: {target} on images of {len(row)} sources")
             for place, spec in enumerate(row, start=1):
-                self._score_record(target, spec).share()
+                self._prediction_record(target, spec).share()
                 plan.advance(place, len(row))
         plan.end()
-        found = {target: {spec: self.score(target, spec) for spec in row} for target, row in faced.items()}
+        found = {
+            target: {spec: self.prediction(target, spec) for spec in row} for target, row in faced.items()
+        }
         return {
             target: {name: found[target][spec] for name, spec in row.items()} for target, row in rows.items()
         }
@@ -247,19 +249,19 @@ class Runner:
             self._made[spec] = self._attack_record(spec).arrays()["x_adv"]
         return torch.from_numpy(self._made[spec]).to(self.config.torch_device)
 
-    def score(self, target: str, spec: AttackSpec) -> Score:
+    def prediction(self, target: str, spec: AttackSpec) -> Predictions:
         """The target's predictions on an attack's images, on noise that no attack has seen."""
-        result = self._score_record(target, spec).finish()["result"]
+        result = self._prediction_record(target, spec).finish()["result"]
         weight = spec.guidance_weight in (None, self.config.guidance_weight)
         direct = spec.surrogate == target and weight and spec.attack not in WITHOUT_MODEL
         robust = np.array(self.attack(spec)["result"]["robust"], dtype=bool) if direct else None
         kept = {name: np.array(result[name]) for name in ("labels", "report", "average", "suspicion")}
-        return Score(**kept, attack_robust=robust)
+        return Predictions(**kept, attack_robust=robust)
 
-    def worst_on_record(self, target: str, scores: Sequence[Score]) -> WorstCase:
+    def worst_on_record(self, target: str, scores: Sequence[Predictions]) -> WorstCase:
         """The target's worst case over all of its scores in the store, these among them."""
-        settings = self.bench.settings(target)
-        found = recorded_scores(self.config, self.bench.classifier_name, target, settings)
+        settings, images = self.bench.settings(target), self._images()["images"]
+        found = recorded_predictions(self.config, self.bench.classifier_name, target, settings, images)
         return worst_case(found or scores)
 
     def attack_settings(self, spec: AttackSpec) -> tuple[str, Values]:
@@ -278,7 +280,7 @@ class Runner:
 
         return replace(self._record(*self.attack_settings(spec), compute), apart=True)
 
-    def _score_record(self, target: str, spec: AttackSpec) -> ChunkedRecord:
+    def _prediction_record(self, target: str, spec: AttackSpec) -> ChunkedRecord:
         config = self.config
 
         def compute(place: int) -> Values:
@@ -299,12 +301,12 @@ class Runner:
     ) -> ChunkedRecord:
         """A record over all images; `compute` gets the place of a chunk's first image."""
         config = self.config
-        places = range(0, config.n_images, config.sizes.chunk_size)
+        places = range(0, config.n_images, config.setup.chunk_size)
         worker, fitted = Worker(config.shard, config.num_shards), self.batch.fitting(compute)
         return ChunkedRecord(config.profile, name, settings, places, fitted, joined, worker)
 
     def _chunk(self, values: Tensor, place: int) -> Tensor:
-        return values[place : place + self.config.sizes.chunk_size]
+        return values[place : place + self.config.setup.chunk_size]
 
     def _cost(self, spec: AttackSpec) -> float:
         """About how many score evaluations the attack takes; good enough to foretell the time left."""
@@ -312,8 +314,8 @@ class Runner:
         path = path_cost(spec.surrogate, spec.n_steps or self.config.n_steps)
         return self.config.n_images * path * (2 * gradients + forwards) + 1
 
-    def _scoring_cost(self, target: str, specs: Sequence[AttackSpec]) -> float:
-        left = sum(not is_complete(self._score_record(target, spec).path) for spec in specs)
+    def _prediction_cost(self, target: str, specs: Sequence[AttackSpec]) -> float:
+        left = sum(not is_complete(self._prediction_record(target, spec).path) for spec in specs)
         path = path_cost(target, self.config.n_steps)
         return left * self.config.n_images * 2 * self.config.n_draws * path
 

@@ -1,7 +1,5 @@
 """Published records, results/<profile>/records.jsonl, and their accuracies in scores.csv: a line for each.
 
-    python -m coup_lib.evaluation.store     publish what runs have left in build/results/
-
 A run leaves its records as files of their own in build/results/<profile>/, which stand before published ones
 of the same settings. To publish puts them into the profile's one file.
 
@@ -10,13 +8,12 @@ lines of its own before them. Outcomes of images are strings of digits, one digi
 float32 only is base64 of its bytes. Reading gives back every record to the last bit.
 """
 
-import argparse
 import base64
 import hashlib
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict, defaultdict
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from coup_lib import paths
 from coup_lib.evaluation.outcomes import Accuracy, right_draws
 from coup_lib.files import write_atomically
 
@@ -43,29 +39,22 @@ def published(folder: Path) -> "Published":
     return _read(path, path.stat().st_mtime_ns) if path.exists() else Published({}, {})
 
 
-class Published(Mapping[str, Document]):
-    """Records by `key`, in the order of their names; each is unpacked when it is asked for."""
+class Published(UserDict[str, Document]):
+    """Records by `key`, in the order of their names; each is unpacked when it is asked for.
+
+    Args:
+        packed: the records as their lines have them; arrays' names stand there as they are.
+        shared: what these lines refer to.
+    """
 
     def __init__(self, packed: dict[str, Document], shared: dict[str, Any]) -> None:
-        self._packed, self._shared = packed, shared
+        super().__init__(packed)
+        self.shared = shared
 
     def __getitem__(self, name: str) -> Document:
-        document = _unpacked(self._packed[name], self._shared)
+        document = _unpacked(self.data[name], self.shared)
         document["provenance"] |= document["provenance"].pop("by")
         return document
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._packed
-
-    def arrays(self, name: str) -> list[str]:
-        """The names of a record's arrays, which lie in a file beside it."""
-        return self._packed[name]["arrays"]
 
 
 def key(document: Document) -> str:
@@ -131,18 +120,16 @@ def _line(values: Any) -> str:
 
 
 def _pack(document: Document, shared: dict[str, Any]) -> Document:
-    document = _escaped(document)
-    made, settings = document["provenance"], document["settings"]
+    """The record as its line has it; what it shares with others is put into `shared`."""
+    document = _packed(document)
+    made, settings, result = (document[name] for name in ("provenance", "settings", "result"))
+    own = {name: made.pop(name) for name in OWN if name in made}
     nested = {name: _share(value, shared) for name, value in settings.items() if isinstance(value, dict)}
-    result = {name: _packed(value) for name, value in document["result"].items()}
-    if "labels" in result:
-        result["labels"] = _share(result["labels"], shared)
-    own = {name: made[name] for name in OWN if name in made}
-    common = {name: value for name, value in made.items() if name not in OWN}
+    labels = {"labels": _share(result["labels"], shared)} if "labels" in result else {}
     return document | {
         "settings": settings | nested,
-        "result": result,
-        "provenance": own | {"by": _share(common, shared)},
+        "result": result | labels,
+        "provenance": own | {"by": _share(made, shared)},
     }
 
 
@@ -154,12 +141,15 @@ def _share(value: Any, shared: dict[str, Any]) -> str:
 
 def _packed(value: Any) -> Any:
     """A list of digits, of rows of digits or of float32 numbers as a string; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: _packed(each) for name, each in value.items()}
+    if isinstance(value, str) and value[:1] in (SHARED, DIGITS, FLOATS, PLAIN):
+        return PLAIN + value
     if not isinstance(value, list) or len(value) < SHORT:
         return value
-    if _are_digits(value):
-        return DIGITS + "".join(map(str, value))
-    if all(isinstance(row, list) and row and _are_digits(row) for row in value):
-        return DIGITS + " ".join("".join(map(str, row)) for row in value)
+    rows = value if isinstance(value[0], list) else [value]
+    if all(isinstance(row, list) and row and all(map(_is_digit, row)) for row in rows):
+        return DIGITS + " ".join("".join(map(str, row)) for row in rows)
     if all(type(number) is float for number in value):
         numbers = np.array(value, dtype="<f4")
         if numbers.astype(float).tolist() == value:
@@ -167,14 +157,8 @@ def _packed(value: Any) -> Any:
     return value
 
 
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _escaped(each) for name, each in value.items()}
-    return PLAIN + value if isinstance(value, str) and value[:1] in (SHARED, DIGITS, FLOATS, PLAIN) else value
-
-
-def _are_digits(row: list[Any]) -> bool:
-    return all(type(number) is int and 0 <= number <= 9 for number in row)
+def _is_digit(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= 9
 
 
 def _unpacked(value: Any, shared: dict[str, Any]) -> Any:
@@ -195,12 +179,6 @@ def _unpacked(value: Any, shared: dict[str, Any]) -> Any:
     return value
 
 
-def main() -> None:
-    """Publish every finished record that is a file of its own, profile by profile, and remove that file."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    move(paths.RESULTS.glob("*/*.json"), paths.PUBLISHED)
-
-
 def move(records: Iterable[Path], results: Path) -> None:
     """Move records that are files of their own, with their arrays, to the published ones below `results`."""
     folders = defaultdict(list)
@@ -215,7 +193,3 @@ def move(records: Iterable[Path], results: Path) -> None:
         for path in files:
             path.unlink()
         print(f"{there}: {len(files)} records published; {len(published(there))} there are")
-
-
-if __name__ == "__main__":
-    main()

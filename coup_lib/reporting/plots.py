@@ -67,22 +67,30 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     return publishing.note(folder / f"{name}.png")
 
 
-def points(
-    axes: Axes, places: Any, shares: Sequence[np.ndarray], *, sideways: bool = False, **look: Any
-) -> None:
-    """Accuracies in percent at these places (k,), with 95 % intervals; sideways: along the horizontal axis.
+def estimates(axes: Axes, places: Any, found: Sequence[Any], *, sideways: bool = False, **look: Any) -> None:
+    """Estimates with their intervals at these places (k,); sideways: along the horizontal axis.
 
     Args:
-        shares: k times the share of right draws of each image, (n,).
+        found: with a value, low and high each, such as `Accuracy` and `Difference`.
         look: of `Axes.errorbar`.
     """
-    found = [Accuracy.of(share) for share in shares]
     values = np.array([one.value for one in found])
     errors = np.abs(np.array([[one.low, one.high] for one in found]).T - values)
     where = (
         {"x": values, "y": places, "xerr": errors} if sideways else {"x": places, "y": values, "yerr": errors}
     )
     axes.errorbar(**where, **{"markersize": 5, "capsize": 2, "linewidth": 1.1} | look)
+
+
+def points(
+    axes: Axes, places: Any, shares: Sequence[np.ndarray], *, sideways: bool = False, **look: Any
+) -> None:
+    """Accuracies in percent at these places (k,), with 95 % intervals; see `estimates`.
+
+    Args:
+        shares: k times the share of right draws of each image, (n,).
+    """
+    estimates(axes, places, [Accuracy.of(share) for share in shares], sideways=sideways, **look)
 
 
 def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], width: int = 12) -> None:

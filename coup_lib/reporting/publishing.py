@@ -1,6 +1,11 @@
-"""Publishing what a run made: its figures and tables into figures/, its records into results/."""
+"""Publishing what a run made: its figures and tables into figures/, its records into results/.
 
+python -m coup_lib.reporting.publishing     all that lies in COUP_FIGURES and COUP_RESULTS (build/)
+"""
+
+import argparse
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -27,17 +32,21 @@ def finish(publish: bool) -> None:
         ValueError: for a table of fewer images or a smaller budget than the published one; then nothing is
             published.
     """
-    if not publish:
-        return
-    for path in _written:
+    if publish:
+        _publish(_written, [path for path in records.read_here if path.exists()])
+
+
+def _publish(written: Iterable[Path], made: Iterable[Path]) -> None:
+    written = list(dict.fromkeys(written))
+    for path in written:
         if path.suffix == ".csv" and (there := _published(path)).exists():
             _check(pd.read_csv(path), pd.read_csv(there), there)
-    for path in _written:
+    for path in written:
         there = _published(path)
         there.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(there, partial(shutil.copy, path))
-    store.move((path for path in records.read_here if path.exists()), paths.ROOT / "results")
-    print(f"published: {len(_written)} figures and tables in {paths.ROOT / 'figures'}, and their records")
+    store.move(made, paths.ROOT / "results")
+    print(f"published: {len(written)} figures and tables in {paths.ROOT / 'figures'}, and their records")
 
 
 def _published(path: Path) -> Path:
@@ -56,3 +65,15 @@ def _check(new: pd.DataFrame, old: pd.DataFrame, path: Path) -> None:
             f"publish: {path} has n = {least}, budget {BUDGETS[lowest]}, and is not replaced by a table of "
             f"n = {n}, budget {BUDGETS[budget]}"
         )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.parse_args()
+    files = sorted(path for path in paths.FIGURES.rglob("*") if path.suffix in (".csv", ".md", ".png"))
+    _publish(files, paths.RESULTS.glob("*/*.json"))
+
+
+if __name__ == "__main__":
+    main()

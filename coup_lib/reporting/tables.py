@@ -13,7 +13,7 @@ from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import (
     Accuracy,
     Difference,
-    Score,
+    Predictions,
     WorstCase,
     direct,
     transferred,
@@ -48,7 +48,7 @@ MISSING = "–"
 
 
 def per_image_accuracy(
-    columns: Mapping[str, Mapping[Any, Score]], recorded: Mapping[str, WorstCase] | None = None
+    columns: Mapping[str, Mapping[Any, Predictions]], recorded: Mapping[str, WorstCase] | None = None
 ) -> PerImage:
     """Defence → column → share of right draws of each image, (n,); some columns are added.
 
@@ -238,7 +238,7 @@ def caption(
         classifiers: by default the configuration's.
         spent: the parts of the budget, out of `SPENT`, that the attacks take.
     """
-    config, full = configs[0], configs[0].sizes.budgets["report"]["full"]
+    config, full = configs[0], configs[0].setup.budgets["report"]["full"]
     threats = " and ".join(
         f"{NORM_NAMES[one.norm]}, eps = {radius(one.eps)}; t* = {one.t_star:g}" for one in configs
     )

@@ -27,13 +27,13 @@ def sized(config: Config, n_clean: Any) -> Config:
     """The configuration for n_clean images, unless that is None. ValueError for more than the split has."""
     if n_clean is None:
         return config
-    most = split_size(config.sizes.dataset, config.split, config.subset)
+    most = split_size(config.setup.dataset, config.split, config.subset)
     return replace(config, n_images=count("n_clean", n_clean, most))
 
 
 def measure(config: Config, classifier: str) -> dict[str, np.ndarray]:
     """Defence → share of right draws on clean images (n,): `ALONE`, then `PURIFIERS`."""
-    scores = Experiment(config, CLEAN_IMAGES, classifier).scores()
+    scores = Experiment(config, CLEAN_IMAGES, classifier).predictions()
     return {defence: row["clean"].right for defence, row in scores.items()}
 
 

@@ -23,7 +23,7 @@ Panels = dict[str, dict[str, PerImage]]  # norm of the attack → classifier →
 
 def classifiers(config: Config) -> dict[str, str]:
     """Training → name of the classifier: "linf" and "l2" (adversarial), "standard"; one architecture."""
-    return config.sizes.robust_classifiers | {"standard": config.classifier}
+    return config.setup.robust_classifiers | {"standard": config.classifier}
 
 
 def title(training: str) -> str:

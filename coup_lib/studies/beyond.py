@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Score, WorstCase, direct, transferred, worst_of
+from coup_lib.evaluation.outcomes import (
+    Accuracy,
+    Difference,
+    Predictions,
+    WorstCase,
+    direct,
+    transferred,
+    worst_of,
+)
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, made_against, with_transfers
 from coup_lib.reporting import plots, tables
@@ -45,7 +53,7 @@ class Found:
     Settings are compared by the attacks that they all faced: on record the paper's own faced more.
     """
 
-    scores: dict[Any, Score]
+    scores: dict[Any, Predictions]
     recorded: WorstCase
 
     @cached_property
@@ -92,15 +100,15 @@ def settings(weights: Sequence[float]) -> list[Setting]:
     ]
 
 
-def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False) -> dict[Setting, Found]:
+def measure(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False) -> dict[Setting, Found]:
     """Every setting against its own set of sources, and against what is made against `PLAIN` ones.
 
     both_ways: what is made against any setting without guidance is tried on all, and what is made against a
     guided one on those without.
     """
-    found: dict[Setting, dict[Any, Score]] = {setting: {} for setting in chosen}
+    found: dict[Setting, dict[Any, Predictions]] = {setting: {} for setting in chosen}
     for setting, experiment in experiments(config, chosen, both_ways=both_ways):
-        for row in experiment.scores().values():
+        for row in experiment.predictions().values():
             found[setting] |= row
     return {setting: Found(row, _recorded(config, setting, row)) for setting, row in found.items()}
 
@@ -108,7 +116,7 @@ def scores(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
 def experiments(
     config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
 ) -> list[tuple[Setting, Experiment]]:
-    """What each setting faces, in the order of `scores`; a setting may have several parts."""
+    """What each setting faces, in the order of `measure`; a setting may have several parts."""
     found = []
     plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
     surrogates = (*PLAIN, *(setting.defence for setting in plain))
@@ -126,7 +134,7 @@ def _at(config: Config, setting: Setting) -> Config:
     return config if setting.weight is None else replace(config, guidance_weight=setting.weight)
 
 
-def _recorded(config: Config, setting: Setting, row: dict[str, Score]) -> WorstCase:
+def _recorded(config: Config, setting: Setting, row: dict[str, Predictions]) -> WorstCase:
     return Evaluation(_at(config, setting)).recorded({setting.defence: row})[setting.defence]
 
 

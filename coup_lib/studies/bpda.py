@@ -9,7 +9,7 @@ from coup_lib.checks import count
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Score
+from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.tables import PerImage, Right, Row
@@ -28,7 +28,7 @@ def checked_counts(eot_counts: Sequence[int] | None, config: Config) -> list[int
         ValueError: unless they are a list of whole numbers.
     """
     if eot_counts is None:
-        eot_counts = config.sizes.budgets[config.purpose][config.budget].bpda_eot
+        eot_counts = config.setup.budgets[config.purpose][config.budget].bpda_eot
     if not isinstance(eot_counts, Sequence) or isinstance(eot_counts, str) or not eot_counts:
         raise ValueError(f"eot_counts: expected a list of whole numbers; got {eot_counts!r}")
     return sorted({count("eot_counts", value) for value in eot_counts})
@@ -56,7 +56,7 @@ def headings(eot_counts: Sequence[int], exact_eot: int) -> dict[str, str]:
     return {"clean": "Clean"} | bpda | {"exact": f"Exact gradient, EOT {exact_eot}"}
 
 
-def by_rule(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, PerImage]:
+def by_rule(scores: Mapping[str, Mapping[str, Predictions]]) -> dict[str, PerImage]:
     """Rule → defence → column → share of right decisions per image, (n,)."""
     return {
         rule: {

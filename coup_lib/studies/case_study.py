@@ -22,7 +22,9 @@ from coup_lib.evaluation.records import record
 from coup_lib.evaluation.stats import student
 from coup_lib.guidance import to_image
 from coup_lib.purify import Purified, coup
+from coup_lib.reporting import plots
 from coup_lib.reporting.plots import COLOURS, PALETTE
+from coup_lib.reporting.tables import MISSING
 
 PATHS = {"reverse": "without guidance", "coup": "with guidance"}
 GROUPS = {
@@ -67,8 +69,8 @@ def follow(defence: Purified, x: Tensor) -> tuple[Tensor, Tensor]:
 class CaseStudy:
     """The n attacked images at one eps, and the paths of the m bad cases among them, in order of index.
 
-    labels (n,): true classes; raw: the bare classifier's on x_adv; y_adv: reverse-only's on x_adv, and clean:
-        on the clean image, both without Brownian motion.
+    labels (n,): true classes; raw: the bare classifier's on x_adv; y_adv: the reverse SDE's on x_adv, and
+        clean: on the clean image, both without Brownian motion.
     right: treatment → share of right decisions on x_adv (n,); 0 or 1 but for "brownian", a mean over draws.
     p_true, p_adv: path → p(label|x_t) and p(y_adv|x_t), (N + 1, m), at `times` (N + 1,).
     strips: arrays for Fig. 1c: "index" (s,), "columns" (c,) times (NaN: the clean image), "images"
@@ -88,7 +90,7 @@ class CaseStudy:
 
     @property
     def bad(self) -> np.ndarray:
-        """Which images reverse-only gets wrong without Brownian motion, (n,) bool."""
+        """Which images the reverse SDE gets wrong without Brownian motion, (n,) bool."""
         return self.right["reverse"] == 0
 
     def in_group(self, group: str) -> np.ndarray:
@@ -108,7 +110,7 @@ class CaseStudy:
         return self.right[treatment][self.bad & self.in_group(group)]
 
     def broken(self, group: str, treatment: str = "coup") -> np.ndarray:
-        """Share of wrong decisions of each of the group's good cases: those that reverse-only gets right."""
+        """Share of wrong decisions of each of the group's good cases, which the reverse SDE gets right."""
         return 1 - self.right[treatment][~self.bad & self.in_group(group)]
 
     @property
@@ -128,9 +130,9 @@ def radii(config: Config, eps_factors: Any) -> list[Config]:
 
 
 def case_study(config: Config, shown: int = 3) -> CaseStudy:
-    """APGD-ce on reverse-only at config.eps, and both paths from its images; `shown` strips of each kind."""
+    """APGD-ce on the reverse SDE at config.eps, both paths from its images, `shown` strips of each kind."""
     evaluation, source = Evaluation(config), against("apgd-ce", "reverse", config.gradient)
-    brownian = evaluation.scores({"reverse": {"it": source}})["reverse"]["it"].right
+    brownian = evaluation.predictions({"reverse": {"it": source}})["reverse"]["it"].right
 
     def compute() -> dict[str, Any]:
         x_adv = evaluation.x_adv(source)
@@ -151,7 +153,7 @@ def case_study(config: Config, shown: int = 3) -> CaseStudy:
 def _measure(evaluation: Evaluation, x_adv: Tensor, shown: int) -> dict[str, Any]:
     """What the record holds: classes per image, the bad cases' curves, the images of the strips."""
     x, labels = evaluation.images.x, evaluation.images.y
-    size, config = evaluation.config.sizes.max_batch, evaluation.config
+    size, config = evaluation.config.setup.max_batch, evaluation.config
     settings = {"t_star": config.t_star, "n_steps": config.n_steps}
     defences: dict[str, Purified] = {name: evaluation.bench.defence(name) for name in PATHS}  # type: ignore[misc]
     defences["flipped"] = coup(
@@ -291,16 +293,19 @@ def numbers(studies: Sequence[CaseStudy]) -> pd.DataFrame:
                 for treatment in TREATMENTS
             }
             points = {name: Accuracy.of(values) for name, values in shares.items() if len(values)}
-            changes = {name: found for name, found in _changes(study, group).items() if found}
+            moved = {name: found for name, found in changes(study, group).items() if found}
             rows += [
                 {"eps": study.eps, "group": group, "quantity": name} | vars(found)
-                for name, found in (*points.items(), *changes.items())
+                for name, found in (*points.items(), *moved.items())
             ]
     return pd.DataFrame(rows)
 
 
-def _changes(study: CaseStudy, group: str) -> dict[str, Difference | None]:
-    """The changes of mean p_true and p_adv, in the first tenth and over the whole path."""
+def changes(study: CaseStudy, group: str) -> dict[str, Difference | None]:
+    """The changes of mean p(y_true) and p(y_adv) of a group's bad cases, in points.
+
+    Without and with guidance, in the first tenth and over the whole path; None for fewer than two cases.
+    """
     return {
         f"{label}, {PATHS[path]}, {span}": change(curve[path][0], curve[path][step])
         for label, curve in zip(("p(y_true)", "p(y_adv)"), study.curves(group), strict=True)
@@ -309,81 +314,41 @@ def _changes(study: CaseStudy, group: str) -> dict[str, Difference | None]:
     }
 
 
-def reading(study: CaseStudy) -> str:
-    """Markdown: the measured numbers of one eps in plain sentences."""
-    total, n_bad = len(study.labels), int(study.bad.sum())
-    was_bad = int((study.bad & (study.clean != study.labels)).sum())
-    decided = int((study.bad & (study.raw == study.y_adv)).sum())
+def change_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
+    """The changes of mean confidence in points, one row per eps and group; see `changes`."""
     lines = [
-        f"**eps = {radius(study.eps)}.** Of {total} images {n_bad} are bad cases (the paper: {PAPER_CASES}); "
-        f"{was_bad} of them reverse-only gets wrong without any attack. In {decided} of them the bare "
-        "classifier sees y_adv in x_adv already: guidance, which pushes towards the class that is seen, "
-        "starts out towards y_adv there.",
-        "",
-        *(f"- {_group_sentence(study, group)}" for group in ("right", "wrong")),
+        {"eps": radius(study.eps), "Group": label, "Bad cases": len(study.rescued(group))}
+        | {name: MISSING if found is None else str(found) for name, found in changes(study, group).items()}
+        for study in studies
+        for group, label in GROUPS.items()
     ]
-    if n_bad > 1:
-        lines += ["", _control_sentence(study)]
-    return "\n".join(lines)
+    return pd.DataFrame(lines).set_index("eps")
 
 
-def _group_sentence(study: CaseStudy, group: str) -> str:
-    rescued, label = study.rescued(group), GROUPS[group].capitalize()
-    if len(rescued) < 2:
-        return f"{label} (n = {len(rescued)}): too few cases to speak of."
-    found = _changes(study, group)
+def control_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
+    """What guidance does over all cases and images of each eps, beside the two controls.
 
-    def both(quantity: str, span: str) -> str:
-        free, guided = (found[f"{quantity}, {way}, {span}"] for way in PATHS.values())
-        return f"{free} without guidance and {guided} with it"
-
-    return (
-        f"{label} (n = {len(rescued)}): guidance rescues {_share(rescued)} %. "
-        f"In the first tenth of the path the mean p(y_true) changes by {both('p(y_true)', 'first tenth')}, "
-        f"p(y_adv) by {both('p(y_adv)', 'first tenth')}; "
-        f"from start to end p(y_true) changes by {both('p(y_true)', 'whole path')}, "
-        f"p(y_adv) by {both('p(y_adv)', 'whole path')}."
-    )
-
-
-def _control_sentence(study: CaseStudy) -> str:
-    shares = {name: study.rescued("all", name) for name in TREATMENTS}
-    over = change(shares["brownian"], shares["coup"])
-    net = change(study.right["reverse"], study.right["coup"])
-    assert over and net  # the caller has counted two cases at least
-    broken = study.broken("all")
-    lost = (
-        f"Of the {len(broken)} good cases guidance breaks {_share(broken)} %. "
-        if len(broken)
-        else "There are no good cases that guidance could break. "
-    )
-    return (
-        f"Of all {over.n} bad cases guidance rescues {_share(shares['coup'])} %, guidance with its sign "
-        f"flipped {_share(shares['flipped'])} %, and reverse-only itself with Brownian motion put back "
-        f"{_share(shares['brownian'])} %: guidance − Brownian motion is {over}; that guidance rescues more "
-        f"than fresh noise **{over.verdict}**. {lost}"
-        f"Over all {net.n} images, where nothing is selected, guidance changes the accuracy by {net} "
-        "(the images were made against reverse-only: COUP faces a borrowed attack here)."
-    )
-
-
-def verdict_lines(studies: Sequence[CaseStudy]) -> str:
-    """Markdown: for each of the paper's statements, where it holds, over all bad cases and by group."""
+    The verdict is on the claim that guidance rescues more than Brownian motion does.
+    """
     lines = []
-    for name, statement in STATEMENTS.items():
-        lines += [f"- **({name}) {statement}**"]
-        lines += [f"    - {GROUPS[group]}: {_where(studies, group, name)}" for group in GROUPS]
-    counts = ", ".join(f"{int(study.bad.sum())} (eps = {radius(study.eps)})" for study in studies)
-    first = f"The statements of Sec. 5.3.1 on our {counts} bad cases, where the paper has {PAPER_CASES}:"
-    return "\n".join([first, "", *lines])
-
-
-def _where(studies: Sequence[CaseStudy], group: str, statement: str) -> str:
-    """Each verdict with the eps that it was found at."""
-    found: dict[str, list[str]] = {}
     for study in studies:
-        found.setdefault(verdicts(study, group)[statement], []).append(radius(study.eps))
-    return "; ".join(f"**{verdict}** at eps = {', '.join(eps)}" for verdict, eps in found.items())
+        shares = {name: study.rescued("all", name) for name in TREATMENTS}
+        over = change(shares["brownian"], shares["coup"])
+        net = change(study.right["reverse"], study.right["coup"])
+        lines.append(
+            {
+                "eps": radius(study.eps),
+                "Images": len(study.labels),
+                "Bad cases": int(study.bad.sum()),
+                "wrong without attack": int((study.bad & (study.clean != study.labels)).sum()),
+                "y_adv seen in x_adv": int((study.bad & (study.raw == study.y_adv)).sum()),
+                **{f"Rescued by {label} (%)": _share(shares[name]) for name, label in TREATMENTS.items()},
+                "Guidance − Brownian motion": MISSING if over is None else f"{over}, **{over.verdict}**",
+                "Guidance breaks (%)": _share(study.broken("all")),
+                "Accuracy, with − without guidance": MISSING if net is None else str(net),
+            }
+        )
+    return pd.DataFrame(lines).set_index("eps")
 
 
 def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: str) -> str:
@@ -403,17 +368,8 @@ def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: st
     )
 
 
-def curves_caption() -> str:
-    """How to read the figure of `curves_figure`."""
-    return (
-        "Fig. 2a, all bad cases. Lines: mean over the cases (the paper's expectation). Where half of the "
-        "cases lie (25–75 %): shaded with guidance, between dotted lines without. Panels with fewer than "
-        f"{FEWEST_FOR_BAND} cases have no band. Few cases with a high confidence can lift the mean out of it."
-    )
-
-
 def _share(right: np.ndarray) -> str:
-    return str(Accuracy.of(right)) if len(right) else "–"
+    return str(Accuracy.of(right)) if len(right) else MISSING
 
 
 # --- what is shown ---
@@ -424,17 +380,13 @@ STYLES: dict[str, Literal["--", "-"]] = {"reverse": "--", "coup": "-"}
 
 def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
     """Fig. 2a: a column per eps, a row per group; mean confidence and 25–75 % of the cases against t."""
-    shape = (2, len(studies))
-    figure, grid = plt.subplots(
-        *shape, figsize=(1.2 + 2.7 * shape[1], 5.2), sharex=True, sharey=True, squeeze=False
-    )
+    n = len(studies)
+    figure, grid = plt.subplots(2, n, figsize=(1.2 + 2.7 * n, 5.2), sharex=True, sharey=True, squeeze=False)
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for row, group in zip(grid, ("right", "wrong"), strict=True):
         for axes, study in zip(row, studies, strict=True):
-            n = len(study.rescued(group))
-            axes.set_title(
-                f"({next(letters)}) eps = {radius(study.eps)}, n = {n}", loc="left", fontsize="medium"
-            )
+            title = f"({next(letters)}) eps = {radius(study.eps)}, n = {len(study.rescued(group))}"
+            axes.set_title(title, loc="left", fontsize="medium")
             _curves_panel(axes, study, group)
         row[0].set_ylabel(f"{GROUPS[group]}\nconfidence $p(y\\,|\\,x_t)$".replace("x_adv", "$x_{adv}$"))
     for axes in grid[-1]:
@@ -448,8 +400,7 @@ def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
         for colour, label in ((TRUE_COLOUR, "$p(y_{true})$"), (ADV_COLOUR, "$p(y_{adv})$"))
         for path in PATHS
     ]
-    columns = 4 if len(studies) > 2 else 2 if len(studies) > 1 else 1
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6)
+    figure.legend(handles=handles, loc="outside upper center", ncols={1: 1, 2: 2}.get(n, 4), handlelength=2.6)
     return figure
 
 
@@ -458,8 +409,7 @@ def _curves_panel(axes: Axes, study: CaseStudy, group: str) -> None:
     axes.set(xlim=(study.times[0], 0), ylim=(-0.02, 1.02))
     n = p_true["coup"].shape[1]
     if n == 0:
-        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
-        return
+        return _say_none(axes)
     for curve, colour in ((p_true, TRUE_COLOUR), (p_adv, ADV_COLOUR)):
         for path, style in STYLES.items():
             low, high = np.quantile(curve[path], [0.25, 0.75], axis=1)
@@ -469,6 +419,10 @@ def _curves_panel(axes: Axes, study: CaseStudy, group: str) -> None:
                 for edge in (low, high):
                     axes.plot(study.times, edge, color=colour, linestyle=":", linewidth=0.9, alpha=0.7)
             axes.plot(study.times, curve[path].mean(1), color=colour, linestyle=style, linewidth=1.9)
+
+
+def _say_none(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
 
 
 def rescue_figure(studies: Sequence[CaseStudy]) -> Figure:
@@ -490,30 +444,16 @@ def _rescue_panel(axes: Axes, studies: Sequence[CaseStudy], group: str, what: st
     colours = {"coup": COLOURS["coup"], "flipped": PALETTE[4], "brownian": COLOURS["reverse"]}
     for offset, marker, (name, label) in zip((-0.2, 0, 0.2), "Dvs", TREATMENTS.items(), strict=True):
         shares = [getattr(study, what)(group, name) for study in studies]
-        points = {place: Accuracy.of(share) for place, share in enumerate(shares) if len(share)}
-        values = np.array([point.value for point in points.values()])
-        errors = [
-            [max(0.0, point.value - point.low) for point in points.values()],  # -1e-15 at 0 % is refused
-            [max(0.0, point.high - point.value) for point in points.values()],
-        ]
-        axes.errorbar(
-            np.array(list(points), dtype=float) + offset,
-            values,
-            errors,
-            fmt=marker,
-            color=colours[name],
-            label=label,
-            markersize=5,
-            capsize=2.5,
-        )
+        places = [place for place, share in enumerate(shares) if len(share)]
+        if places:
+            look = {"color": colours[name], "label": label, "capsize": 2.5, "linewidth": None}
+            plots.points(axes, np.array(places) + offset, [shares[i] for i in places], fmt=marker, **look)
     counts = [len(getattr(study, what)(group)) for study in studies]
     if not any(counts):
-        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
+        _say_none(axes)
     labels = [f"eps = {radius(study.eps)}\nn = {n}" for study, n in zip(studies, counts, strict=True)]
-    axes.set_xticks(range(len(studies)), labels)
-    axes.tick_params(axis="x", length=0)
-    axes.grid(visible=False, axis="x")
-    axes.set(xlim=(-0.5, len(studies) - 0.5), ylim=(-4, 104))
+    plots.groups(axes, labels)
+    axes.set_ylim(-4, 104)
 
 
 def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
@@ -556,11 +496,12 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str
             if side == 0:
                 grid[0][column].set_title(title, fontsize=11, pad=3)
             if side == 0 or column > 1:  # both paths begin with the same two images
-                _picture(grid[side][column], strips["images"][side, place, column])
+                axes = grid[side][column]
+                _picture(axes, strips["images"][side, place, column])
                 seen, sure = (strips[name][side, place, column] for name in ("class", "confidence"))
-                colour, weight = _emphasis(seen == label, title == "final")
-                text = f"{classes[seen]}\n{100 * sure:.0f} %"
-                _write(grid[side][column], 0.5, -0.05, text, ha="center", color=colour, weight=weight)
+                look = {"color": TRUE_COLOUR if seen == label else ADV_COLOUR, "ha": "center"}
+                look["weight"] = "bold" if title == "final" else "normal"
+                _write(axes, 0.5, -0.05, f"{classes[seen]}\n{100 * sure:.0f} %", **look)
         _write(grid[side][2], -0.3, 0.95, ("without", "with")[side], rotation=90, color=COLOURS[path])
     _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class\n{classes[label]}")
 
@@ -572,22 +513,6 @@ def _picture(axes: Axes, image: np.ndarray) -> None:
     axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
-def _emphasis(right: bool, final: bool) -> tuple[Any, str]:
-    return TRUE_COLOUR if right else ADV_COLOUR, "bold" if final else "normal"
-
-
 def _write(axes: Axes, x: float, y: float, text: str, **more: Any) -> None:
     """Text whose top is at (x, y) in units of the axes."""
     axes.text(x, y, text, transform=axes.transAxes, va="top", fontsize=11, **more)
-
-
-def strips_caption(study: CaseStudy, shown: int) -> str:
-    """How the strips were chosen and what their labels mean."""
-    saved = study.rescued("all").astype(bool)
-    return (
-        f"Fig. 1c at eps = {radius(study.eps)}: of the {int(saved.sum())} rescued and the "
-        f"{int((~saved).sum())} other bad cases the first {shown} of each by index in the split, not chosen "
-        "by their looks. Under each image the class that the bare classifier gives to it, with its "
-        "confidence: blue is the true class, red another. On the way the classifier sees the state as it is; "
-        "what is drawn is clipped to [0, 1]."
-    )

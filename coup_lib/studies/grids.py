@@ -1,39 +1,20 @@
 """Every experiment of the notebooks as data: which defences face which attacks, under which settings.
 
-    python -m coup_lib.studies.grids --profile cifar10 --budget full     what each notebook costs here
-
-Notebooks ask `show` before long work starts; workflow/ counts and shares the same grids.
+Notebooks ask `obtain` before long work; workflow/ counts and shares the same grids.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 from coup_lib.attacks import NORMS
 from coup_lib.checks import choice
-from coup_lib.data import is_here
+from coup_lib.data import load_split
 from coup_lib.defences import PAPER
-from coup_lib.evaluation import cost
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.cost import (
-    Grid,
-    Job,
-    Measurement,
-    estimate,
-    jobs,
-    networks,
-    obtain,
-    suggestion,
-    table_lines,
-)
-from coup_lib.evaluation.profiles import BUDGETS, PROFILES
-from coup_lib.evaluation.protocol import Experiment, paper_attacks
-from coup_lib.files import CheckpointError
-from coup_lib.networks import zoo
-from coup_lib.networks.precision import PRECISIONS
+from coup_lib.evaluation.protocol import Experiment, Grid, Measurement, paper_attacks
+from coup_lib.networks import published, zoo
 from coup_lib.studies import (
     ablation,
     adversarial_training,
@@ -59,7 +40,7 @@ def _ablation(config: Config, many: Config, classifiers: Sequence[str] | None = 
     faced = paper_attacks(ablation.PURIFIERS, config)
     return [
         Experiment(each, attacks, name)
-        for name in classifiers or config.sizes.classifiers
+        for name in classifiers or config.setup.classifiers
         for each, attacks in ((config, faced), (many, ablation.CLEAN_IMAGES))
     ]
 
@@ -154,64 +135,35 @@ def grid(name: str, *configs: Config, **own: Any) -> Grid:
     return NOTEBOOKS[choice("notebook", name, NOTEBOOKS)].grid(*configs, **own)
 
 
-def show(name: str, *configs: Config, **own: Any) -> None:
-    """Print what a notebook has ahead, before long work starts, see `cost.show`; arguments as in `grid`."""
-    cost.show(name, grid(name, *configs, **own))
+def obtain(experiments: Grid) -> None:
+    """Before long work: see that a grid's images and networks are here, or fetch them.
+
+    Raises what `data.load_split` and `published.obtain` raise where they cannot be had: of networks, all that
+    are missing are named at once.
+    """
+    for which in {(one.config.setup.dataset, one.config.split, one.config.subset) for one in experiments}:
+        load_split(*which)
+    published.obtain(networks(experiments, zoo.needed))
 
 
-# --- the command line ---
+def networks(experiments: Grid, which: Callable[..., list[str]]) -> list[str]:
+    """Of the networks that a grid takes those that are `zoo.needed` or `zoo.missing`."""
+    taken: dict[tuple[str, str], dict[str, None]] = {}
+    for one in experiments:
+        setup = one.config.setup
+        names = one.classifiers if isinstance(one, Experiment) else [one.config.classifier]
+        taken.setdefault((setup.dataset, setup.score), {}).update(dict.fromkeys(names))
+    return [name for (dataset, score), names in taken.items() for name in which(dataset, [*names], score)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """A row for each notebook as soon as it is known, and their sum."""
-    parser = argparse.ArgumentParser(description="What every notebook will cost on this machine.")
-    parser.add_argument("--profile", default="digits", choices=PROFILES)
-    parser.add_argument("--budget", default="quick", choices=BUDGETS)
-    parser.add_argument("--norm", default="linf", choices=NORMS)
-    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
-    parser.add_argument("--classifier")
-    parser.add_argument("--subset")
-    parser.add_argument("--n-images", type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--obtain", action="store_true", help="only see that data and networks are here")
-    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="04_autoattack, 04_autoattack@l2 …")
-    given = vars(parser.parse_args(arguments))
-    only_obtain, runs = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
-    try:
-        plans = {run: planned(run, given) for run in runs}
-        if only_obtain:
-            obtain(chain(*plans.values()))
-            return
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        raise SystemExit(str(error)) from None
-    print(_absent(list(chain(*plans.values()))), end="\n\n", flush=True)
-    rows: dict[str, dict[str, float]] = {}
-    for run, plan in plans.items():
-        rows[run] = estimate(plan)
-        print(*table_lines(run, rows[run])[2 if len(rows) > 1 else 0 :], sep="\n", flush=True)
-    total = {head: sum(row[head] for row in rows.values()) for head in next(iter(rows.values()))}
-    total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
-    if len(rows) > 1:
-        print(table_lines("all of them", total)[-1])
-    print(f"\n{suggestion(Config(**given), total['GiB'])}")
+def of_run(run: str, given: dict[str, Any]) -> Grid:
+    """The grid of a notebook, or with @l2 behind its name of the notebook in that norm.
 
-
-def planned(run: str, given: dict[str, Any]) -> list[Job]:
-    """The jobs of a notebook, or with @l2 behind its name of the notebook in that norm."""
+    given: parameters of `Config`.
+    """
     name, _, norm = run.partition("@")
     given = given | ({"norm": norm} if norm else {})
     # 02_ablation takes every classifier of the profile, unless one is named.
     own = {"classifiers": [given["classifier"]]} if name == "02_ablation" and given.get("classifier") else {}
     settings = NOTEBOOKS[choice("notebook", name, NOTEBOOKS)].settings
-    return jobs(grid(name, *(Config(**given | fixed) for fixed in settings), **own))
-
-
-def _absent(plan: Sequence[Job]) -> str:
-    """What of the jobs' images and networks is not here."""
-    datasets = dict.fromkeys(job.config.sizes.dataset for job in plan)
-    absent = [name for name in datasets if not is_here(name)] + networks(plan, zoo.missing)
-    return f"Still to be fetched: {', '.join(absent)}" if absent else "Data and networks are here."
-
-
-if __name__ == "__main__":
-    main()
+    return grid(name, *(Config(**given | fixed) for fixed in settings), **own)

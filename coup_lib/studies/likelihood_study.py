@@ -36,7 +36,7 @@ def attacks() -> dict[str, dict[str, AttackSpec]]:
 def measure(config: Config) -> PerImage:
     """Defence → column → share of right draws (n,), the worst case on record among them."""
     evaluation = Evaluation(config)
-    columns = evaluation.scores(attacks())
+    columns = evaluation.predictions(attacks())
     return tables.per_image_accuracy(columns, evaluation.recorded(columns))
 
 

@@ -5,13 +5,13 @@ one, E[∇ℓ] with the guidance differentiated, and the first-order one, with t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -21,23 +21,31 @@ from torch import Tensor, nn
 from coup_lib.attacks import project
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.cost import Measurement
 from coup_lib.evaluation.noise import image_seeds
 from coup_lib.evaluation.outcomes import Accuracy, Difference, worst_of
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation, Experiment
+from coup_lib.evaluation.protocol import Evaluation, Experiment, Measurement
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.evaluation.stats import student
 from coup_lib.guidance import FirstOrder, to_image
 from coup_lib.purify import Purified, Purifier, together
-from coup_lib.reporting.plots import PALETTE
+from coup_lib.reporting.plots import PALETTE, estimates
+from coup_lib.reporting.tables import MISSING
 from coup_lib.solver import euler_step, step_times
 
 KINDS = ("exact", "first_order")
-KIND_LABELS = {"exact": "exact", "first_order": "first-order", "worst": "worst of all"}
+KIND_LABELS = {"exact": "exact", "first_order": "first-order", "worst": "worst case"}
+KIND_NAMES = {kind: KIND_LABELS[kind] for kind in KINDS}
 KIND_COLOURS = {"exact": PALETTE[3], "first_order": PALETTE[0], "worst": "black"}
 KIND_MARKERS = {"exact": "o", "first_order": "s", "worst": "D"}
+CASES = {  # the cases of `slopes`
+    "reverse": "no guidance",
+    "coup": "COUP",
+    "flipped": "COUP, sign flipped",
+    "smooth": "COUP, smoothed max",
+}
+STARTS = {"clean": "clean", "reverse": "attacked"}
 WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # λ of the control with the sign flipped
 EOT_FACTORS = (0.05, 0.25, 1.0, 3.2)  # of the configured draws: 1, 5, 20, 64 at the full size
 DRAWS = 64  # behind a mean gradient
@@ -49,6 +57,7 @@ DIFFERENCES = (0.05, 0.1, 0.2)  # half-widths of the finite differences, in unit
 FIT, FRESH = 4, 5  # streams of the seed beside those of `evaluate`
 BATCH_PIXELS = 2**16  # in one network call, images times positions
 
+Arrays = Mapping[str, np.ndarray]
 
 # --- What is measured -------------------------------------------------------------------------------------
 
@@ -63,32 +72,59 @@ def eot_counts(config: Config) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(factor * config.eot)) for factor in EOT_FACTORS}))
 
 
-def sign_control(config: Config, *, verbose: bool = True) -> dict[float, dict[str, np.ndarray]]:
-    """λ → "clean", "exact", "first_order", "worst" → share of right draws, (n,), of COUP with that λ.
+@dataclass(frozen=True)
+class Mechanism:
+    """All measurements: what the functions of these names return, (case, start) → and case → for the last."""
 
-    The worst is per image, over both gradients, BPDA and the transfers from none, reverse and DiffPure. λ = 0
-    is the reverse SDE. The attacks have half the iterations.
+    controls: Mapping[float | str, Arrays]
+    gradient_statistics: Arrays
+    reached: Mapping[str, Mapping[int, np.ndarray]]
+    landscapes: Mapping[tuple[str, str], Arrays]
+    slopes: Mapping[str, Arrays]
+
+
+def measure(config: Config, *, verbose: bool = True) -> Mechanism:
+    """All measurements, from their records where there are any."""
+    flipped = replace(config, guidance_weight=-config.guidance_weight)
+    return Mechanism(
+        controls(config, verbose=verbose),
+        gradient_statistics(config),
+        reached(config, verbose=verbose),
+        {
+            (case, start): landscape(one, "coup", start)
+            for case, one in (("coup", config), ("flipped", flipped))
+            for start in STARTS
+        },
+        {case: slopes(config, case) for case in CASES},
+    )
+
+
+def controls(config: Config, *, verbose: bool = True) -> dict[float | str, dict[str, np.ndarray]]:
+    """Control → "exact", "first_order", "worst" → share of right draws, (n,), of a purifier.
+
+    A control is a λ of COUP, or "smooth" for COUP at the config's λ, guided by the smoothed maximum. λ = 0 is
+    the reverse SDE. "worst" is the worst case per image, over both gradients, BPDA and the transfers from
+    none, reverse and DiffPure. The attacks have half the iterations.
     """
-    return {weight: _both_gradients(one, verbose) for weight, one in sign_experiments(config).items()}
-
-
-def smooth_control(config: Config, *, verbose: bool = True) -> dict[str, np.ndarray]:
-    """Like one λ of `sign_control`: COUP at the config's λ, guided by the smoothed maximum."""
-    return _both_gradients(smooth_experiment(config), verbose)
-
-
-def sign_experiments(config: Config) -> dict[float, Experiment]:
-    """λ → what `sign_control` attacks with it."""
-    found, half = {}, halved(config)
-    for weight in WEIGHTS:
-        here = replace(half, guidance_weight=weight or config.guidance_weight)
-        found[weight] = Experiment(here, _control_attacks("coup" if weight else "reverse"))
+    found: dict[float | str, dict[str, np.ndarray]] = {}
+    for name, experiment in control_experiments(config).items():
+        (scores,) = experiment.predictions(verbose=verbose).values()
+        found[name] = {kind: scores[kind].right for kind in KINDS}
+        found[name]["worst"] = worst_of(list(scores.values()))
     return found
 
 
-def smooth_experiment(config: Config) -> Experiment:
-    """What `smooth_control` attacks."""
-    return Experiment(halved(config), _control_attacks("smooth-max"))
+def control_experiments(config: Config) -> dict[float | str, Experiment]:
+    """Control → what `controls` attacks for it."""
+    half = halved(config)
+    found: dict[float | str, Experiment] = {
+        weight: Experiment(
+            replace(half, guidance_weight=weight or config.guidance_weight),
+            _control_attacks("coup" if weight else "reverse"),
+        )
+        for weight in WEIGHTS
+    }
+    return found | {"smooth": Experiment(half, _control_attacks("smooth-max"))}
 
 
 def _control_attacks(target: str) -> dict[str, dict[str, AttackSpec]]:
@@ -98,14 +134,8 @@ def _control_attacks(target: str) -> dict[str, dict[str, AttackSpec]]:
     return {target: row}
 
 
-def _both_gradients(experiment: Experiment, verbose: bool) -> dict[str, np.ndarray]:
-    (scores,) = experiment.scores(verbose=verbose).values()
-    shares = {name: scores[name].right for name in ("clean", *KINDS)}
-    return shares | {"worst": worst_of(list(scores.values()))}
-
-
 def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndarray]:
-    """Both gradients of COUP at the images that APGD-ce made against reverse-only.
+    """Both gradients of COUP at the images that APGD-ce made against the reverse SDE.
 
     cosine, ratio (n,): angle between the mean gradients, and length of the exact one over the other's.
     snr_exact, snr_first_order (n,): |mean| over the standard deviation of a single draw's gradient.
@@ -117,7 +147,7 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
 
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
-        seeds, means, found = _seeds(config, FIT, places, draws), {}, {}
+        seeds, means, found = image_seeds(config.seed, FIT, places, draws), {}, {}
         for kind in KINDS:
             gradients = draw_gradients(evaluation.bench.defence("coup", kind), x, y, seeds)
             means[kind] = gradients.mean(1).flatten(1)
@@ -127,7 +157,7 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
         found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).cpu().numpy()
         found["ratio"] = (lengths["exact"] / lengths["first_order"]).cpu().numpy()
         model = cast(Purified, evaluation.bench.defence("coup"))
-        fresh = _seeds(config, FRESH, places, SECOND_ORDER_PATHS)
+        fresh = image_seeds(config.seed, FRESH, places, SECOND_ORDER_PATHS)
         paths = [_second_order(model, x, y, once) for once in fresh.T]
         found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).cpu().numpy()
         found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).cpu().numpy()
@@ -146,14 +176,14 @@ def landscape(
     steeply at the start than the exact gradient's.
 
     Args:
-        start: "clean", or "reverse" for the images that APGD-ce made against reverse-only.
+        start: "clean", or "reverse" for the images that APGD-ce made against the reverse SDE.
     """
     evaluation = Evaluation(config, verbose=False)
 
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(evaluation.images.x, places), _part(evaluation.images.y, places)
         begin = x if start == "clean" else _part(_attacked(evaluation), places)
-        seeds, model = _seeds(config, FIT, places, draws), evaluation.bench.defence(target)
+        seeds, model = image_seeds(config.seed, FIT, places, draws), evaluation.bench.defence(target)
         found = {}
         for kind in kinds:
             gradient = draw_gradients(evaluation.bench.defence(target, kind), begin, y, seeds).mean(1)
@@ -162,26 +192,16 @@ def landscape(
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
         return {kind: losses.cpu().numpy() for kind, losses in found.items()}
 
-    settings = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
-    return _record(evaluation, "landscape", compute, settings, draws=draws, target=target)
-
-
-def landscapes(config: Config) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """(case, start) → `landscape`, of COUP as it is ("coup") and with the sign of its guidance "flipped"."""
-    weights = {"coup": config.guidance_weight, "flipped": -config.guidance_weight}
-    return {
-        (case, start): landscape(replace(config, guidance_weight=weight), "coup", start)
-        for case, weight in weights.items()
-        for start in ("clean", "reverse")
-    }
+    settings: dict[str, Any] = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
+    return _record(evaluation, "landscape", compute, draws=draws, target=target, **settings)
 
 
 def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.ndarray]:
-    """Does a gradient foretell how the mean loss changes? At half of the images, attacked as reverse-only.
+    """The slope that a gradient predicts, and the slope of the mean loss, at half of the images, attacked.
 
-    For each kind, along its own direction d (per unit of its length): "foretold_<kind>" (n,), the product of
-    the mean gradient with d, and "measured_<kind>" (S, n), central differences of the mean loss over the
-    same draws at the `DIFFERENCES`. Where the loss of every path is smooth the two agree.
+    For each kind, along its own direction d (per unit of its length): "foretold_<kind>" (n,), the predicted
+    slope, which is the product of the mean gradient with d, and "measured_<kind>" (S, n), central differences
+    of the mean loss over the same draws at the `DIFFERENCES`. If each path's loss is smooth the two agree.
 
     Args:
         case: "reverse" (no guidance), "coup", "flipped" (−λ) or "smooth" (`guidance.SmoothMax`).
@@ -192,28 +212,22 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
 
     def compute(places: range) -> dict[str, np.ndarray]:
         x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
-        seeds, found = _seeds(config, FIT, places, draws), {}
+        seeds, found = image_seeds(config.seed, FIT, places, draws), {}
         model = cast(Purified, evaluation.bench.defence(target))
         model.purifier.margin = config.eps  # differences on either side of an image on the edge
         for kind in KINDS:
             gradient = draw_gradients(evaluation.bench.defence(target, kind), x, y, seeds).mean(1)
             direction = step_direction(gradient, config)
-            found[f"foretold_{kind}"] = (gradient * direction).flatten(1).sum(1).cpu().numpy()
-            found[f"measured_{kind}"] = np.stack(
-                [
-                    central_difference(model, x, y, seeds, s * config.eps * direction) / (s * config.eps)
-                    for s in DIFFERENCES
-                ]
-            )
+            predicted_slope = (gradient * direction).flatten(1).sum(1)
+            found[f"foretold_{kind}"] = predicted_slope.cpu().numpy()
+            steps = [s * config.eps for s in DIFFERENCES]
+            differences = [central_difference(model, x, y, seeds, step * direction) / step for step in steps]
+            found[f"measured_{kind}"] = np.stack(differences)
         return found
 
-    settings, half = {"differences": list(DIFFERENCES)}, max(2, config.n_images // 2)
-    return _record(evaluation, "slopes", compute, settings, draws=draws, target=target, n_images=half)
-
-
-def all_slopes(config: Config) -> dict[str, dict[str, np.ndarray]]:
-    """Case → `slopes`."""
-    return {case: slopes(config, case) for case in CASES}
+    half = max(2, config.n_images // 2)
+    settings: dict[str, Any] = {"differences": list(DIFFERENCES)}
+    return _record(evaluation, "slopes", compute, draws=draws, target=target, n_images=half, **settings)
 
 
 def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.ndarray]]:
@@ -222,12 +236,12 @@ def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.n
     Half of the iterations; `eot_counts` draws per gradient.
     """
     experiment = reached_experiment(config)
-    experiment.scores(verbose=verbose)
+    experiment.predictions(verbose=verbose)
     evaluation = Evaluation(experiment.config, verbose=False)
 
     def compute(spec: AttackSpec, places: range) -> dict[str, np.ndarray]:
         x, y = _part(evaluation.x_adv(spec), places), _part(evaluation.images.y, places)
-        seeds = _seeds(config, FRESH, places, DRAWS)
+        seeds = image_seeds(config.seed, FRESH, places, DRAWS)
         return {"loss": draw_losses(evaluation.bench.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
@@ -249,7 +263,7 @@ def reached_experiment(config: Config) -> Experiment:
 
 def experiments(config: Config) -> list[Experiment]:
     """Everything that is attacked here."""
-    return [*sign_experiments(config).values(), smooth_experiment(config), reached_experiment(config)]
+    return [*control_experiments(config).values(), reached_experiment(config)]
 
 
 def measurements(config: Config) -> list[Measurement]:
@@ -361,10 +375,6 @@ def _part(values: Tensor, places: range) -> Tensor:
     return values[places.start : places.stop]
 
 
-def _seeds(config: Config, purpose: int, places: range, draws: int) -> Tensor:
-    return image_seeds(config.seed, purpose, places, draws)
-
-
 def _attacked(evaluation: Evaluation) -> Tensor:
     return evaluation.x_adv(against("apgd-ce", "reverse"))
 
@@ -373,17 +383,17 @@ def _record(
     evaluation: Evaluation,
     name: str,
     compute: Callable[[range], dict[str, np.ndarray]],
-    settings: Mapping[str, Any] = MappingProxyType({}),
     *,
     draws: int,
     target: str = "coup",
     attack: AttackSpec | None = None,
     n_images: int | None = None,
+    **settings: Any,
 ) -> dict[str, np.ndarray]:
     """Arrays (…, n) of the first n_images (all), made of what `compute` gives for some of them at a time.
 
     As many at a time as fill a batch with their draws: that much is lost by a kill, and processes share the
-    rest. The settings are these, the images' and the defences', and those of an attack of its own.
+    rest. The record is named by these settings, the images', the defence's and those of an attack of its own.
     """
     config, n = evaluation.config, n_images or evaluation.config.n_images
 
@@ -409,212 +419,140 @@ def _record(
 
 # --- What the numbers say ---------------------------------------------------------------------------------
 
-CASES = {  # the cases of `slopes`
-    "reverse": "no guidance",
-    "coup": "COUP",
-    "flipped": "COUP, sign flipped",
-    "smooth": "COUP, smoothed max",
-}
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
-def ratio_of(result: Mapping[str, np.ndarray], kind: str) -> tuple[float, float, float]:
-    """Foretold over measured slope, means over images and distances, with a 95 % bootstrap interval."""
-    foretold, measured = result[f"foretold_{kind}"], result[f"measured_{kind}"].mean(0)
-    rows = np.random.default_rng(0).integers(len(foretold), size=(2000, len(foretold)))
-    ratios = foretold[rows].mean(1) / measured[rows].mean(1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(foretold.mean() / measured.mean()), float(low), float(high)
+def predicted_over_measured(slope: Arrays, kind: str) -> Estimate:
+    """Predicted over measured slope of one case of `slopes`: means over images and distances."""
+    predicted_slope, measured = slope[f"foretold_{kind}"], slope[f"measured_{kind}"].mean(0)
+    return _bootstrap(lambda rows: predicted_slope[rows].mean(-1) / measured[rows].mean(-1), len(measured))
 
 
-def explanation(
-    statistics: Mapping[str, np.ndarray],
-    landscapes: Mapping[tuple[str, str], Mapping[str, np.ndarray]],
-    found: Mapping[str, Mapping[str, np.ndarray]],
-    losses: Mapping[str, Mapping[int, np.ndarray]],
-    control: Mapping[float, Mapping[str, np.ndarray]],
-    smooth: Mapping[str, np.ndarray],
-    config: Config,
-) -> str:
-    """Markdown: which of the possible reasons the numbers support, or that they do not decide."""
-    weight = config.guidance_weight
-    return "\n\n".join(
-        [
-            _direction_line(statistics),
-            _noise_line(statistics, losses),
-            _landscape_line(landscapes),
-            _slope_line(found, statistics),
-            _smooth_line(smooth, control.get(weight)),
-            _sign_line(control),
-        ]
-    )
+def _bootstrap(statistic: Callable[[np.ndarray], Any], n: int) -> Estimate:
+    """A statistic of chosen rows out of n; (…, n) rows give (…) values."""
+    low, high = np.quantile(statistic(np.random.default_rng(0).integers(n, size=(2000, n))), [0.025, 0.975])
+    return Estimate(float(statistic(np.arange(n))), float(low), float(high))
 
 
-def _direction_line(statistics: Mapping[str, np.ndarray]) -> str:
-    cosine, ratio = (np.median(statistics[name]) for name in ("cosine", "ratio"))
-    share = np.median(statistics["second_order"].max(0))
-    return (
-        f"**Two gradients that look alike.** At images attacked already their cosine is {cosine:.3f} "
-        f"(median), the exact one has {ratio:.2f} times the length of the other; the second-order term makes "
-        f"up {share:.0%} of a step's vector-Jacobian product (median over images, of the largest step)."
-    )
+def _median(values: np.ndarray) -> Estimate:
+    return _bootstrap(lambda rows: np.median(values[rows], axis=-1), len(values))
 
 
-def _noise_line(statistics: Mapping[str, np.ndarray], losses: Mapping[str, Mapping[int, np.ndarray]]) -> str:
-    exact, first = (float(np.median(statistics[f"snr_{kind}"])) for kind in KINDS)
-    most = max(losses["exact"])
-    low, high = student(losses["first_order"][most] - losses["exact"][most])
-    gap = float((losses["first_order"][most] - losses["exact"][most]).mean())
-    if low > 0:
-        verdict = "so the exact gradient does not catch up as noise is averaged out: noise is not the reason"
-    elif high < 0:
-        verdict = "so the exact gradient catches up and overtakes: with few draws, noise was the reason"
-    else:
-        verdict = "an interval with zero inside: this comparison does not decide about noise"
-    return (
-        f"**Is it noise?** One draw's signal-to-noise ratio is {exact:.2f} for the exact gradient and "
-        f"{first:.2f} for the first-order one (median). With {most} draws per gradient, first-order APGD "
-        f"ends at a mean loss that differs by {gap:+.3f} [{low:+.3f}, {high:+.3f}] (paired), {verdict}."
-    )
+def _mean(values: np.ndarray) -> Estimate:
+    low, high = student(values)
+    return Estimate(float(values.mean()), float(low), float(high))
 
 
-def _landscape_line(landscapes: Mapping[tuple[str, str], Mapping[str, np.ndarray]]) -> str:
-    lines = []
-    for (case, start), losses in landscapes.items():
-        gain = (losses["first_order"] - losses["exact"])[1:].mean(0)
-        low, high = student(gain)
-        word = "more" if low > 0 else "less" if high < 0 else "neither more nor less"
-        numbers = f"{gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append(f"{CASES[case]}, from the {_START[start]} image, {word} ({numbers})")
-    return (
-        "**Is it the landscape?** On the very draws that both directions were computed from, and averaged "
-        "over step sizes up to eps, a step along the first-order direction raises the mean loss, compared "
-        f"with one along the exact direction: {'; '.join(lines)}."
-    )
+def _side(found: Any, reference: float | None) -> str:
+    """On which side of the reference an interval lies."""
+    if reference is None:
+        return MISSING
+    sides = {"above": found.low > reference, "below": found.high < reference, "includes": True}
+    return f"{next(side for side, true in sides.items() if true)} {reference:g}"
 
 
-_START = {"clean": "clean", "reverse": "attacked"}
+def findings(found: Mechanism) -> pd.DataFrame:
+    """Each measured quantity with its 95 % interval, and what the interval says of no difference.
 
-
-def _slope_line(found: Mapping[str, Mapping[str, np.ndarray]], statistics: Mapping[str, np.ndarray]) -> str:
-    ratios = {case: {kind: ratio_of(result, kind) for kind in KINDS} for case, result in found.items()}
-
-    def text(case: str, kind: str) -> str:
-        value, low, high = ratios[case][kind]
-        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-    listed = "; ".join(f"{CASES[case]} {text(case, 'exact')}" for case in found)
-    coup, flipped, smooth = (ratios[case]["exact"] for case in ("coup", "flipped", "smooth"))
-    wrong = coup[2] < 1 and flipped[1] > 1
-    mended = abs(smooth[0] - 1) < min(abs(coup[0] - 1), abs(flipped[0] - 1))
-    closer = all(
-        abs(ratios[case]["first_order"][0] - 1) < abs(ratios[case]["exact"][0] - 1)
-        for case in ("coup", "flipped")
-    )
-    text_ = (
-        f"**Does the gradient foretell the slope?** Slope by the exact gradient over the slope that the mean "
-        f"loss really has (finite differences, same draws): {listed}. By the first-order gradient: COUP "
-        f"{text('coup', 'first_order')}, sign flipped {text('flipped', 'first_order')}."
-    )
-    if wrong and mended and closer:
-        return text_ + (
-            " The numbers support this reason. COUP's guidance is the gradient of log max p: it **jumps** "
-            "where the classifier changes its mind, as it does on "
-            f"{statistics['switched'].mean():.0%} of the paths. "
-            "Between the jumps log max p is concave, so the second-order term damps (flipped: magnifies) "
-            "just the directions that lead to another class; the jump at the boundary gives it back, but no "
-            "derivative of a path ever sees a jump, with however many draws: the mean of the gradients is "
-            "not the gradient of the mean. The first-order gradient leaves out both, and they nearly cancel. "
-            "Without guidance, or with a maximum that has no kink, the exact gradient tells the truth."
-        )
-    return text_ + (
-        " That would be explained by the jump of ∇ log max p where the classifier changes its mind, which no "
-        "derivative of a path sees; here the numbers do not decide whether it is the reason."
-    )
-
-
-def _smooth_line(smooth: Mapping[str, np.ndarray], coup: Mapping[str, np.ndarray] | None) -> str:
-    gap = Difference.of(smooth["exact"], smooth["first_order"])
-    text = (
-        f"**The control without a kink.** Guided by a smoothed maximum, COUP keeps "
-        f"{Accuracy.of(smooth['exact'])} under the exact attack and {Accuracy.of(smooth['first_order'])} "
-        f"under the first-order one (exact − first-order: {gap})"
-    )
-    if coup is not None:
-        own = Difference.of(coup["exact"], coup["first_order"])
-        text += f"; with its own guidance the same difference is {own}"
-    return text + "."
-
-
-def _sign_line(control: Mapping[float, Mapping[str, np.ndarray]]) -> str:
-    base = control[0.0]
-    lines = []
-    for weight, row in control.items():
-        if weight:
-            changes = {name: Difference.of(row[name], base[name]) for name in ("exact", "worst")}
-            lines.append(f"- λ = {weight:g}: exact {changes['exact']}, worst of all {changes['worst']}")
-    verdicts = {
-        name: {w: Difference.of(row[name], base[name]).verdict for w, row in control.items() if w}
-        for name in ("exact", "worst")
+    Medians and ratios have bootstrap intervals and mean losses Student's; accuracies and their differences
+    have those of `Accuracy` and `Difference`. "No difference" is a ratio of 1, and a difference of 0.
+    """
+    statistics, controls = found.gradient_statistics, found.controls
+    share, draws = statistics["second_order"].max(0), max(found.reached["exact"])
+    plain: dict[str, Any] = {
+        "Cosine of the exact and the first-order mean gradient, median": _median(statistics["cosine"]),
+        "Second-order term over a step's vector-Jacobian product, largest step, median": _median(share),
+        "Share of the paths on which the classifier's decision changes": _mean(statistics["switched"]),
     }
-    raised = [w for w, verdict in verdicts["exact"].items() if w < 0 and verdict == "holds"]
-    kept = [w for w, verdict in verdicts["worst"].items() if verdict == "holds"]
-    lost = [w for w, verdict in verdicts["worst"].items() if verdict == "does not hold"]
-    seen = (
-        f"With the sign flipped the exact attack leaves more for λ = {_listed(raised)}: not what information "
-        "preservation would do, but what a misled attack would."
-        if raised
-        else "With the sign flipped the exact attack leaves no more than chance explains."
-    )
-    survives = (
-        f"Under the worst of all sources a gain over λ = 0 is left for λ = {_listed(kept)}."
-        if kept
-        else "Under the worst of all sources no λ has a gain over λ = 0 that its interval confirms."
-    )
-    if lost:
-        survives += f" A loss is confirmed for λ = {_listed(lost)}."
-    head = "**The control with the sign flipped.** Change of robustness against λ = 0:"
-    return "\n".join([head, "", *lines, "", f"{seen} {survives}"])
+    for kind, label in KIND_NAMES.items():
+        plain[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
+        plain[f"Accuracy (%) of COUP, smoothed max, {label} attack"] = Accuracy.of(controls["smooth"][kind])
+
+    ratios = {"Length of the exact over the first-order mean gradient, median": _median(statistics["ratio"])}
+    for case, slope in found.slopes.items():
+        for kind, label in KIND_NAMES.items():
+            ratio = predicted_over_measured(slope, kind)
+            ratios[f"Predicted over measured slope, {CASES[case]}, {label}"] = ratio
+
+    gains = {f"loss reached, {draws} draws": {kind: row[draws] for kind, row in found.reached.items()}}
+    for (case, start), losses in found.landscapes.items():
+        label = f"loss along the direction, {CASES[case]}, {STARTS[start]} image"
+        gains[label] = {kind: losses[kind][1:].mean(0) for kind in KINDS}
+    differences: dict[str, Any] = {
+        f"First-order − exact: {label}": _mean(losses["first_order"] - losses["exact"])
+        for label, losses in gains.items()
+    }
+    for name, row in controls.items():
+        label = "smoothed max" if name == "smooth" else f"λ = {name:g}"
+        gap = Difference.of(row["exact"], row["first_order"])
+        differences[f"Exact − first-order attack: accuracy (points), {label}"] = gap
+        if name not in (0.0, "smooth"):
+            for kind, attack in (("exact", "exact attack"), ("worst", "worst case over attacks, per image")):
+                gain = Difference.of(row[kind], controls[0.0][kind])
+                differences[f"{label} against λ = 0: accuracy (points), {attack}"] = gain
+    lines = [
+        [quantity, f"{one.value:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", _side(one, reference)]
+        for reference, group in ((None, plain), (1, ratios), (0, differences))
+        for quantity, one in group.items()
+    ]
+    columns = ["Quantity", "Value", "95 % interval", "What the interval says"]
+    return pd.DataFrame(lines, columns=columns).set_index("Quantity")
 
 
-def _listed(weights: Sequence[float]) -> str:
-    return ", ".join(f"{weight:g}" for weight in weights)
+def verdict(slopes: Mapping[str, Arrays]) -> str:
+    """Markdown: whether the jumps of ∇ log max p mislead the exact gradient, by the slopes.
+
+    It holds if the exact gradient predicts too small a slope for COUP and too large a one with the sign
+    flipped, both by their intervals, if the smoothed maximum brings the ratio closer to 1 than either, and if
+    the first-order gradient is closer in both cases. It does not hold if an interval contradicts a direction.
+    """
+    exact, first = (
+        {case: predicted_over_measured(slope, kind) for case, slope in slopes.items()} for kind in KINDS
+    )
+    coup, flipped = exact["coup"], exact["flipped"]
+    error = {case: abs(ratio.value - 1) for case, ratio in exact.items()}
+    supported = (
+        coup.high < 1 < flipped.low
+        and error["smooth"] < min(error["coup"], error["flipped"])
+        and all(abs(first[case].value - 1) < error[case] for case in ("coup", "flipped"))
+    )
+    contradicted = coup.low > 1 or flipped.high < 1
+    said = "holds" if supported else "does not hold" if contradicted else "is not decided"
+    return f"That the jumps of ∇ log max p mislead the exact gradient **{said}**."
 
 
 # --- Figure -----------------------------------------------------------------------------------------------
 
+SMALL: dict[str, Any] = {"markersize": 4, "capsize": 1.8}
 
-def sign_panel(
-    axes: Axes, control: Mapping[float, Mapping[str, np.ndarray]], smooth: Mapping[str, np.ndarray], at: float
-) -> None:
-    """Paired change of accuracy against λ = 0, per attack, with 95 % intervals; hollow: smoothed maximum."""
-    weights = np.array(list(control))
+
+def sign_panel(axes: Axes, controls: Mapping[float | str, Arrays], at: float) -> None:
+    """Paired change of accuracy against λ = 0, per attack, with 95 % intervals; hollow: smoothed maximum.
+
+    at: the λ of the smoothed maximum.
+    """
+    weights = [name for name in controls if not isinstance(name, str)]
     for place, kind in enumerate((*KINDS, "worst")):
-        base, offset = control[0.0][kind], 0.07 * (place - 1)
-        changes = [Difference.of(row[kind], base) for row in control.values()]
-        bounds = np.array([[c.value - c.low, c.high - c.value] for c in changes]).T
-        style = {"color": KIND_COLOURS[kind], "markersize": 4, "capsize": 1.8, "linewidth": 1.1}
-        axes.errorbar(
-            weights + offset,
-            [change.value for change in changes],
-            bounds * (weights != 0),  # λ = 0 is no estimate: the others are compared with it
-            fmt=KIND_MARKERS[kind] + "-",
-            label=KIND_LABELS[kind],
-            **style,
-        )
-        axes.plot(
-            at + offset,
-            Difference.of(smooth[kind], base).value,
-            KIND_MARKERS[kind],
-            color=KIND_COLOURS[kind],
-            markerfacecolor="white",
-            markersize=5.5,
-            zorder=5,
-        )
+        base, offset = controls[0.0][kind], 0.07 * (place - 1)
+        changes = [  # λ = 0 is no estimate: the others are compared with it
+            Difference.of(controls[weight][kind], base) if weight else Estimate(0, 0, 0) for weight in weights
+        ]
+        look = {"color": KIND_COLOURS[kind], "label": KIND_LABELS[kind]} | SMALL
+        estimates(axes, np.array(weights) + offset, changes, fmt=KIND_MARKERS[kind] + "-", **look)
+        hollow = {"color": KIND_COLOURS[kind], "markerfacecolor": "white", "markersize": 5.5, "zorder": 5}
+        smooth = Difference.of(controls["smooth"][kind], base)
+        axes.plot(at + offset, smooth.value, KIND_MARKERS[kind], **hollow)
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes.set(xlabel="guidance weight λ", ylabel="change against λ = 0 (points)")
 
 
-def alike_panel(axes: Axes, statistics: Mapping[str, np.ndarray]) -> None:
+def alike_panel(axes: Axes, statistics: Arrays) -> None:
     """Each image's cosine of the two gradients against the ratio of their lengths."""
     axes.plot(statistics["ratio"], statistics["cosine"], "o", color=PALETTE[4], markersize=3.5, alpha=0.7)
     axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
@@ -622,7 +560,7 @@ def alike_panel(axes: Axes, statistics: Mapping[str, np.ndarray]) -> None:
     axes.set(xlabel="length, exact / first-order", ylabel="cosine, exact · first-order")
 
 
-def second_order_panel(axes: Axes, statistics: Mapping[str, np.ndarray], t_star: float) -> None:
+def second_order_panel(axes: Axes, statistics: Arrays, t_star: float) -> None:
     """Size of the second-order term along the path: median, and 5–95 % of the images."""
     shares = 100 * statistics["second_order"]
     times = t_star * (1 - np.arange(len(shares)) / len(shares))
@@ -633,7 +571,7 @@ def second_order_panel(axes: Axes, statistics: Mapping[str, np.ndarray], t_star:
     axes.invert_xaxis()
 
 
-def noise_panel(axes: Axes, statistics: Mapping[str, np.ndarray]) -> None:
+def noise_panel(axes: Axes, statistics: Arrays) -> None:
     """Signal-to-noise ratio of a single draw, first-order against exact, one point per image."""
     exact, first = (statistics[f"snr_{kind}"] for kind in KINDS)
     top = 1.05 * max(exact.max(), first.max())
@@ -645,11 +583,8 @@ def noise_panel(axes: Axes, statistics: Mapping[str, np.ndarray]) -> None:
 def reached_panel(axes: Axes, losses: Mapping[str, Mapping[int, np.ndarray]]) -> None:
     """Paired gain of first-order over exact APGD in the loss reached, per draws of a gradient, with 95 %."""
     counts = list(losses["exact"])
-    gains = np.stack([losses["first_order"][count] - losses["exact"][count] for count in counts])
-    means = gains.mean(1)
-    low, high = student(gains)
-    style = {"color": PALETTE[2], "markersize": 4, "capsize": 1.8}
-    axes.errorbar(counts, means, [means - low, high - means], fmt="D-", **style)
+    gains = [_mean(losses["first_order"][count] - losses["exact"][count]) for count in counts]
+    estimates(axes, counts, gains, fmt="D-", color=PALETTE[2], **SMALL)
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts])
@@ -657,7 +592,7 @@ def reached_panel(axes: Axes, losses: Mapping[str, Mapping[int, np.ndarray]]) ->
     axes.set(xlabel="noise draws per gradient", ylabel="loss reached, first-order − exact")
 
 
-def landscape_panel(axes: Axes, landscapes: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def landscape_panel(axes: Axes, landscapes: Mapping[str, Arrays]) -> None:
     """Paired gain of first-order over exact direction in mean loss, per case, with 95 % intervals."""
     styles = {"coup": ("D-", PALETTE[2]), "flipped": ("v-", PALETTE[1])}
     for case, losses in landscapes.items():
@@ -669,62 +604,41 @@ def landscape_panel(axes: Axes, landscapes: Mapping[str, Mapping[str, np.ndarray
     axes.set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
 
 
-def slope_panel(axes: Axes, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Foretold over measured slope for every case and kind, with 95 % intervals; 1 is the truth."""
+def slope_panel(axes: Axes, slopes: Mapping[str, Arrays]) -> None:
+    """Predicted over measured slope for every case and kind, with 95 % intervals; 1 is the truth."""
     for offset, kind in zip((-0.12, 0.12), KINDS, strict=True):
-        points = np.array([ratio_of(result, kind) for result in found.values()])
-        axes.errorbar(
-            points[:, 0],
-            np.arange(len(found)) + offset,
-            xerr=np.abs(points[:, 1:] - points[:, :1]).T,
-            fmt=KIND_MARKERS[kind],
-            color=KIND_COLOURS[kind],
-            label=KIND_LABELS[kind],
-            markersize=4.5,
-            capsize=1.8,
-            linewidth=1.1,
-        )
+        ratios = [predicted_over_measured(slope, kind) for slope in slopes.values()]
+        look = {"color": KIND_COLOURS[kind], "label": KIND_LABELS[kind]} | SMALL | {"markersize": 4.5}
+        places = np.arange(len(slopes)) + offset
+        estimates(axes, places, ratios, sideways=True, fmt=KIND_MARKERS[kind], **look)
     axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(found)), [CASES[case].replace(", ", ",\n") for case in found])
-    axes.set(xlabel="slope foretold / measured", ylim=(len(found) - 0.5, -0.5))
+    axes.set_yticks(range(len(slopes)), [CASES[case].replace(", ", ",\n") for case in slopes])
+    axes.set(xlabel="slope predicted / measured", ylim=(len(slopes) - 0.5, -0.5))
     if 0 < axes.dataLim.x0 < axes.dataLim.x1 / 5:
         axes.set_xscale("log")
     axes.grid(visible=False, axis="y")
 
 
-def mechanism_figure(
-    control: Mapping[float, Mapping[str, np.ndarray]],
-    smooth: Mapping[str, np.ndarray],
-    statistics: Mapping[str, np.ndarray],
-    losses: Mapping[str, Mapping[int, np.ndarray]],
-    landscapes: Mapping[tuple[str, str], Mapping[str, np.ndarray]],
-    found: Mapping[str, Mapping[str, np.ndarray]],
-    config: Config,
-) -> Figure:
-    """Eight panels, (a) to (h); the arguments are what the functions above return."""
+def mechanism_figure(found: Mechanism, config: Config) -> Figure:
+    """Eight panels, (a) to (h), of what was measured for the config."""
     figure, grid = plt.subplots(2, 4, figsize=(14, 6.6))
-    panels = list(grid.flat)
-    sign_panel(panels[0], control, smooth, config.guidance_weight)
+    panels, statistics = list(grid.flat), found.gradient_statistics
+    sign_panel(panels[0], found.controls, config.guidance_weight)
     alike_panel(panels[1], statistics)
     second_order_panel(panels[2], statistics, config.t_star)
     noise_panel(panels[3], statistics)
-    reached_panel(panels[4], losses)
-    for axes, start in zip(panels[5:7], _START, strict=True):
-        landscape_panel(axes, {case: row for (case, place), row in landscapes.items() if place == start})
-    slope_panel(panels[7], found)
-    titles = (
-        "robustness against λ",
-        "gradients alike",
-        "second-order term",
-        "noise of one draw",
-        "averaging more draws",
-        "steps from the clean image",
-        "steps from the attacked image",
-        "the slope foretold",
-    )
+    reached_panel(panels[4], found.reached)
+    for axes, start in zip(panels[5:7], STARTS, strict=True):
+        chosen = {case: row for (case, place), row in found.landscapes.items() if place == start}
+        landscape_panel(axes, chosen)
+    slope_panel(panels[7], found.slopes)
+    titles = [
+        *("robustness against λ", "gradients alike", "second-order term", "noise of one draw"),
+        *("averaging more draws", "steps from the clean image", "steps from the attacked image"),
+        "the predicted slope",
+    ]
     for letter, axes, title in zip("abcdefgh", panels, titles, strict=True):
         axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
-    panels[0].legend(loc="best", fontsize="small", title="hollow: smooth", title_fontsize="small")
-    panels[6].legend(loc="best", fontsize="small")
-    panels[7].legend(loc="best", fontsize="small")
+    for axes, title in ((panels[0], "hollow: smooth"), (panels[6], ""), (panels[7], "")):
+        axes.legend(loc="best", fontsize="small", title=title, title_fontsize="small")
     return figure

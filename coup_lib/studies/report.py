@@ -19,13 +19,13 @@ from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
 from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.evaluation.protocol import Evaluation
-from coup_lib.evaluation.records import record
+from coup_lib.evaluation.records import Missing, reading_only, record
 from coup_lib.files import write_atomically
-from coup_lib.reporting import paper, tables, toy_figures
+from coup_lib.reporting import paper, publishing, tables
 from coup_lib.reporting.plots import COLOURS
 from coup_lib.studies import ablation as clean
 from coup_lib.studies import adversarial_training as cross
-from coup_lib.studies import bpda, case_study, likelihood_study, sweeps, toy
+from coup_lib.studies import bpda, case_study, likelihood_study, sweeps, toy, toy_figures
 
 QUOTED = "not comparable: quoted by the paper, not measured here"
 LEVEL = "not comparable: other data and networks"
@@ -125,7 +125,7 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
             ours.robustness - rival.robustness,
             f"{norm}: COUP − DiffPure, AutoAttack",
         ),
-        gap("reverse", "autoattack", None, f"{norm}: COUP − COUP w/o guidance, AutoAttack"),
+        gap("reverse", "autoattack", None, f"{norm}: COUP − {LABELS['reverse']}, AutoAttack"),
     ]
     return [*lines, *(claim(where, one) for one in gaps)], gaps
 
@@ -134,8 +134,7 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
     """Fig. 2b, by notebook 02's configuration and classifiers: bars without numbers, so only an order."""
     gaps = []
     for place, classifier in zip(PLACES, classifiers, strict=False):
-        own = replace(config, **fig2b.get(classifier, {}))
-        evaluation = Evaluation(own, classifier)
+        evaluation = Evaluation(spending(config, classifier, fig2b), classifier)
         columns = evaluation.columns(("diffpure", "reverse", "coup"))
         results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
         for than in ("reverse", "diffpure"):
@@ -145,6 +144,11 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
             ]
             gaps.append(Gap(f"{place} classifier: COUP − {LABELS[than]}, APGD-ce", None, *pair))
     return [claim("Fig. 2b", gap) for gap in gaps], gaps
+
+
+def spending(config: Config, classifier: str, fig2b: Spending) -> Config:
+    """The configuration of a classifier of Fig. 2b."""
+    return replace(config, **fig2b.get(classifier, {}))
 
 
 def purification_costs(config: Config, classifiers: Sequence[str]) -> list[Line]:
@@ -164,7 +168,7 @@ def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
     most = bpda.column(max(counts))
     counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
     rows = {defence: bpda.sources(defence, counts, config.eot) for defence in PAPER}
-    results = bpda.by_rule(Evaluation(counted).scores(rows))["single"]
+    results = bpda.by_rule(Evaluation(counted).predictions(rows))["single"]
     lines = quoted(where, paper.BPDA_LITERATURE)
     for name, row in paper.BPDA.items():
         found = results[name]
@@ -311,7 +315,7 @@ def everything(
     weights: Sequence[float] = sweeps.WEIGHTS,
     fig2b: Spending = SAME,
 ) -> tuple[list[Line], list[Gap]]:
-    """All of it, with the profile, budget and seed of `config`, and the sizes of each notebook.
+    """All of it that is on record, with the profile, budget and seed of `config`, and each notebook's sizes.
 
     Args:
         classifiers: of Fig. 2b.
@@ -350,8 +354,16 @@ def everything(
         "toy": lambda: (toy_claims(), []),
         "Fig. 4": lambda: (hyperparameters(of("sweep", split="validation"), t_stars, weights), []),
     }
-    sections = [found[part]() for part in PARTS if part in chosen]
-    return [line for lines, _ in sections for line in lines], [gap for _, gaps in sections for gap in gaps]
+    lines: list[Line] = []
+    gaps: list[Gap] = []
+    for part in (part for part in PARTS if part in chosen):
+        try:
+            with reading_only():
+                more, differences = found[part]()
+        except Missing:
+            more, differences = [Line(part, "not on record: run its notebook first", NOTHING)], []
+        lines, gaps = lines + more, gaps + differences
+    return lines, gaps
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -373,18 +385,20 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def side_by_side() -> str:
-    """Markdown: the paper beside every profile whose report lies in the figures; figures/side_by_side.md.
+    """Markdown: the paper beside every profile that has a report, here or published; side_by_side.md.
 
     Only what a profile measures: no quotations, and not the toy analysis, which is the same for all.
     """
     found, captions = [], []
     for name in PROFILES:
-        if (written := paths.FIGURES / name / "report.csv").exists():
+        places = [folder / name / "report.csv" for folder in (paths.FIGURES, paths.ROOT / "figures")]
+        if written := next((place for place in places if place.exists()), None):
             found.append(_of_profile(name, pd.read_csv(written, keep_default_na=False)))
             captions.append(written.with_suffix(".md").read_text().strip().split("\n\n")[-1])
     frame = pd.concat(found, axis=1, sort=False).fillna(NOTHING).reset_index().set_index("Where")
     text = "\n\n".join([tables.markdown(frame), *captions])
-    write_atomically(paths.FIGURES / "side_by_side.md", lambda temporary: temporary.write_text(text + "\n"))
+    path = publishing.note(paths.FIGURES / "side_by_side.md")
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
     return text
 
 
@@ -429,7 +443,7 @@ def counts(lines: Sequence[Line]) -> str:
 
 def caption(config: Config, classifiers: Sequence[str], fig2b: Spending = SAME) -> str:
     """What stands behind the page."""
-    full = config.sizes.budgets["report"]["full"]
+    full = config.setup.budgets["report"]["full"]
     spent = f"{config.n_iter}/{full.n_iter} iterations of APGD and {config.eot}/{full.eot} EOT draws"
     most = max(bpda.checked_counts(None, replace(config, purpose="sweep")))
     other = "".join(
@@ -456,6 +470,8 @@ def figure(gaps: Sequence[Gap]) -> Figure:
     )
     for label, shift, marker, colour, differences in ways:
         rows = [(place, one) for place, one in zip(places, differences, strict=True) if one]
+        if not rows:
+            continue
         values = np.array([one.value for _, one in rows])
         ends = np.abs(np.array([[one.low, one.high] for _, one in rows]).T - values)
         heights = [place + shift for place, _ in rows]
@@ -471,5 +487,6 @@ def figure(gaps: Sequence[Gap]) -> Figure:
     axes.grid(visible=False, axis="y")
     claimed = "the claim is that it is positive"
     axes.set_xlabel(f"difference in accuracy (points), paired 95 % interval;\n{claimed}")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    if gaps:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return drawn

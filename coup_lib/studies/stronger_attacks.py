@@ -18,7 +18,7 @@ from coup_lib.evaluation.outcomes import (
     RULES,
     Accuracy,
     Difference,
-    Score,
+    Predictions,
     WorstCase,
     direct,
     transferred,
@@ -32,7 +32,7 @@ from coup_lib.reporting.plots import COLOURS, MARKERS, points
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
-Columns = dict[str, dict[Any, Score]]  # defence → name of a source, or `Transfer` → score
+Columns = dict[str, dict[Any, Predictions]]  # defence → name of a source, or `Transfer` → score
 
 PGD_FACTOR = 4  # PGD takes this many times APGD's iterations: 200 at the full size
 EPS_FACTORS = {"linf": (0.5, 1.0, 2.0, 4.0), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
@@ -120,7 +120,7 @@ def experiment(config: Config, defences: Sequence[str] = PAPER) -> Experiment:
 
 def columns(evaluation: Evaluation, defences: Sequence[str] = PAPER) -> Columns:
     """The scores of the `experiment`."""
-    return evaluation.scores(experiment(evaluation.config, defences).attacks)
+    return evaluation.predictions(experiment(evaluation.config, defences).attacks)
 
 
 def per_image_accuracy(columns: Columns, recorded: Mapping[str, WorstCase]) -> PerImage:
@@ -212,7 +212,7 @@ def eps_series(config: Config, *, verbose: bool = True) -> dict[str, dict[float,
     """
     found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
     for factor, one in eps_experiments(config).items():
-        for name, row in one.scores(verbose=verbose).items():
+        for name, row in one.predictions(verbose=verbose).items():
             found[name][factor] = row["it"].right
     return found
 

@@ -59,7 +59,7 @@ def attacks(config: Config) -> dict[str, dict[Any, AttackSpec]]:
     Every λ faces what is made against λ = 0 (a column) and against the paper's λ (transferred) at the same
     t*. Values are compared by "worst", the worst of these attacks: on record, the paper's λ faces more.
     """
-    defence, papers = "coup" if config.guidance_weight else "reverse", config.sizes.guidance_weight
+    defence, papers = "coup" if config.guidance_weight else "reverse", config.setup.guidance_weight
     faced = paper_attacks((defence,), config)
     if config.guidance_weight != papers:
         for name, gradient in {"adaptive": config.gradient, "first_order": "first_order"}.items():
@@ -71,7 +71,7 @@ def attacks(config: Config) -> dict[str, dict[Any, AttackSpec]]:
 def measure(config: Config) -> Right:
     """The columns of `attacks` and the worst cases: column → share of right draws, (n,)."""
     evaluation = Evaluation(config, verbose=False)
-    scores = evaluation.scores(attacks(config))
+    scores = evaluation.predictions(attacks(config))
     ((defence, found),) = tables.per_image_accuracy(scores).items()
     return found | {"recorded": evaluation.recorded(scores)[defence].right}
 

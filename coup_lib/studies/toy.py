@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ SMOKE_RUNS = 2_000
 CHUNK_ELEMENTS = 32_768
 # p(x) < 1e-5 out here: a path that ends beyond was thrown by a pole of the noisy classifier.
 FAR = 5.0
+QUANTILES = (0.05, 0.5, 0.99)  # of the distances and bounds of Proposition 2
 
 
 def parse_floats(name: str, text: str) -> tuple[float, ...]:
@@ -46,6 +47,7 @@ class ToySettings:
     Raises ValueError that names the field, what was expected and what came.
     """
 
+    profile: ClassVar[str] = "toy"  # folder of the figures, tables and records
     n_runs: int = 100_000
     n_steps: int = 100
     t_star: float = 0.1
@@ -116,12 +118,6 @@ class TwoGaussians:
         below, above = x + self.mean, x - self.mean
         return torch.exp(-0.5 * below * below) * scale, torch.exp(-0.5 * above * above) * scale
 
-    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
-        """log p_t(x) of the diffused mixture for x of any shape and t of shape ()."""
-        mean = self.sde.mean_coeff(t) * self.mean
-        logs = torch.stack([-0.5 * (x + mean) ** 2, -0.5 * (x - mean) ** 2])
-        return logs.logsumexp(0) - math.log(2 * math.sqrt(2 * math.pi))
-
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """∇ log p_t(x) = -x + μ tanh(μx) with μ = m(t)·mean, for x of any shape and t of shape ()."""
         mean = self.sde.mean_coeff(t) * self.mean
@@ -148,15 +144,12 @@ class TwoGaussians:
         outside = (rest <= 0) | (total <= 0)
         return torch.where(says_one, log_p1_slope, rest_slope / rest) - log_total_slope, outside
 
-    def reverse_drift(self, x: Tensor, t: Tensor, lam: Tensor, c: Tensor) -> Tensor:
-        """The drift of Eq. 5 *in the direction of travel*, -(f - g²[∇log p_t + λ∇log max_y p(y|x)]).
+    def reverse_drift(self, x: Tensor, t: Tensor, ascent: Tensor) -> Tensor:
+        """The drift of Eq. 5 *in the direction of travel*, g²·ascent - f(x, t), the shape of x.
 
-        Time runs backwards in Eq. 5, so what is printed there is the negative of what pushes x.
+        `ascent` is the square bracket of Eq. 5, ∇log p_t + λ∇log max_y p(y|x). Time runs backwards in Eq. 5,
+        so what is printed there is the negative of what pushes x.
         """
-        return self.push(x, t, self.score(x, t) + lam * self.guidance(x, c)[0])
-
-    def push(self, x: Tensor, t: Tensor, ascent: Tensor) -> Tensor:
-        """g²·ascent - f(x, t), the shape of x; `ascent` is the square bracket of Eq. 5."""
         return self.sde.beta(t) * ascent - self.sde.drift(x, t)
 
     def unguided_slope(self, x: Tensor, t: Tensor) -> Tensor:
@@ -195,7 +188,6 @@ def time_grid(t_star: float, n_steps: int) -> Tensor:
 def euler_steps(
     data: TwoGaussians,
     noise: Tensor,
-    *,
     x0: float,
     t_star: float,
     weights: Sequence[float],
@@ -209,7 +201,8 @@ def euler_steps(
     for t, z in zip(time_grid(t_star, len(noise)), noise, strict=True):
         score = data.score(x, t)
         guidance, outside = data.guidance(x, c)
-        x = x + data.push(x, t, score + lam * guidance) * dt + data.sde.diffusion(t) * math.sqrt(dt) * z
+        drift = data.reverse_drift(x, t, score + lam * guidance)
+        x = x + drift * dt + data.sde.diffusion(t) * math.sqrt(dt) * z
         yield Step(t, score, guidance, outside, x)
 
 
@@ -239,23 +232,13 @@ class Paths:
 
 def simulate(data: TwoGaussians, settings: ToySettings, noise: Tensor) -> Paths:
     """The paths of Fig. 3b for noise (n_steps, runs), which every (c, λ) shares."""
-    runs = max(1, CHUNK_ELEMENTS // (len(settings.weights) * len(settings.levels)))
-    chunks = [_simulate_chunk(data, settings, part) for part in noise.split(runs, dim=1)]
+    weights, levels, chunks = settings.weights, settings.levels, []
+    for part in noise.split(max(1, CHUNK_ELEMENTS // (len(weights) * len(levels))), dim=1):
+        lowest, outside = torch.tensor(settings.x0, dtype=DTYPE), torch.tensor(False)
+        for step in euler_steps(data, part, settings.x0, settings.t_star, weights, levels):
+            lowest, outside = torch.minimum(lowest, step.x), outside | step.outside
+        chunks.append((step.x, lowest, outside))
     return Paths(*(torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)))
-
-
-def _simulate_chunk(data: TwoGaussians, settings: ToySettings, noise: Tensor) -> tuple[Tensor, ...]:
-    lowest, outside = torch.tensor(settings.x0, dtype=DTYPE), torch.tensor(False)
-    for step in euler_steps(
-        data,
-        noise,
-        x0=settings.x0,
-        t_star=settings.t_star,
-        weights=settings.weights,
-        levels=settings.levels,
-    ):
-        lowest, outside = torch.minimum(lowest, step.x), outside | step.outside
-    return step.x, lowest, outside
 
 
 def label_flips(data: TwoGaussians, settings: ToySettings) -> dict[str, Any]:
@@ -269,20 +252,16 @@ def label_flips(data: TwoGaussians, settings: ToySettings) -> dict[str, Any]:
         "weights": list(settings.weights),
         "levels": list(settings.levels),
         "n_runs": settings.n_runs,
-        "not_finite": _counts(~paths.finite),
-        "outside": _counts(paths.outside),
-        "far": _counts(paths.finite & (paths.final.abs() > FAR)),
+        "not_finite": (~paths.finite).sum(-1).tolist(),
+        "outside": paths.outside.sum(-1).tolist(),
+        "far": (paths.finite & (paths.final.abs() > FAR)).sum(-1).tolist(),
     }
     for name, event in (("flipped", paths.flipped), ("crossed", paths.crossed)):
         unguided = event[:, settings.weights.index(0.0), None]
-        result[name] = _counts(event)
-        result[f"{name}_saved"] = _counts(unguided & ~event & paths.finite)
-        result[f"{name}_harmed"] = _counts(event & ~unguided)
+        result[name] = event.sum(-1).tolist()
+        result[f"{name}_saved"] = (unguided & ~event & paths.finite).sum(-1).tolist()
+        result[f"{name}_harmed"] = (event & ~unguided).sum(-1).tolist()
     return result
-
-
-def _counts(event: Tensor) -> list[list[int]]:
-    return event.sum(-1).tolist()
 
 
 # --- The propositions -------------------------------------------------------------------------------------
@@ -324,31 +303,21 @@ def prop2_runs(data: TwoGaussians, settings: ToySettings, t_star: float) -> dict
     increments. The true classifier (c = 0) guides; C_p bounds λ∇log max p, which is what Eq. 5 adds, where
     the proposition writes ∇p(·|x).
     """
-    n_steps = max(1, round(t_star / settings.step))
-    noise = wiener_noise(settings.n_runs, n_steps, settings.seed)
-    parts = [_prop2_chunk(data, settings, t_star, part) for part in noise.split(CHUNK_ELEMENTS, dim=1)]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def _prop2_chunk(
-    data: TwoGaussians, settings: ToySettings, t_star: float, noise: Tensor
-) -> dict[str, Tensor]:
-    weight = settings.guidance_weight
-    score = guidance = wiener = torch.zeros((), dtype=DTYPE)
-    steps = euler_steps(data, noise, x0=settings.x0, t_star=t_star, weights=[weight], levels=[0.0])
-    for step, z in zip(steps, noise, strict=True):
-        score = torch.maximum(score, step.score.abs())
-        guidance = torch.maximum(guidance, weight * step.guidance.abs())
-        wiener = wiener + torch.exp(data.sde.gamma(step.time)) * data.sde.diffusion(step.time) * z
+    weight, chunks = settings.guidance_weight, []
+    noise = wiener_noise(settings.n_runs, max(1, round(t_star / settings.step)), settings.seed)
     gamma = data.sde.gamma(torch.tensor(t_star, dtype=DTYPE))
-    eps = wiener * math.sqrt(t_star / len(noise)) / torch.expm1(2 * gamma).sqrt()
-    distance = (step.x - settings.x0).abs()
-    return {
-        "distance": distance[0, 0],
-        "eps": eps.abs(),
-        "c_s": 2 * score[0, 0],
-        "c_p": 2 * guidance[0, 0],
-    }
+    for part in noise.split(CHUNK_ELEMENTS, dim=1):
+        score = guidance = wiener = torch.zeros((), dtype=DTYPE)
+        steps = euler_steps(data, part, settings.x0, t_star, [weight], [0.0])
+        for step, z in zip(steps, part, strict=True):
+            score = torch.maximum(score, step.score.abs())
+            guidance = torch.maximum(guidance, weight * step.guidance.abs())
+            wiener = wiener + torch.exp(data.sde.gamma(step.time)) * data.sde.diffusion(step.time) * z
+        eps = wiener * math.sqrt(t_star / len(part)) / torch.expm1(2 * gamma).sqrt()
+        distance = (step.x - settings.x0).abs()
+        chunks.append((distance[0, 0], eps.abs(), 2 * score[0, 0], 2 * guidance[0, 0]))
+    found = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return dict(zip(("distance", "eps", "c_s", "c_p"), found, strict=True))
 
 
 def prop2_check(data: TwoGaussians, settings: ToySettings) -> dict[str, Any]:
@@ -379,15 +348,10 @@ def _prop2_entry(data: TwoGaussians, settings: ToySettings, t_star: float) -> di
         "c_p": float(c_p.max()),
         "mean_square_eps": float((eps**2).mean()),
         "allowed": math.expm1(gamma) / gamma,
-        "distance": _quantiles(runs["distance"]),
-        "bound": _quantiles(bounds["printed"]),
+        "distance": np.quantile(runs["distance"].numpy(), QUANTILES).tolist(),
+        "bound": np.quantile(bounds["printed"].numpy(), QUANTILES).tolist(),
     }
     for name, bound in bounds.items():
         entry[f"held_{name}"] = float((runs["distance"] <= bound).double().mean())
         entry[f"tightest_{name}"] = float((runs["distance"] / bound).max())
     return entry
-
-
-def _quantiles(values: Tensor) -> list[float]:
-    """The 5 %, 50 % and 99 % quantiles."""
-    return np.quantile(values.numpy(), [0.05, 0.5, 0.99]).tolist()

@@ -1,9 +1,14 @@
-"""What experiments cost on this machine: their network calls counted, at the speed of one of them here."""
+"""What notebooks cost on this machine: their network calls counted, at the speed of one of them here.
 
+python -m workflow.estimate --profile cifar10 --budget full
+"""
+
+import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -13,38 +18,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from coup_lib.data import SHAPES, is_here, load_split
+from coup_lib.attacks import NORMS
+from coup_lib.data import SHAPES, is_here
 from coup_lib.defences import PURIFIERS, SMOOTHING_DRAWS, is_guided, purifications
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.protocol import Evaluation, Experiment
+from coup_lib.evaluation.profiles import BUDGETS, PROFILES
+from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measurement
 from coup_lib.evaluation.records import config_hash, is_complete, record_path
 from coup_lib.evaluation.specs import AttackSpec
+from coup_lib.files import CheckpointError
 from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
 from coup_lib.likelihood import N_STEPS
-from coup_lib.networks import published, zoo
-from coup_lib.networks.precision import products
+from coup_lib.networks import zoo
+from coup_lib.networks.precision import PRECISIONS, products
 from coup_lib.sde import VPSDE
 from coup_lib.solver import time_grid
+from coup_lib.studies.grids import NOTEBOOKS, networks, obtain, of_run
 
-SHORT = 120  # seconds: of less work than that nothing is said
 TIMED_FLOP = {"cpu": 5e8, "cuda": 5e12}  # in one timed call, a tenth of a second or so
 USABLE = 0.8  # of the free memory
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A part of a study that is no attack: gradients and forward passes of a defence, per image.
-
-    Whether it is on record is not asked for: it counts as done when all attacks of its grid are.
-    """
-
-    config: Config
-    defence: str
-    calls: tuple[int, int]
-    n_images: int
-
-
-Grid = Sequence[Experiment | Measurement]
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ class Job:
     def classifiers(self) -> list[str]:
         """The classifier that decides, and the robust one where that guides."""
         guided = any(PURIFIERS[name].robust_guide for name in {self.spec.surrogate, *self.targets} - {"none"})
-        return [self.classifier, *[self.config.sizes.robust_classifiers[self.config.norm]] * guided]
+        return [self.classifier, *[self.config.setup.robust_classifiers[self.config.norm]] * guided]
 
 
 def jobs(grid: Grid) -> list[Job]:
@@ -75,7 +67,8 @@ def jobs(grid: Grid) -> list[Job]:
         named = Evaluation(part.config, part.classifier, by_name=True)
         specs = dict.fromkeys(spec for row in part.attacks.values() for spec in row.values())
         for spec in specs:
-            key = config_hash(named.attack_settings(spec)[1])
+            name, settings = named.attack_settings(spec)
+            key = name, config_hash(settings)
             scored = {target: (key, target, str(part.config)) for target, row in part.attacks.items()}
             scored = {target: scored[target] for target, row in part.attacks.items() if spec in row.values()}
             left = tuple(target for target, score in scored.items() if score not in known)
@@ -102,44 +95,8 @@ def _job(part: Experiment, classifier: str, spec: AttackSpec, targets: tuple[str
 
 
 def _at_hand(job: Job) -> bool:
-    dataset, score = job.config.sizes.dataset, job.config.sizes.score
+    dataset, score = job.config.setup.dataset, job.config.setup.score
     return is_here(dataset) and not zoo.missing(dataset, job.classifiers, score)
-
-
-def show(name: str, grid: Grid) -> None:
-    """Print what is ahead, and a batch size that fits, before long work starts.
-
-    Data and networks are looked for first, see `obtain`.
-    """
-    obtain(jobs(grid))
-    planned = jobs(grid)  # again, for records have names now
-    if all(job.done for job in planned):
-        print(f"{name}: the record of every attack is here, none is to be computed")
-        return
-    row = estimate(planned)
-    if row["hours"] * 3600 > SHORT:
-        print(*table_lines(name, row), f"\n{suggestion(planned[0].config, row['GiB'])}", sep="\n")
-
-
-def obtain(planned: Iterable[Job]) -> None:
-    """See that the images and networks that these jobs take are here, or fetch them.
-
-    Raises what `data.load_split` and `published.obtain` raise where they cannot be had: of networks, all that
-    are missing are named at once.
-    """
-    planned = list(planned)
-    for which in {(job.config.sizes.dataset, job.config.split, job.config.subset) for job in planned}:
-        load_split(*which)
-    published.obtain(networks(planned, zoo.needed))
-
-
-def networks(planned: Iterable[Job], which: Callable[..., list[str]]) -> list[str]:
-    """Of the networks that the jobs take those that are `zoo.needed` or `zoo.missing`."""
-    taken: dict[tuple[str, str], dict[str, None]] = {}
-    for job in planned:
-        sizes = job.config.sizes
-        taken.setdefault((sizes.dataset, sizes.score), {}).update(dict.fromkeys(job.classifiers))
-    return [name for (dataset, score), names in taken.items() for name in which(dataset, names, score)]
 
 
 # --- counting ---
@@ -212,9 +169,9 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
     row |= {"GiB on disk": 0.0, "hours": 0.0}
     for job in planned:
         config, spec, (gradients, forwards) = job.config, job.spec, job.calls
-        n, pixels = job.n_images, prod(SHAPES[config.sizes.dataset])
+        n, pixels = job.n_images, prod(SHAPES[config.setup.dataset])
         attack, scores = work(job, replayed=_replays(job))
-        flop = np.array([_score_network(config).flop, _classifier_flop(config.sizes.dataset, job.classifier)])
+        flop = np.array([_score_network(config).flop, _classifier_flop(config.setup.dataset, job.classifier)])
         decided = [(spec.surrogate, forwards), *((target, 2 * config.n_draws) for target in job.targets)]
         row["images"] = max(row["images"], n)
         row["purifications"] += n * sum(k * purifications(name) for name, k in decided if name != "none")
@@ -222,7 +179,7 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
         row["network calls"] += n * float((attack + scores)[0])
         row["PFLOP"] += n * float((attack + scores) @ flop) / 1e15
         row["GiB on disk"] += n * pixels * 4 / 2**30 * job.makes_images
-        row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.sizes.max_batch / 2**30)
+        row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.setup.max_batch / 2**30)
         if not job.done:
             speeds = {name: _score_network(config, name).speed for name in {"float32", config.precision}}
             row["hours"] += n * seconds(attack * flop, scores * flop, config.precision, speeds) / 3600
@@ -260,13 +217,13 @@ def _score_network(config: Config, precision: str = "float32") -> Measured:
 @cache
 def _measured_once(profile: str, device: str, precision: str) -> Measured:
     config = Config(profile=profile, device=device, n_images=1)
-    dataset, where = config.sizes.dataset, config.torch_device
-    score = zoo.load_score(dataset, config.sizes.score, trained=False, precision=precision).to(where)
+    dataset, where = config.setup.dataset, config.torch_device
+    score = zoo.load_score(dataset, config.setup.score, trained=False, precision=precision).to(where)
     x, times = torch.rand(1, *SHAPES[dataset], device=where), time_grid(0.1, 1)
     with FlopCounter() as counter, products(precision):
         kept = activation_bytes(score, VPSDE(), x, times)
     most = min(TIMED_FLOP.get(where.type, TIMED_FLOP["cpu"]) / counter.total, fitting(config, kept))
-    x = x.repeat(int(min(max(most, 1), config.sizes.max_batch)), 1, 1, 1).requires_grad_()
+    x = x.repeat(int(min(max(most, 1), config.setup.max_batch)), 1, 1, 1).requires_grad_()
     for _ in range(1 if len(x) == 1 else 2):  # the first call of a shape is slower
         began = time.perf_counter()
         with products(precision):
@@ -308,7 +265,7 @@ def bytes_per_image(job: Job) -> int:
     config, defence = job.config, job.spec.surrogate
     if defence == "none":
         return 0
-    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.sizes.dataset]) * 4
+    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.setup.dataset]) * 4
 
 
 def _step_bytes(job: Job) -> int:
@@ -321,15 +278,15 @@ def _replays(job: Job) -> bool:
     config, spec = job.config, job.spec
     if spec.surrogate == "none":
         return False
-    together = min(job.n_images, config.sizes.chunk_size) * (spec.eot or config.eot)
+    together = min(job.n_images, config.setup.chunk_size) * (spec.eot or config.eot)
     # On a CPU an attack takes as few images at once as fit.
-    batch = 1 if config.torch_device.type == "cpu" else min(together, config.sizes.max_batch)
+    batch = 1 if config.torch_device.type == "cpu" else min(together, config.setup.max_batch)
     return _step_bytes(job) * _steps(job, spec.surrogate) * batch > ACTIVATION_BUDGET
 
 
 def suggestion(config: Config, gib: float) -> str:
     """What batch fits into this device's memory, when the profile's takes so many GiB."""
-    batch = config.sizes.max_batch
+    batch = config.setup.max_batch
     free, fits = _free_memory(config) / 2**30, fitting(config, gib / batch * 2**30)
     return (
         f"On {config.torch_device}, {free:.0f} GiB free, up to {fits:,} images fit into one call of the "
@@ -357,3 +314,51 @@ def table_lines(name: str, row: dict[str, float]) -> list[str]:
         cells["hours"] = f"{60 * row['hours']:.1f} min"
     lines = [["notebook", *cells], ["---"] * (len(cells) + 1), [name, *cells.values()]]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+# --- the command line ---
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A row for each notebook as soon as it is known, and their sum."""
+    parser = argparse.ArgumentParser(description="What every notebook will cost on this machine.")
+    parser.add_argument("--profile", default="digits", choices=PROFILES)
+    parser.add_argument("--budget", default="quick", choices=BUDGETS)
+    parser.add_argument("--norm", default="linf", choices=NORMS)
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
+    parser.add_argument("--classifier")
+    parser.add_argument("--subset")
+    parser.add_argument("--n-images", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--obtain", action="store_true", help="only see that data and networks are here")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="04_autoattack, 04_autoattack@l2 …")
+    given = vars(parser.parse_args(arguments))
+    only_obtain, runs = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
+    try:
+        plans = {run: of_run(run, given) for run in runs}
+        if only_obtain:
+            obtain([*chain(*plans.values())])
+            return
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        raise SystemExit(str(error)) from None
+    print(_absent([*chain(*plans.values())]), end="\n\n", flush=True)
+    rows: dict[str, dict[str, float]] = {}
+    for run, plan in plans.items():
+        rows[run] = estimate(jobs(plan))
+        print(*table_lines(run, rows[run])[2 if len(rows) > 1 else 0 :], sep="\n", flush=True)
+    total = {head: sum(row[head] for row in rows.values()) for head in next(iter(rows.values()))}
+    total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
+    if len(rows) > 1:
+        print(table_lines("all of them", total)[-1])
+    print(f"\n{suggestion(Config(**given), total['GiB'])}")
+
+
+def _absent(grid: Grid) -> str:
+    """What of a grid's images and networks is not here."""
+    datasets = dict.fromkeys(one.config.setup.dataset for one in grid)
+    absent = [name for name in datasets if not is_here(name)] + networks(grid, zoo.missing)
+    return f"Still to be fetched: {', '.join(absent)}" if absent else "Data and networks are here."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The figures of the toy study, and the Markdown that reads them from their records."""
+"""Figures and tables of the toy study (notebook 00), from its records."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
@@ -218,140 +219,87 @@ def plot_prop2(result: dict[str, Any]) -> Figure:
     return figure
 
 
-# --- What the figures say, in words -----------------------------------------------------------------------
+# --- Tables -----------------------------------------------------------------------------------------------
 
 
-def read_label_flips(result: dict[str, Any]) -> str:
-    """Markdown that reads label_flips' result: best λ per noise level, harm, and where p leaves (0, 1)."""
-    weights, levels = result["weights"], result["levels"]
-    ends, crosses = ([shares(result, key, i) for i in range(len(levels))] for key in ("flipped", "crossed"))
-    outside, far = ([shares(result, key, i)[0][-1] for i in range(len(levels))] for key in ("outside", "far"))
-    rows = [
-        "| c | final flips at the best λ | … at the largest λ | ever below 0 at the best λ | … at the "
-        "largest λ "
-        f"| confidence left (0, 1) | ends at \\|x\\| > {FAR:g} |",
-        "|---" * 7 + "|",
-    ]
-    for i, level in enumerate(levels):
-        cells = [f"{level:g}", *_best_and_last(weights, *ends[i]), *_best_and_last(weights, *crosses[i])]
-        rows.append("| " + " | ".join([*cells, f"{outside[i]:.2%}", f"{far[i]:.2%}"]) + " |")
-    harmful = [f"{level:g}" for level, (_, ci) in zip(levels, ends, strict=True) if ci[-1][0] > ci[0][1]]
-    helped = all(share[j] < share[0] for share in (ends[0][0], crosses[0][0]) for j in range(1, len(weights)))
-    lost = sum(map(sum, result["not_finite"]))
-    verdict = (
-        f"With the true classifier (c = 0) both kinds of flip are {'' if helped else 'NOT '}rarer at "
-        "every λ > 0. "
-    )
-    if harmful:
-        verdict += (
-            f"For c = {', '.join(harmful)} there are more final flips at λ = {weights[-1]:g} than without "
-            "guidance: “overall helpful” ends there, as the paper says of high noise. "
-        )
-    return "\n".join(
-        [
-            f"**Reading** ({result['n_runs']:,} runs per point, 95 % intervals; the last two "
-            "columns are "
-            f"for λ = {weights[-1]:g}). Without guidance {_percent(ends[0][0][0], ends[0][1][0])} of the "
-            "runs "
-            f"end below zero and {_percent(crosses[0][0][0], crosses[0][1][0])} are below zero at some step.",
-            "",
-            *rows,
-            "",
-            f"{verdict}Runs that became NaN or infinite: {lost:,}. A large c does not break the "
-            "arithmetic but "
-            "the model: the confidence leaves (0, 1) (up to "
-            f"{max(outside):.1%} of the runs), its poles throw runs far away (up to {max(far):.1%}), and "
-            "the sign "
-            "of such a run says little about labels.",
-        ]
-    )
+def flip_table(result: dict[str, Any]) -> pd.DataFrame:
+    """Shares of runs of `toy.label_flips` per noise level, in percent, and what guidance does to the flips.
+
+    The verdict compares the intervals at the largest λ and at λ = 0.
+    """
+    weights, lines = result["weights"], []
+    for index, level in enumerate(result["levels"]):
+        line = {"c": f"{level:g}"}
+        for key, label in (("flipped", "Final flip"), ("crossed", "Ever below 0")):
+            share, intervals = shares(result, key, index)
+            best = int(np.nanargmin(share))
+            line[f"{label}, λ = 0"] = _percent(share[0], intervals[0])
+            line[f"{label}, best λ"] = f"{100 * share[best]:.2f} % (λ = {weights[best]:g})"
+            line[f"{label}, λ = {weights[-1]:g}"] = _percent(share[-1], intervals[-1])
+            rarer, more = intervals[-1][1] < intervals[0][0], intervals[-1][0] > intervals[0][1]
+            line[f"{label}: rarer with guidance"] = (
+                "holds" if rarer else "does not hold" if more else "is not decided"
+            )
+        for key, label in (
+            ("outside", "Confidence left (0, 1)"),
+            ("far", f"Ends at &#124;x&#124; > {FAR:g}"),
+        ):
+            line[label] = f"{100 * shares(result, key, index)[0][-1]:.2f} %"
+        line["NaN or infinite"] = f"{sum(result['not_finite'][index]):,} runs"
+        lines.append(line)
+    return pd.DataFrame(lines).set_index("c")
 
 
-def _best_and_last(
-    weights: Sequence[float], share: Sequence[float], intervals: Sequence[tuple[float, float]]
-) -> list[str]:
-    best = int(np.nanargmin(share))
-    return [f"{share[best]:.2%} (λ = {weights[best]:g})", _percent(share[-1], intervals[-1])]
+def hypothesis_table(hypotheses: dict[str, Any]) -> pd.DataFrame:
+    """The result of `toy.prop1_hypotheses` about the unguided drift f₀, in the direction of travel."""
+    low, high = hypotheses["slope"]
+    growth = hypotheses["growth"]
+    lines = {
+        "(ii) f₀ increases: smallest and largest ∂f₀/∂x": (f"{low:.3g}, {high:.3g}", low > 0),
+        "Euler steps keep the order: smallest 1 + Δt·∂f₀/∂x": (f"{growth:.4f}", growth > 0),
+    }
+    return pd.DataFrame(
+        [(name, value, "holds" if holds else "does not hold") for name, (value, holds) in lines.items()],
+        columns=["Hypothesis", f"For t in [0, 1] and x in (0, {hypotheses['x_max']:g}]", "Verdict"],
+    ).set_index("Hypothesis")
+
+
+def crossing_table(result: dict[str, Any], hypotheses: dict[str, Any]) -> pd.DataFrame:
+    """Per noise level, the runs that guidance keeps from crossing zero and makes cross, with the same noise.
+
+    Hypothesis (i) is the share of the axis on which guidance pushes away from the boundary.
+    """
+    lines = []
+    for index, level in enumerate(result["levels"]):
+        saved, harmed = (result[f"crossed_{name}"][index] for name in ("saved", "harmed"))
+        line = {"c": f"{level:g}", "(i) holds at": f"{hypotheses['push_share'][index]:.1%} of x"}
+        for place, weight in enumerate(result["weights"]):
+            if weight:
+                line[f"λ = {weight:g}"] = f"{saved[place]:,} / {harmed[place]:,}"
+        line["Eq. 7, path by path"] = "does not hold" if any(harmed) else "holds"
+        lines.append(line)
+    return pd.DataFrame(lines).set_index("c")
+
+
+def prop2_table(result: dict[str, Any]) -> pd.DataFrame:
+    """The result of `toy.prop2_check`, one line per t*."""
+    distance, bound = (np.array(result[key])[:, 1] for key in ("distance", "bound"))
+    columns = {
+        "γ(t*)": ("{:.4g}", result["gamma"]),
+        "C_s": ("{:.4g}", result["c_s"]),
+        "C_p": ("{:.4g}", result["c_p"]),
+        "Median distance": ("{:.4g}", distance),
+        "Median bound": ("{:.4g}", bound),
+        "Their ratio": ("{:.0%}", distance / bound),
+        "Runs within Eq. 8": ("{:.2%}", result["held_printed"]),
+        "… with each run's constants": ("{:.2%}", result["held_own"]),
+        "Largest distance/bound": ("{:.3f}", result["tightest_printed"]),
+        "… with each run's constants ": ("{:.3f}", result["tightest_own"]),
+        "Allowed by the assumptions": ("{:.3f}", result["allowed"]),
+    }
+    frame = pd.DataFrame({name: map(style.format, values) for name, (style, values) in columns.items()})
+    return frame.set_index(pd.Index([f"{t_star:g}" for t_star in result["t_star"]], name="t*"))
 
 
 def _percent(share: float, interval: tuple[float, float]) -> str:
     return f"{100 * share:.2f} % [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
-
-
-def read_prop1(result: dict[str, Any], hypotheses: dict[str, Any]) -> str:
-    """Markdown that reads label_flips' and prop1_hypotheses' results against Proposition 1."""
-    low, high = hypotheses["slope"]
-    monotone = "f₀ is strictly *decreasing*: **hypothesis (ii) fails**" if high < 0 else "of both signs"
-    push = ", ".join(
-        f"{share:.1%} (c = {level:g})"
-        for level, share in zip(result["levels"], hypotheses["push_share"], strict=True)
-    )
-    rows = ["| c | " + " | ".join(f"λ = {weight:g}" for weight in result["weights"][1:]) + " |"]
-    rows.append("|---" * len(result["weights"]) + "|")
-    for i, level in enumerate(result["levels"]):
-        pairs = zip(result["crossed_saved"][i][1:], result["crossed_harmed"][i][1:], strict=True)
-        rows.append(
-            f"| {level:g} | " + " | ".join(f"{saved:,} / {harmed:,}" for saved, harmed in pairs) + " |"
-        )
-    harmed = sum(result["crossed_harmed"][0])
-    return "\n".join(
-        [
-            f"**Reading.** Over t ∈ [0, 1] and x ∈ (0, {hypotheses['x_max']:g}], ∂f₀/∂x lies in "
-            f"[{low:.3g}, {high:.3g}] in the direction of travel; {monotone}. Read as Eq. 5 prints the drift "
-            "(it multiplies dt < 0), both signs turn: then (ii) holds and (i) is reversed. In neither "
-            "reading do "
-            "both hold, contrary to the remark below Proposition 1. The weaker condition: "
-            f"1 + Δt·∂f₀/∂x ≥ {hypotheses['growth']:.4f}.",
-            "",
-            f"Share of x ∈ (0, {hypotheses['x_max']:g}] on which guidance pushes away from the boundary, "
-            f"hypothesis (i): {push}.",
-            "",
-            "Runs that guidance *keeps from* crossing zero / *makes* cross it, with the same noise:",
-            "",
-            *rows,
-            "",
-            f"With the true classifier guidance made {harmed:,} runs cross: the conclusion (Eq. 7) "
-            + ("**holds, path by path**" if harmed == 0 else "**does not hold path by path**")
-            + ", strictly where the first number is above 0. With a noisy classifier (i) holds on part of "
-            "the axis "
-            "only and the order of paths is lost; what remains is the balance of the two numbers.",
-        ]
-    )
-
-
-def read_prop2(result: dict[str, Any]) -> str:
-    """Markdown that reads prop2_check's result."""
-    rows = [
-        "| t* | γ(t*) | C_s | C_p | median distance | median bound | runs within Eq. 8 | largest "
-        "distance/bound "
-        "| … with each run's constants | counterexample |",
-        "|---" * 10 + "|",
-    ]
-    for i, t_star in enumerate(result["t_star"]):
-        numbers = [t_star, *(result[key][i] for key in ("gamma", "c_s", "c_p"))]
-        numbers += [result["distance"][i][1], result["bound"][i][1]]
-        cells = [f"{value:.4g}" for value in numbers] + [f"{result['held_printed'][i]:.2%}"]
-        cells += [f"{result[key][i]:.3f}" for key in ("tightest_printed", "tightest_own", "allowed")]
-        rows.append("| " + " | ".join(cells) + " |")
-    held = min(result["held_printed"] + result["held_own"])
-    used = [result["distance"][i][1] / result["bound"][i][1] for i in (0, -1)]
-    first, last = result["t_star"][0], result["t_star"][-1]
-    return "\n".join(
-        [
-            "**Reading.** The lowest share of runs within Eq. 8, over all t* and for constants of all "
-            "runs or of "
-            f"each run, is {held:.2%}. The median distance is {used[0]:.0%} of the median bound at t* = "
-            f"{first:g} "
-            f"and {used[1]:.0%} at t* = {last:g}: for short times the noise term is nearly all of both.",
-            "",
-            *rows,
-            "",
-            "As printed, Eq. 8 does not follow from its assumptions: a score that stays at its bound "
-            "moves x = 0, "
-            f"without noise, up to {max(result['allowed']) - 1:.1%} beyond it (last column, orange in the "
-            "figure). "
-            "With e^γ - 1 for γ before C_s + C_p the bound is a theorem. Here the slack of the other "
-            "terms hides "
-            "the difference.",
-        ]
-    )
