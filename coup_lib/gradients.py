@@ -90,9 +90,11 @@ def images_kept(
     kind = gradient, x.shape[1:], x.dtype, x.device, tuple(times.tolist())
     if kind not in measured:
         followed = _followed(score, gradient)
-        with unchanged(generators(score, x.device)):
-            if gradient == "first_order":
-                _check_guidance(followed, sde, x[:1], times)
+        with _restored(generators(score, x.device)):
+            if gradient == "first_order":  # at every time, as guidance may come later
+                with torch.enable_grad(), _NoSecondDerivative():
+                    for t, dt in step_times(times, x.dtype, x.device):
+                        euler_step(followed, sde, x[:1].detach().requires_grad_(), t, dt)
             measured[kind] = activation_bytes(followed, sde, x[:1], times[:2])
     return activation_budget // max(measured[kind] * (len(times) - 1), 1)
 
@@ -112,15 +114,8 @@ def check_compiled(gradient: str, score: nn.Module) -> None:
             )
 
 
-def _check_guidance(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> None:
-    """ValueError for a `FirstOrder` score that differentiates a gradient all the same, at whatever time."""
-    with torch.enable_grad(), _NoSecondDerivative():
-        for t, dt in step_times(times, x.dtype, x.device):
-            euler_step(score, sde, x.detach().requires_grad_(), t, dt)
-
-
 class _NoSecondDerivative(TorchFunctionMode):
-    """In here no gradient may be taken that can itself be differentiated."""
+    """In here a gradient that can itself be differentiated is a ValueError: `FirstOrder` is to take none."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -165,12 +160,10 @@ def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Modu
     drawn_from = generators(network, x.device)
 
     def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
-        with unchanged(drawn_from):
-            for index in reversed(range(len(states))):
-                restore(drawn_from, randomness[index])
-                with torch.enable_grad():
-                    state = states[index].detach().requires_grad_()
-                    (v,) = torch.autograd.grad(step(index, state), state, v)
+        for index in reversed(range(len(states))):
+            with _restored(drawn_from, randomness[index]), torch.enable_grad():
+                state = states[index].detach().requires_grad_()
+                (v,) = torch.autograd.grad(step(index, state), state, v)
         return v
 
     return _Path.apply(x, run, pull_back, drawn_from)
@@ -207,27 +200,22 @@ class _Path(torch.autograd.Function):
 
 def generators(network: nn.Module, device: torch.device) -> list[torch.Generator]:
     """What a network on the device may draw from: torch's own generators, and those that its modules have."""
-    own = [
-        value
-        for module in network.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Generator)
-    ]
+    values = (value for module in network.modules() for value in vars(module).values())
+    own = [value for value in values if isinstance(value, torch.Generator)]
     gpu = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
     return [torch.default_generator, *gpu, *own]
 
 
-def restore(drawn_from: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
-    """Put generators into states that they were in."""
-    for generator, state in zip(drawn_from, states, strict=True):
-        generator.set_state(state)
-
-
 @contextmanager
-def unchanged(drawn_from: Sequence[torch.Generator]) -> Iterator[None]:
-    """Generators are afterwards as they were before."""
+def _restored(
+    drawn_from: Sequence[torch.Generator], states: Sequence[Tensor] | None = None
+) -> Iterator[None]:
+    """In here generators are in these states (None: as they are), afterwards as they were before."""
     before = [generator.get_state() for generator in drawn_from]
     try:
+        for generator, state in zip(drawn_from, states or before, strict=True):
+            generator.set_state(state)
         yield
     finally:
-        restore(drawn_from, before)
+        for generator, state in zip(drawn_from, before, strict=True):
+            generator.set_state(state)

@@ -9,6 +9,7 @@ from coup_lib.checks import check_like, check_network, choice, count, number
 from coup_lib.gradients import replayed
 from coup_lib.guidance import WEIGHTS, Guided, gradient_of, log_confidence, to_image, to_state
 from coup_lib.purify import Purified, StochasticPurifier, freeze, standard_normal
+from coup_lib.sde import per_image
 from coup_lib.solver import Callback
 
 LIKELIHOOD_GRADIENTS = ("exact", "first_order", "bpda")
@@ -99,12 +100,9 @@ class LikelihoodMaximiser(StochasticPurifier):
         slope = gradient_of(lambda x: denoising_error(self.denoiser, x, sigma, epsilon), x)
         if self.guide is None:
             return slope
-        weight = self.guidance_weight / (PER_PIXEL * x[0].numel())
-        return slope - weight * self._guidance(self.guide, x)
-
-    def _guidance(self, guide: nn.Module, x: Tensor) -> Tensor:
+        guide, weight = self.guide, self.guidance_weight / (PER_PIXEL * x[0].numel())
         x = x.detach() if self.gradient == "first_order" else x
-        return gradient_of(lambda x: log_confidence(guide, x), x)
+        return slope - weight * gradient_of(lambda x: log_confidence(guide, x), x)
 
     def _level(self, normal: Tensor) -> Tensor:
         """σ, uniform in its range: by the distribution function of the standard normal draw (B,)."""
@@ -133,11 +131,6 @@ class LikelihoodMaximiser(StochasticPurifier):
         start = torch.stack([to_state(x), torch.zeros_like(x), torch.zeros_like(x)])
         return to_image(replayed(start, run, step, self)[0].clamp(-1, 1))
 
-    def extra_repr(self) -> str:
-        """The settings that matter."""
-        weight = "" if self.guide is None else f"guidance_weight={self.guidance_weight}, "
-        return f"{weight}n_steps={self.n_steps}, lr={self.lr}, sigma={self.sigma}, gradient={self.gradient!r}"
-
 
 def likelihood(
     classifier: nn.Module, denoiser: nn.Module, guidance_weight: float = 0.0, **settings: Any
@@ -154,8 +147,7 @@ def likelihood(
 
 def denoising_error(denoiser: nn.Module, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """(B,): the mean over pixels of (D(x + σε; σ) − x)², at states x (B, C, H, W), σ (B,) and ε like x."""
-    scale = sigma.reshape(-1, *[1] * (x.ndim - 1))
-    denoised = check_like("denoiser", denoiser(x + scale * noise, sigma), x)
+    denoised = check_like("denoiser", denoiser(x + per_image(sigma, x) * noise, sigma), x)
     return (denoised - x).square().flatten(1).mean(1)
 
 

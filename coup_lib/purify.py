@@ -132,9 +132,9 @@ class Purifier(StochasticPurifier):
         check_images(x, self.margin)
         check_network("score", self.score, x)
         noise = self._noise(x, seeds)
+        increments = noise[1:] if brownian else None
         state = self.start(to_state(x), noise[0])
-        state = solve(self.score, self.sde, state, self.times, noise[1:] if brownian else None, callback)
-        return self.finish(state)
+        return self.finish(solve(self.score, self.sde, state, self.times, increments, callback))
 
     def start(self, state: Tensor, noise: Tensor) -> Tensor:
         """The state at t*: the attacked image itself, unscaled and without forward noise."""
@@ -157,10 +157,6 @@ class Purifier(StochasticPurifier):
     def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
         """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""
         return standard_normal(seeds, self.n_steps + 1, x)
-
-    def extra_repr(self) -> str:
-        """The settings that matter."""
-        return f"t_star={self.t_star}, n_steps={self.n_steps}, gradient={self.gradient!r}"
 
 
 class DiffPurePurifier(Purifier):
@@ -190,8 +186,9 @@ class Purified(nn.Module):
         """Logits of the purified x; `seeds` and errors as in `StochasticPurifier.forward`."""
         check_images(x, self.purifier.margin)
         check_network("classifier", self.classifier, x)
-        if x.dtype != (expected := _dtype(self.classifier, x)):
-            raise ValueError(f"x: expected {expected} like the classifier's weights; got {x.dtype}")
+        weights = next(filter(Tensor.is_floating_point, self.classifier.parameters()), x)
+        if x.dtype != weights.dtype:
+            raise ValueError(f"x: expected {weights.dtype} like the classifier's weights; got {x.dtype}")
         purified = self.purifier(x, seeds)
         logits = check_logits(self.classifier(purified), x)
         if not bool(logits.isfinite().all()):
@@ -265,11 +262,6 @@ def freeze(name: str, network: nn.Module) -> nn.Module:
     """The network itself, put into eval mode and its weights frozen. ValueError for what is no network."""
     check_module(name, network)
     return network.eval().requires_grad_(False)
-
-
-def _dtype(network: nn.Module, x: Tensor) -> torch.dtype:
-    """That of the network's weights; without weights, whatever x has."""
-    return next((weights.dtype for weights in network.parameters() if weights.is_floating_point()), x.dtype)
 
 
 def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
