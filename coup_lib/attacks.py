@@ -6,18 +6,30 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.checks import ROUNDING, check_images, check_network, choice, count, number
+from coup_lib.checks import (
+    ROUNDING,
+    check_alike,
+    check_images,
+    check_labels,
+    check_logits,
+    check_module,
+    check_network,
+    choice,
+    count,
+    number,
+)
+from coup_lib.sde import per_image
 
 NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
 NORMS = tuple(NORM_LABELS)
-APGD_LOSSES = ("ce", "dlr", "margin")
-STARTED = ("pgd", *(f"apgd-{loss}" for loss in APGD_LOSSES), "rand")  # those that begin where they are told
+STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand")  # those that begin where they are told
 SUITES = ("square", "standard")  # run by AutoAttack's own object
 ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
@@ -95,21 +107,25 @@ class Attack:
             FloatingPointError: for NaN or infinity from the model.
         """
         _check(model, x, y, start)
-        x, y, listener = x.detach().clone(), y.clone(), _Listener()
+        x, y = x.detach().clone(), y.clone()
         whole = InParts(model, self.max_batch)
         # One pass over all of x comes first. It shows what the model gives, and is the clean draw of every
         # attack but AutoAttack's suites, which draw their own. Those make this pass, too, without counting
         # it: a defence draws its noise call by call, and the records that there are were made after this one.
         with torch.no_grad():
             logits = whole(x)
-        classes = _classes(logits, y)
-        if _are_probabilities(logits):
-            listener.tell("the model returns probabilities, not logits: gradients through them are weak")
+        if not bool(logits.isfinite().all()):
+            raise FloatingPointError("NaN or infinity from the model")
+        check_labels(y, classes := logits.shape[1])
+        parts, said = self._possible_parts(classes)
+        if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()):
+            said.append("the model returns probabilities, not logits: gradients through them are weak")
         if start is not None and self.name not in STARTED:
-            listener.tell(f"{self.name} takes no start: what was given is not used")
+            said.append(f"{self.name} takes no start: what was given is not used")
+        for warning in said:
+            warnings.warn(warning, stacklevel=3)
         begin = None if start is None else self._inside(start.detach().clone(), x)
-        parts = _possible(PARTS.get(self.name, (self.name,)), classes, listener)
-        task = _Task(whole, x, y, begin, classes, parts, listener)
+        task = _Task(whole, x, y, begin, classes, parts, said)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)  # AutoAttack reseeds in most places, but not in all
             if self.name in SUITES:
@@ -117,16 +133,25 @@ class Attack:
                 right = predicted == y
             else:
                 x_adv, right = self._by_parts(task, logits.argmax(1) == y)
-        return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(listener.said)))
+        return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(said)))
 
     def reseeded(self, generator: torch.Generator) -> "Attack":
         """This attack with a seed from the generator; adversarial training starts each step elsewhere."""
         return replace(self, seed=int(torch.randint(2**31, (), generator=generator, device=generator.device)))
 
+    def _possible_parts(self, classes: int) -> tuple[tuple[str, ...], list[str]]:
+        """(the parts whose loss has classes enough, what is to be said of others); ValueError if none has."""
+        parts = PARTS.get(self.name, (self.name,))
+        possible = tuple(name for name in parts if classes >= CLASSES.get(name, 2))
+        few = [f"{name} compares {CLASSES[name]} classes" for name in parts if name not in possible]
+        if not possible:
+            raise ValueError(f"attack: {few[0]}; the model has {classes}")
+        return possible, [f"left out, as the model has {classes} classes: {', '.join(few)}"] if few else []
+
     def _inside(self, start: Tensor, x: Tensor) -> Tensor:
         """The start, its images moved that are out of the ball around x or of [0, 1]; others to the bit."""
         moved = project(start, x, self.norm, self.eps)
-        return torch.where(_per_image((moved - start).abs().flatten(1).amax(1) > ROUNDING), moved, start)
+        return torch.where(per_image((moved - start).abs().flatten(1).amax(1) > ROUNDING, x), moved, start)
 
     def _by_parts(self, task: "_Task", right: Tensor) -> tuple[Tensor, Tensor]:
         """(images, verdicts) of all parts together: an image is kept from the first part that broke it.
@@ -139,7 +164,7 @@ class Attack:
             made.append(self._images(name, task))
         x_adv, _ = made[0]
         for found, judged in made:  # all after the last seed, or a model with torch's noise would repeat it
-            x_adv = torch.where(_per_image(right), found, x_adv)
+            x_adv = torch.where(per_image(right, found), found, x_adv)
             right = right & task.right(judged)
         return x_adv, right
 
@@ -167,11 +192,11 @@ class Attack:
         best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
         for _ in range(self.n_iter):
             slope, loss = gradient.mean_gradient(x_adv, task.y)
-            best = torch.where(_per_image(loss > highest), x_adv, best)
+            best = torch.where(per_image(loss > highest, x), x_adv, best)
             highest = torch.maximum(loss, highest)
             x_adv = self._climb(x_adv, slope, x, PGD_STEP * self.eps)
         loss = gradient.mean_gradient(x_adv, task.y)[1]
-        return torch.where(_per_image(loss > highest), x_adv, best)
+        return torch.where(per_image(loss > highest, x), x_adv, best)
 
     def _gradient(self, task: "_Task") -> "BatchedEOT":
         return BatchedEOT(task.model, self.eot, self.max_batch, cross_entropy)
@@ -193,7 +218,7 @@ class Attack:
         apgd.loss = "dlr" if loss == "dlr" else "ce"  # with "dlr" it warns of zero gradients
         apgd.init_hyperparam(task.x)
         best, right, _, wrong = apgd.attack_single_run(task.x, task.y, x_init=task.start)
-        return best, torch.where(_per_image(right), task.x, wrong)
+        return best, torch.where(per_image(right, wrong), task.x, wrong)
 
     def _autoattack(self, task: "_Task") -> Any:
         """An AutoAttack object with our budgets, of version "standard" or with Square alone.
@@ -203,7 +228,7 @@ class Attack:
         cls, targets = autoattack_class(), min(self.n_targets, task.classes - 1)
         common = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "device": str(task.x.device)}
         suite = cls(task.model, version="standard", **common)
-        suite.verbose, suite.logger = False, task.listener
+        suite.verbose, suite.logger = False, _logger(task.said)
         targeted, fab = suite.apgd_targeted, suite.fab
 
         def targeted_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -223,7 +248,7 @@ class Attack:
         """The same APGD anew, on `BatchedEOT`: its schedule follows from n_iter when it is made."""
         batched = BatchedEOT(task.model, eot, self.max_batch, loss)
         ours = {"n_iter": self.n_iter, "norm": self.norm, "eps": self.eps, "seed": self.seed} | more
-        return type(apgd)(batched, device=apgd.device, logger=task.listener, is_tf_model=True, **ours)
+        return type(apgd)(batched, device=apgd.device, logger=_logger(task.said), is_tf_model=True, **ours)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -247,18 +272,13 @@ def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
     shift = x_adv - x
     if norm_label(norm) == "Linf":
         return (x + shift.clamp(-eps, eps)).clamp(0, 1)
-    length = _per_image(shift.flatten(1).norm(dim=1))
+    length = per_image(shift.flatten(1).norm(dim=1), x)
     return (x + shift * (eps / length.clamp_min(eps))).clamp(0, 1)
 
 
 def _unit(x: Tensor) -> Tensor:
     """Each image of x (n, C, H, W) divided by its L2 norm; a zero image stays zero."""
-    return x / _per_image(x.flatten(1).norm(dim=1).clamp_min(1e-30))
-
-
-def _per_image(values: Tensor) -> Tensor:
-    """(n, 1, 1, 1) of (n,)."""
-    return values.reshape(-1, 1, 1, 1)
+    return x / per_image(x.flatten(1).norm(dim=1).clamp_min(1e-30), x)
 
 
 def in_parts(function: Callable[..., Sequence[Tensor]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -276,8 +296,7 @@ class InParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, K) of x (n, C, H, W)."""
-        logits = map(self.model, x.split(self.max_batch))
-        return torch.cat([_tensor("the model's logits", part) for part in logits])
+        return torch.cat([check_logits(self.model(part), part) for part in x.split(self.max_batch)])
 
 
 class BatchedEOT:
@@ -357,70 +376,24 @@ def _evaluate(suite: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return run(x, y, batch_size=len(x))
 
 
-# --- what is checked ---
-
-
 def _check(model: nn.Module, x: Tensor, y: Tensor, start: Tensor | None) -> None:
     """ValueError for what cannot be attacked, as far as that is seen before the model is called."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     check_images(x)
     check_network("model", model, x)
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    if (got := _described(_tensor("y", y))) != (expected := _described(labels)):
-        raise ValueError(f"y: expected one label per image, {expected}; got {got}")
-    if start is None:
-        return
-    if (got := _described(_tensor("start", start))) != (expected := _described(x)):
-        raise ValueError(f"start: expected images like x, {expected}; got {got}")
-    if not bool(start.isfinite().all()):
-        raise ValueError("start: expected finite values; got NaN or infinity")
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    """The value if it is a tensor; else a ValueError."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor; got {type(value).__name__}")
-    return value
-
-
-def _described(values: Tensor) -> str:
-    return f"shape {tuple(values.shape)}, {values.dtype}, on {values.device}"
-
-
-def _classes(logits: Tensor, y: Tensor) -> int:
-    """K of the logits (n, K) for labels y (n,); raises for what are none, and for labels not among them."""
-    if logits.ndim != 2 or len(logits) != len(y) or logits.shape[1] < 2:
-        expected = f"({len(y)}, K), of two classes or more"
-        raise ValueError(f"the model's logits: expected shape {expected}; got {tuple(logits.shape)}")
-    if not bool(logits.isfinite().all()):
-        raise FloatingPointError("NaN or infinity from the model")
-    low, high = y.aminmax()
-    if low < 0 or high >= logits.shape[1]:
-        classes = f"the model's classes, 0 to {logits.shape[1] - 1}"
-        raise ValueError(f"y: expected labels among {classes}; got {low} to {high}")
-    return logits.shape[1]
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all())
-
-
-def _possible(parts: Sequence[str], classes: int, listener: "_Listener") -> tuple[str, ...]:
-    """Those of an attack's parts whose loss has classes enough; ValueError if none has."""
-    few = [f"{name} compares {CLASSES[name]} classes" for name in parts if classes < CLASSES.get(name, 2)]
-    if len(few) == len(parts):
-        raise ValueError(f"attack: {few[0]}; the model has {classes}")
-    if few:
-        listener.tell(f"left out, as the model has {classes} classes: {', '.join(few)}")
-    return tuple(name for name in parts if classes >= CLASSES.get(name, 2))
+    check_alike("y", y, labels, "one label per image")
+    if start is not None:
+        check_alike("start", start, x, "images like x")
+        if not bool(start.isfinite().all()):
+            raise ValueError("start: expected finite values; got NaN or infinity")
 
 
 @dataclass(frozen=True)
 class _Task:
     """What is attacked: images x and y on a model (in parts) of so many classes, from a start in the ball.
 
-    parts: the names of what the attack consists of.
+    parts: the names of what the attack consists of. said: what is warned of, more is added on the way.
     """
 
     model: nn.Module
@@ -429,7 +402,7 @@ class _Task:
     start: Tensor | None
     classes: int
     parts: tuple[str, ...]
-    listener: "_Listener"
+    said: list[str]
 
     def right(self, x: Tensor) -> Tensor:
         """(n,) bool: one draw's verdict."""
@@ -437,26 +410,9 @@ class _Task:
             return self.model(x).argmax(1) == self.y
 
 
-class _Listener:
-    """Stands in for AutoAttack's logger and keeps what it warns of, and what we do.
+def _logger(said: list[str]) -> SimpleNamespace:
+    """Stands in for AutoAttack's logger and keeps what it warns of.
 
     pyautoattack calls warning(); the original calls log(), for nothing but warnings while verbose is off.
     """
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warning(self, message: str) -> None:
-        self.said.append(message)
-
-    log = warning
-
-    def tell(self, message: str) -> None:
-        """What we warn of: at once, and in the result."""
-        warnings.warn(message, stacklevel=4)
-        self.said.append(message)
-
-    def debug(self, message: str) -> None:
-        pass
-
-    info = debug
+    return SimpleNamespace(warning=said.append, log=said.append, info=str, debug=str)

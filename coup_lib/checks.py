@@ -36,14 +36,27 @@ def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> in
     return int(result)
 
 
-def check_images(x: Tensor, margin: float = ROUNDING) -> None:
+def described(value: Any) -> str:
+    """What an error says of a value: a tensor's shape, type and device, or the name of another type."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return type(value).__name__
+
+
+def check_images(x: Any, margin: float = ROUNDING) -> None:
     """ValueError for what is no batch of images (B, C, H, W) in [0, 1], give or take the margin."""
     if not isinstance(x, Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():
-        got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: expected at least one image, (B, C, H, W), in floating point; got {got}")
+        expected = "at least one image, (B, C, H, W), in floating point"
+        raise ValueError(f"x: expected {expected}; got {described(x)}")
     low, high = torch.stack(x.detach().aminmax()).tolist()
     if not (low >= -margin and high <= 1 + margin):  # NaN is neither
         raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")
+
+
+def check_module(name: str, network: Any) -> None:
+    """ValueError for what is no network."""
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name}: expected a torch.nn.Module; got {type(network).__name__}")
 
 
 def check_network(name: str, network: nn.Module, x: Tensor) -> None:
@@ -59,26 +72,39 @@ def check_network(name: str, network: nn.Module, x: Tensor) -> None:
             )
 
 
-def check_seeds(seeds: Tensor, x: Tensor) -> None:
+def check_seeds(seeds: Any, x: Tensor) -> None:
     """ValueError unless seeds are whole numbers (B,), one per image of x (B, ...)."""
     if not isinstance(seeds, Tensor) or seeds.shape != x.shape[:1] or seeds.dtype != torch.int64:
-        got = f"{tuple(seeds.shape)}, {seeds.dtype}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        expected = f"one per image, shape ({len(x)},), torch.int64"
+        raise ValueError(f"seeds: expected {expected}; got {described(seeds)}")
+
+
+def check_alike(name: str, value: Any, like: Tensor, what: str) -> None:
+    """ValueError for what is no tensor of the shape, type and device of `like`; `what` names it."""
+    if described(value) != described(like):
+        raise ValueError(f"{name}: expected {what}, {described(like)}; got {described(value)}")
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """ValueError for labels y (B,) that are not among the classes."""
+    low, high = y.aminmax()
+    if low < 0 or high >= classes:
         raise ValueError(
-            f"seeds: expected one per image, shape ({len(x)},); got {got} (torch.int64 is meant)"
+            f"y: expected labels among the model's classes, 0 to {classes - 1}; got {low} to {high}"
         )
 
 
 def check_logits(logits: Any, x: Tensor) -> Tensor:
     """What a classifier answered to images x (B, ...), if it is logits (B, K), K ≥ 2; else a ValueError."""
     if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:1] or logits.shape[-1] < 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"classifier: expected logits ({len(x)}, K) of two classes or more; got {got}")
+        expected = f"logits ({len(x)}, K) of two classes or more"
+        raise ValueError(f"classifier: expected {expected}; got {described(logits)}")
     return logits
 
 
 def check_like(name: str, answer: Any, x: Tensor) -> Tensor:
     """What a network answered to x, if it has the shape of x; else a ValueError: it would be broadcast."""
     if not isinstance(answer, Tensor) or answer.shape != x.shape:
-        got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise ValueError(f"{name}: expected an answer of its input's shape, {tuple(x.shape)}; got {got}")
+        expected = f"an answer of its input's shape, {tuple(x.shape)}"
+        raise ValueError(f"{name}: expected {expected}; got {described(answer)}")
     return answer

@@ -1,32 +1,30 @@
-"""The images of each profile, in splits that never move."""
+"""The images of each profile, in splits that never move: scikit-learn's digits, and torchvision's CIFAR."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
+from zipfile import BadZipFile
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
 
-from coup_lib import cifar
 from coup_lib.checks import choice
-from coup_lib.paths import data_dir
+from coup_lib.paths import DATA_VARIABLE, data_dir
 
-_CIFAR = {
-    "train": cifar.TRAIN - cifar.TRAIN // cifar.HELD_OUT,
-    "validation": cifar.TRAIN // cifar.HELD_OUT,
-    "test": cifar.TEST,
-}
-SIZES = {
-    "digits": {"train": 1000, "validation": 285, "test": 512},
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-}
+TRAIN, TEST = 50_000, 10_000  # CIFAR's
+HELD_OUT = 10  # every tenth training image of CIFAR is for validation
+_CIFAR = {"train": TRAIN - TRAIN // HELD_OUT, "validation": TRAIN // HELD_OUT, "test": TEST}
+_DIGITS = {"train": 1000, "validation": 285, "test": 512}
+SIZES = {"digits": _DIGITS, "cifar10": _CIFAR, "cifar100": _CIFAR}
 SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
 CLASSES = {
     "digits": [str(label) for label in range(10)],
     "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
     "cifar100": [str(label) for label in range(100)],  # its names come only with the download
 }
+FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 2408
 
@@ -48,7 +46,7 @@ class Images:
         return Images(self.x[:n], self.y[:n])
 
     def to(self, device: torch.device) -> "Images":
-        """The same on a device."""
+        """These images on a device."""
         return Images(self.x.to(device), self.y.to(device))
 
 
@@ -61,13 +59,13 @@ def split_size(dataset: str, split: str, subset: str = "first") -> int:
     choice("split", split, SPLITS)
     choice(f"subset of {dataset}", subset, subsets(dataset))
     if split == "test" and subset != "first":
-        return len(cifar.SUBSETS[subset]())
+        return len(SUBSETS[subset]())
     return SIZES[dataset][split]
 
 
 def subsets(dataset: str) -> tuple[str, ...]:
     """The orders in which the test images of a data set can be asked for."""
-    return ("first",) if dataset == "digits" else tuple(cifar.SUBSETS)
+    return ("first",) if dataset == "digits" else tuple(SUBSETS)
 
 
 def load_split(dataset: str, split: str, subset: str = "first") -> Images:
@@ -75,7 +73,7 @@ def load_split(dataset: str, split: str, subset: str = "first") -> Images:
 
     digits: scikit-learn's 1797 images of 8×8 pixels; 1000 train, 285 validation, 512 test, stratified.
     cifar10, cifar100: every tenth training image is for validation; of the test images `subset` takes the
-    "first" ones, the 512 of the "paper" or the 512 of "diffpure". See `cifar.pixels` for where they lie.
+    "first" ones, the 512 of the "paper" or the 512 of "diffpure". See `pixels` for where they lie.
 
     Raises:
         ValueError: for an unknown data set, split or subset.
@@ -83,34 +81,28 @@ def load_split(dataset: str, split: str, subset: str = "first") -> Images:
     """
     split_size(dataset, split, subset)
     if dataset == "digits":
-        x, y = _digits()
-        rows = split_rows()[split]
-        return Images(x[rows].clone(), y[rows].clone())
-    pixels, rows = _held(dataset, split, subset)
-    return Images(torch.from_numpy(pixels.x[rows]).float() / 255, torch.from_numpy(pixels.y[rows]))
+        return _digits(split)
+    found = pixels(dataset, "test" if split == "test" else "train", data_dir())
+    rows = found.rows_of(SUBSETS[subset]() if split == "test" else training_places(split))
+    missing = rows < 0
+    if split == "test" and subset != "first" and missing.any():
+        raise FileNotFoundError(
+            f"{missing.sum()} of the {len(rows)} test images of subset {subset!r} are not in {data_dir()}, "
+            f"which holds {len(found.y)} of {dataset}; get the whole data set, or choose subset 'first'"
+        )
+    if split == "test" and missing.any():
+        rows = rows[: missing.argmax()]  # up to the first gap
+    rows = rows[rows >= 0]
+    return Images(torch.from_numpy(found.x[rows]).float() / 255, torch.from_numpy(found.y[rows]))
 
 
 def is_here(dataset: str) -> bool:
     """Whether a data set can be loaded without downloading it."""
-    return dataset == "digits" or cifar.is_here(dataset, data_dir())
+    root = data_dir()
+    return dataset == "digits" or _stand_in(root, dataset).exists() or (root / FOLDERS[dataset]).exists()
 
 
-def _held(dataset: str, split: str, subset: str) -> tuple[cifar.Pixels, np.ndarray]:
-    """What is at hand, and the split's rows in it. Of a stand-in with fewer training images all are taken."""
-    pixels = cifar.pixels(dataset, "test" if split == "test" else "train", data_dir())
-    if split != "test":
-        rows = pixels.rows_of(cifar.training_places(split, SPLIT_SEED))
-        return pixels, rows[rows >= 0]
-    rows = pixels.rows_of(cifar.SUBSETS[subset]())
-    if subset == "first":
-        return pixels, rows[: np.argmin(rows) if rows.min() < 0 else None]
-    if rows.min() < 0:
-        raise FileNotFoundError(
-            f"{(rows < 0).sum()} of the {len(rows)} test images of subset {subset!r} are not in "
-            f"{data_dir()}, which holds {len(pixels.y)} of {dataset}; get the whole data set, or choose "
-            "subset 'first'"
-        )
-    return pixels, rows
+# --- digits ---
 
 
 @cache
@@ -129,10 +121,102 @@ def split_rows() -> dict[str, np.ndarray]:
     return {"train": train, "validation": validation, "test": test}
 
 
-@cache
-def _digits() -> tuple[Tensor, Tensor]:
+def _digits(split: str) -> Images:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
-    return x, torch.tensor(digits.target, dtype=torch.int64)
+    digits, rows = load_digits(), split_rows()[split]
+    x = torch.tensor(digits.images[rows] / 16, dtype=torch.float32)[:, None]
+    return Images(x, torch.tensor(digits.target[rows], dtype=torch.int64))
+
+
+# --- CIFAR ---
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images x (n, 3, 32, 32) uint8, labels y (n,) and their places in the data set's own order (n,)."""
+
+    x: np.ndarray
+    y: np.ndarray
+    place: np.ndarray
+
+    def rows_of(self, places: np.ndarray) -> np.ndarray:
+        """The row of each place; -1 for a place that is missing."""
+        rows = np.full(max(self.place.max(), places.max()) + 1, -1)
+        rows[self.place] = np.arange(len(self.place))
+        return rows[places]
+
+
+def paper_places() -> np.ndarray:
+    """The 512 test images of COUP: one draw, seed 0 (from the authors' release)."""
+    return np.random.RandomState(0).choice(TEST, 512, replace=False)
+
+
+def diffpure_places() -> np.ndarray:
+    """The 512 test images of DiffPure: 8 draws of 64, seeds 0 to 7; 504 of them are distinct."""
+    return np.concatenate([np.random.RandomState(seed).choice(TEST, 64, replace=False) for seed in range(8)])
+
+
+SUBSETS = {"first": partial(np.arange, TEST), "paper": paper_places, "diffpure": diffpure_places}
+
+
+def training_places(split: str) -> np.ndarray:
+    """The training images of "train" or "validation", shuffled; disjoint, and the same on every machine."""
+    places = np.random.default_rng(SPLIT_SEED).permutation(TRAIN)
+    held_out = places % HELD_OUT == 0
+    return places[held_out if split == "validation" else ~held_out]
+
+
+@cache
+def pixels(dataset: str, part: str, root: Path) -> Pixels:
+    """All images of a part, "train" or "test", that lie under root.
+
+    torchvision's own folder is read first, and downloaded by torchvision if it is not there or not whole;
+    where only `<dataset>_exact_subset.npz` lies there (x_train, y_train, idx_train, x_test, y_test), that
+    stands in: fewer images, the same places.
+
+    Raises:
+        FileNotFoundError: naming the folder, the file to put there and where to get it.
+        ValueError: for a stand-in that cannot be read.
+        ImportError: naming the extra to install, when torchvision is missing.
+    """
+    file = _stand_in(root, dataset)
+    if not file.exists() or (root / FOLDERS[dataset]).exists():
+        return _torchvision(dataset, part, root)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+            place = arrays[f"idx_{part}"] if f"idx_{part}" in arrays else np.arange(len(x))
+    except (BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: expected an archive with x_{part} and y_{part}; {error}") from error
+    return Pixels(x, y.astype(np.int64), place)
+
+
+def _stand_in(root: Path, dataset: str) -> Path:
+    return root / f"{dataset}_exact_subset.npz"
+
+
+def _torchvision(dataset: str, part: str, root: Path) -> Pixels:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{dataset} is read by torchvision, and {error}; install it with: pip install 'coup-lib[cifar]'"
+        ) from error
+    known = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    make = partial(known[dataset], str(root), train=part == "train")
+    try:
+        try:
+            data = make(download=False)
+        except RuntimeError:  # not found, or not whole: another process may be at it
+            root.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(root / f".{dataset}.lock"):
+                data = make(download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"no whole {dataset} at {root}: expected the folder {FOLDERS[dataset]} there, unpacked from "
+            f"https://www.cs.toronto.edu/~kriz/cifar.html (or set {DATA_VARIABLE} to where it is). "
+            f"Fetching it failed: {error}"
+        ) from error
+    x = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
+    return Pixels(x, np.array(data.targets, dtype=np.int64), np.arange(len(x)))

@@ -9,6 +9,7 @@ from coup_lib.checks import (
     ROUNDING,
     check_images,
     check_logits,
+    check_module,
     check_network,
     check_seeds,
     choice,
@@ -262,8 +263,7 @@ def coup(classifier: nn.Module, score: nn.Module, guidance_weight: float = 1.0, 
 
 def freeze(name: str, network: nn.Module) -> nn.Module:
     """The network itself, put into eval mode and its weights frozen. ValueError for what is no network."""
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{name}: expected a torch.nn.Module; got {type(network).__name__}")
+    check_module(name, network)
     return network.eval().requires_grad_(False)
 
 

@@ -140,8 +140,8 @@ def test_the_budgets_are_autoattacks_own_unless_told(classifier):
         for version in ("standard", "rand")
     )
     default = Attack("standard", "Linf", 0.1, seed=1)
-    parts, listener = attacks.PARTS["standard"], attacks._Listener()
-    task = attacks._Task(classifier, torch.zeros(1, 1, 8, 8), torch.zeros(1), None, 10, parts, listener)
+    parts = attacks.PARTS["standard"]
+    task = attacks._Task(classifier, torch.zeros(1, 1, 8, 8), torch.zeros(1), None, 10, parts, [])
     ours = default._autoattack(task)
     assert ours.attacks_to_run == standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     settings = (
@@ -656,26 +656,26 @@ class Constant(Flat):
         ({"model": F.relu}, "model: expected a torch.nn.Module; got function"),
         ({"model": Flat(10).train()}, "model: is in train mode"),
         ({"model": nn.Linear(8, 8, device="meta").eval()}, "model: expected on cpu, where the images are"),
-        ({"model": Constant([1])}, "the model's logits: expected a tensor; got list"),
-        ({"model": Constant(torch.rand(4))}, r"the model's logits: expected shape \(4, K\).*; got \(4,\)"),
+        ({"model": Constant([1])}, r"classifier: expected logits \(4, K\) of two classes or more; got list"),
+        ({"model": Constant(torch.rand(4))}, r"classifier: expected logits \(4, K\).*; got shape \(4,\)"),
         (
             {"model": Constant(torch.rand(4, 1))},
-            r"the model's logits: expected .* two classes.*; got \(4, 1\)",
+            r"classifier: expected logits .* two classes.*; got shape \(4, 1\)",
         ),
-        ({"model": Constant(torch.rand(3, 10))}, r"the model's logits: .*; got \(3, 10\)"),
+        ({"model": Constant(torch.rand(3, 10))}, r"classifier: expected logits .*; got shape \(3, 10\)"),
         ({"x": X.numpy()}, "x: expected at least one image, .*; got ndarray"),
         ({"x": X[0]}, r"x: expected at least one image, \(B, C, H, W\), .*; got shape \(1, 8, 8\)"),
         ({"x": (255 * X).to(torch.uint8)}, r"x: expected .* in floating point; got shape .*, torch.uint8"),
         ({"x": X[:0]}, r"x: expected at least one image, .*; got shape \(0, 1, 8, 8\)"),
         ({"x": 2 * X - 1.01}, r"x: expected values in \[0, 1\]; got -0.01 to -0.01"),
         ({"x": X * torch.nan}, r"x: expected values in \[0, 1\]; got nan to nan"),
-        ({"y": Y.numpy()}, "y: expected a tensor; got ndarray"),
+        ({"y": Y.numpy()}, LABELS + "ndarray"),
         ({"y": Y.int()}, LABELS + r"shape \(4,\), torch.int32, on cpu"),
         ({"y": Y[:3]}, LABELS + r"shape \(3,\), torch.int64, on cpu"),
         ({"y": Y.to("meta")}, LABELS + r"shape \(4,\), torch.int64, on meta"),
         ({"y": Y + 10}, "y: expected labels among the model's classes, 0 to 9; got 10 to 10"),
         ({"y": Y - 1}, "y: expected labels among the model's classes, 0 to 9; got -1 to -1"),
-        ({"start": X.numpy()}, "start: expected a tensor; got ndarray"),
+        ({"start": X.numpy()}, STARTS + "ndarray"),
         ({"start": X[:2]}, STARTS + r"shape \(2, 1, 8, 8\), torch.float32, on cpu"),
         ({"start": X.double()}, STARTS + r"shape \(4, 1, 8, 8\), torch.float64, on cpu"),
         ({"start": X * torch.nan}, "start: expected finite values; got NaN or infinity"),

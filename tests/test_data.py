@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from coup_lib import cifar, data
+from coup_lib import data
 from coup_lib.data import load_split, split_rows, split_size
 
 SIZES, SIZES_CIFAR = data.SIZES["digits"], data.SIZES["cifar10"]
@@ -67,7 +67,7 @@ def test_refusals_name_both_sides():
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """A root with 40 test images and 300 training images of CIFAR-10, image i filled with i % 256."""
-    places = np.random.default_rng(0).permutation(cifar.TRAIN)[:300]
+    places = np.random.default_rng(0).permutation(data.TRAIN)[:300]
     np.savez(
         tmp_path / "cifar10_exact_subset.npz",
         x_test=_filled(np.arange(40)),
@@ -77,9 +77,9 @@ def stand_in(tmp_path, monkeypatch):
         idx_train=places,
     )
     monkeypatch.setenv("COUP_DATA", str(tmp_path))
-    cifar.pixels.cache_clear()
+    data.pixels.cache_clear()
     yield places
-    cifar.pixels.cache_clear()
+    data.pixels.cache_clear()
 
 
 def _filled(places):
@@ -88,7 +88,7 @@ def _filled(places):
 
 def test_published_subsets():
     """COUP draws its 512 test images once, DiffPure 8 times 64: 81 images are in both."""
-    paper, diffpure = cifar.paper_places(), cifar.diffpure_places()
+    paper, diffpure = data.paper_places(), data.diffpure_places()
     assert len(paper) == len(set(paper)) == len(diffpure) == 512 and len(set(diffpure)) == 504
     assert len(set(paper) & set(diffpure)) == 81
     assert paper[:5].tolist() == [9394, 898, 2398, 5906, 2343]
@@ -96,9 +96,9 @@ def test_published_subsets():
 
 
 def test_training_images_are_held_out_by_place():
-    train, validation = (cifar.training_places(split, 2408) for split in ("train", "validation"))
+    train, validation = (data.training_places(split) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (SIZES_CIFAR["train"], SIZES_CIFAR["validation"])
-    assert sorted([*train, *validation]) == list(range(cifar.TRAIN))
+    assert sorted([*train, *validation]) == list(range(data.TRAIN))
 
 
 def test_a_part_of_cifar_stands_in(stand_in):
@@ -108,7 +108,7 @@ def test_a_part_of_cifar_stands_in(stand_in):
     with pytest.raises(ValueError, match="expected 1 to 40 images"):
         load_split("cifar10", "test").first(41)
     validation = load_split("cifar10", "validation")
-    expected = [place for place in cifar.training_places("validation", data.SPLIT_SEED) if place in stand_in]
+    expected = [place for place in data.training_places("validation") if place in stand_in]
     assert torch.equal((validation.x[:, 0, 0, 0] * 255).round(), torch.tensor(expected) % 256)
     assert torch.equal(validation.y, torch.tensor(expected) % 10)
 
@@ -129,7 +129,7 @@ def test_torchvision_is_asked_for_the_whole(tmp_path, monkeypatch):
 
     (tmp_path / "cifar-10-batches-py").mkdir()
     monkeypatch.setattr(datasets, "CIFAR10", Whole)
-    found = cifar.pixels.__wrapped__("cifar10", "test", tmp_path)
+    found = data.pixels.__wrapped__("cifar10", "test", tmp_path)
     assert (
         found.x.shape == (10, 3, 32, 32) and found.x[0, 1, 0, 2] == 7 and found.place.tolist() == [*range(10)]
     )
@@ -151,7 +151,7 @@ def test_a_folder_that_is_not_whole_is_fetched_by_one_process_at_a_time(tmp_path
 
     (tmp_path / "cifar-10-batches-py").mkdir()
     monkeypatch.setattr(datasets, "CIFAR10", Halves)
-    assert len(cifar.pixels.__wrapped__("cifar10", "test", tmp_path).y) == 10 and asked == [False, True]
+    assert len(data.pixels.__wrapped__("cifar10", "test", tmp_path).y) == 10 and asked == [False, True]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK half an archive", b"<html>", None])
@@ -159,7 +159,7 @@ def test_a_stand_in_that_cannot_be_read_is_named(tmp_path, content):
     file = tmp_path / "cifar10_exact_subset.npz"
     np.savez(file, images=np.zeros(3)) if content is None else file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{file}: expected an archive with x_test and y_test; "):
-        cifar.pixels.__wrapped__("cifar10", "test", tmp_path)
+        data.pixels.__wrapped__("cifar10", "test", tmp_path)
 
 
 def test_missing_data_says_what_to_put_where(tmp_path, monkeypatch):
@@ -170,6 +170,6 @@ def test_missing_data_says_what_to_put_where(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR100", offline)
     with pytest.raises(FileNotFoundError) as error:
-        cifar.pixels.__wrapped__("cifar100", "test", tmp_path)
+        data.pixels.__wrapped__("cifar100", "test", tmp_path)
     for part in (str(tmp_path), "cifar-100-python", "COUP_DATA", "no route to host"):
         assert part in str(error.value)

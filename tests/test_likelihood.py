@@ -365,5 +365,7 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_there_is_one_seed_per_image():
     purifier, x = build()
-    with pytest.raises(ValueError, match=r"seeds: expected one per image, shape \(5,\); got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"seeds: expected one per image, shape \(5,\), torch.int64; got shape \(4,\)"
+    ):
         purifier(x, SEEDS[:4])

@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closed_forms import small_problem
 
+from coup_lib import coup, load_classifier, load_score
+from coup_lib.data import load_split
 from coup_lib.evaluation import records
+from coup_lib.purify import standard_normal
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,12 +66,46 @@ def test_readme_is_in_step_with_the_committed_tables():
     assert readme.filled(text) == text, "run `make readme`"
 
 
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def readme_block(word):
+    """The README's one block of Python with this word."""
+    text = (ROOT / "README.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in code]
+    return block
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("networks", ["closed forms", "digits"])
+def test_the_readmes_algorithm_is_coup(networks, weight):
+    names = {}
+    exec(readme_block("def purify"), names)
+    score, classifier, x = small_problem()
+    if networks == "digits":
+        x = load_split("digits", "test").first(3).x.double()
+        score, classifier = load_score("digits", "score").double(), load_classifier("digits", "cnn-small")
+        classifier = classifier.double()
+    seeds = torch.arange(len(x))
+    defence = coup(classifier, score, weight, t_star=0.2, n_steps=8)
+    noise = standard_normal(seeds, 9, x)[1:]  # the first is DiffPure's forward noise
+    purified = names["purify"](x, score, classifier, noise, t_star=0.2, weight=weight)
+    torch.testing.assert_close(purified, defence.purifier(x, seeds), rtol=0, atol=1e-10)
+    torch.testing.assert_close(classifier(purified), defence(x, seeds), rtol=0, atol=1e-9)
+    assert (purified - x).abs().max() > 0.01
+
+
+def test_what_the_readme_places_in_the_code_is_there():
+    """Its map of the paper: every `file`: `name`, `name` is defined in that file."""
+    found = re.findall(
+        r"`(coup_lib/[\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", (ROOT / "README.md").read_text()
+    )
+    assert len(found) >= 10
+    for file, names in found:
+        code = (ROOT / file).read_text()
+        for part in re.findall(r"\w+", names):
+            assert re.search(rf"^ *(?:def|class) {part}\b", code, re.MULTILINE), (file, part)
 
 
 def test_the_readmes_attack_runs_and_breaks_images(capsys):
-    exec(readme_blocks()[0], {})
+    exec(readme_block("your attack here"), {})
     robust = float(re.search(r"tensor\((.*)\)", capsys.readouterr().out)[1])
     assert robust < 0.95
 
@@ -83,7 +121,7 @@ def test_the_readmes_own_networks_run():
     seen: list[torch.Tensor] = []
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5))
     names = {"my_noise_network": Noise(), "my_classifier": network}
-    exec(readme_blocks()[1], names)
+    exec(readme_block("my_classifier"), names)
     x = torch.rand(2, 3, 4, 4).requires_grad_()
     logits = names["defence"](x)
     assert logits.shape == (2, 5)

@@ -176,8 +176,10 @@ def test_what_are_no_logits_is_refused(builder, answer, got):
 @pytest.mark.parametrize("kind", [Purified, Averaged])
 def test_there_is_one_seed_per_image(kind, seeds):
     score, classifier, x = small_problem()
-    got = type(seeds).__name__ if isinstance(seeds, list) else rf"\({len(seeds)},\), {seeds.dtype}"
-    with pytest.raises(ValueError, match=rf"seeds: expected one per image, shape \(5,\); got {got}"):
+    got = type(seeds).__name__ if isinstance(seeds, list) else rf"shape \({len(seeds)},\), {seeds.dtype}"
+    with pytest.raises(
+        ValueError, match=rf"seeds: expected one per image, shape \(5,\), torch.int64; got {got}"
+    ):
         kind(classifier, Purifier(score, n_steps=2))(x, seeds)
 
 

@@ -70,7 +70,7 @@ def test_the_noise_is_found_in_what_the_network_answers(answer):
     ],
 )
 def test_an_answer_that_would_be_broadcast_is_refused(answer, got):
-    message = rf"expected an answer of its input's shape, \(2, 3, 4, 4\); got {got}$"
+    message = rf"expected an answer of its input's shape, \(2, 3, 4, 4\); got {got}"
     t = torch.tensor(0.1, dtype=torch.float64)
     network = Network(answer)
     for score in (NoiseScore(network), DenoisedScore(network), ScoreDenoiser(network)):
