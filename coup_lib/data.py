@@ -1,5 +1,6 @@
 """The images of each profile, in splits that never move: scikit-learn's digits, and torchvision's CIFAR."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -157,7 +158,11 @@ def diffpure_places() -> np.ndarray:
     return np.concatenate([np.random.RandomState(seed).choice(TEST, 64, replace=False) for seed in range(8)])
 
 
-SUBSETS = {"first": partial(np.arange, TEST), "paper": paper_places, "diffpure": diffpure_places}
+SUBSETS: dict[str, Callable[[], np.ndarray]] = {
+    "first": partial(np.arange, TEST),
+    "paper": paper_places,
+    "diffpure": diffpure_places,
+}
 
 
 def training_places(split: str) -> np.ndarray:
