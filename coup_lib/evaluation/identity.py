@@ -11,14 +11,17 @@ from coup_lib.data import Images, load_split
 
 DIGITS = 16  # of a hash, hexadecimal
 
-_known: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# Of a network the hash, and which values of which tensors it is of: weights may be changed in place.
+_known: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 
 
 def of_network(network: nn.Module) -> str:
     """A hash of a network's weights and buffers with their names, on any device and in any precision."""
-    if network not in _known:
-        _known[network] = _hashed(sorted(network.state_dict().items()))
-    return _known[network]
+    state = network.state_dict()
+    values = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]
+    if network not in _known or _known[network][0] != values:
+        _known[network] = values, _hashed(sorted(state.items()))
+    return _known[network][1]
 
 
 def of_images(images: Images) -> str:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from coup_lib.attacks import project
+from coup_lib.attacks import in_parts, project
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.noise import image_seeds
@@ -83,13 +83,13 @@ class Mechanism:
     slopes: Mapping[str, Arrays]
 
 
-def measure(config: Config, *, verbose: bool = True) -> Mechanism:
+def measure(config: Config) -> Mechanism:
     """All measurements, from their records where there are any."""
     flipped = replace(config, guidance_weight=-config.guidance_weight)
     return Mechanism(
-        controls(config, verbose=verbose),
+        controls(config),
         gradient_statistics(config),
-        reached(config, verbose=verbose),
+        reached(config),
         {
             (case, start): landscape(one, "coup", start)
             for case, one in (("coup", config), ("flipped", flipped))
@@ -99,7 +99,7 @@ def measure(config: Config, *, verbose: bool = True) -> Mechanism:
     )
 
 
-def controls(config: Config, *, verbose: bool = True) -> dict[float | str, dict[str, np.ndarray]]:
+def controls(config: Config) -> dict[float | str, dict[str, np.ndarray]]:
     """Control → "exact", "first_order", "worst" → share of right draws, (n,), of a purifier.
 
     A control is a λ of COUP, or "smooth" for COUP at the config's λ, guided by the smoothed maximum. λ = 0 is
@@ -108,7 +108,7 @@ def controls(config: Config, *, verbose: bool = True) -> dict[float | str, dict[
     """
     found: dict[float | str, dict[str, np.ndarray]] = {}
     for name, experiment in control_experiments(config).items():
-        (scores,) = experiment.predictions(verbose=verbose).values()
+        (scores,) = experiment.predictions().values()
         found[name] = {kind: scores[kind].right for kind in KINDS}
         found[name]["worst"] = worst_of(list(scores.values()))
     return found
@@ -230,13 +230,13 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
     return _record(evaluation, "slopes", compute, draws=draws, target=target, n_images=half, **settings)
 
 
-def reached(config: Config, *, verbose: bool = True) -> dict[str, dict[int, np.ndarray]]:
+def reached(config: Config) -> dict[str, dict[int, np.ndarray]]:
     """kind → EOT draws → mean loss (n,) on fresh noise, of COUP at the images APGD-ce made with that kind.
 
     Half of the iterations; `eot_counts` draws per gradient.
     """
     experiment = reached_experiment(config)
-    experiment.predictions(verbose=verbose)
+    experiment.predictions()
     evaluation = Evaluation(experiment.config, verbose=False)
 
     def compute(spec: AttackSpec, places: range) -> dict[str, np.ndarray]:
@@ -286,23 +286,25 @@ def measurements(config: Config) -> list[Measurement]:
 
 def draw_gradients(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor:
     """∇ₓ of the cross-entropy for each noise draw: (n, draws, C, H, W) for seeds (n, draws)."""
-    n, draws = seeds.shape
-    parts = []
-    for images, labels, chosen in _batches(x, y, seeds, together(model, x, _at_once(x))):
+
+    def gradient(images: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
         images = images.clone().requires_grad_()
         loss = F.cross_entropy(_logits(model, images, chosen), labels, reduction="sum")
-        parts.append(torch.autograd.grad(loss, images)[0])
-    return torch.cat(parts).reshape(n, draws, *x.shape[1:])
+        return torch.autograd.grad(loss, images)
+
+    (found,) = in_parts(gradient, together(model, x, _at_once(x)), *_per_draw(x, y, seeds))
+    return found.reshape(*seeds.shape, *x.shape[1:])
 
 
 @torch.no_grad()
 def draw_losses(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor:
     """The cross-entropy for each noise draw: (n, draws) for seeds (n, draws)."""
-    parts = [
-        F.cross_entropy(_logits(model, images, chosen), labels, reduction="none")
-        for images, labels, chosen in _batches(x, y, seeds, _at_once(x))
-    ]
-    return torch.cat(parts).reshape(seeds.shape)
+
+    def loss(images: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(_logits(model, images, chosen), labels, reduction="none"),)
+
+    (found,) = in_parts(loss, _at_once(x), *_per_draw(x, y, seeds))
+    return found.reshape(seeds.shape)
 
 
 def central_difference(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor, shift: Tensor) -> np.ndarray:
@@ -359,11 +361,10 @@ def _logits(model: nn.Module, x: Tensor, seeds: Tensor) -> Tensor:
     return model(x, seeds=seeds) if isinstance(model, Purified) else model(x)
 
 
-def _batches(x: Tensor, y: Tensor, seeds: Tensor, size: int) -> Any:
-    """Images, labels and seeds, one entry per image and draw, in batches of this size."""
+def _per_draw(x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and seeds, one entry per image and draw."""
     draws = seeds.shape[1]
-    repeated = (x.repeat_interleave(draws, 0), y.repeat_interleave(draws), seeds.flatten())
-    return zip(*(values.split(size) for values in repeated), strict=True)
+    return x.repeat_interleave(draws, 0), y.repeat_interleave(draws), seeds.flatten()
 
 
 def _at_once(x: Tensor) -> int:

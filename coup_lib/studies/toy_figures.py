@@ -40,25 +40,22 @@ def plot_objectives(data: TwoGaussians) -> Figure:
     """Fig. 1a: what is maximised without and with guidance, and where its gradient points."""
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
     x = torch.linspace(-3.4, 3.4, 801, dtype=DTYPE)
-    m = data.mean
-    p0, p1 = data.class_densities(x)
-    objectives: tuple[tuple[str, str, Tensor, dict[float, tuple[float, ...]], str], ...] = (
-        (
-            "a",
-            "Without guidance: maximise $p(x)$",
+    m, (p0, p1) = data.mean, data.class_densities(x)
+    objectives: dict[str, tuple[Tensor, dict[float, tuple[float, ...]], str]] = {
+        "Without guidance: maximise $p(x)$": (
             (p0 + p1) / 2,
             {0.0: (-1.8, -1.15, -0.5, 0.5, 1.15, 1.8)},
             "$p(x)$",
         ),
-        (
-            "b",
-            "With guidance: maximise max$_y$ $p(x|y)$",
+        "With guidance: maximise max$_y$ $p(x|y)$": (
             torch.maximum(p0, p1),
             {-m: (-m - 1.15, -m - 0.5, 0.46 - m), m: (m - 0.46, m + 0.5, m + 1.15)},
             r"$\max_y\,p(x|y)$",
         ),
-    )
-    for axes, (letter, title, objective, peaks, label) in zip(panels, objectives, strict=True):
+    }
+    for axes, letter, (title, (objective, peaks, label)) in zip(
+        panels, "ab", objectives.items(), strict=True
+    ):
         _class_curves(axes, data, x)
         axes.axvline(0, ymax=0.86, color="0.6", linewidth=0.8, zorder=0)
         axes.plot(x, objective, ":", color=ORANGE, linewidth=2.6)
@@ -94,17 +91,11 @@ def plot_data_and_classifier(data: TwoGaussians, x0: float, c: float = 1.0) -> F
     for level, colour, width in ((c, "0.55", 0.8), (0.0, "black", 1.6)):
         bottom.plot(x, data.confidence(x, torch.tensor(level, dtype=DTYPE)), color=colour, linewidth=width)
     bottom.text(-1.25, 0.42, "$c=0$ (true)", ha="right")
-    bottom.annotate(
-        f"$c={c:g}$",
-        xy=(2.46, 1.09),
-        xytext=(1.15, 1.25),
-        color="0.35",
-        arrowprops={"arrowstyle": "-", "color": "0.55", "shrinkB": 0},
-    )
+    line = {"arrowstyle": "-", "color": "0.55", "shrinkB": 0}
+    bottom.annotate(f"$c={c:g}$", xy=(2.46, 1.09), xytext=(1.15, 1.25), color="0.35", arrowprops=line)
     bottom.axhspan(0, 1, color="0.5", alpha=0.07, linewidth=0)
-    bottom.text(
-        -3.15, 1.02, "probabilities lie below this edge", fontsize="x-small", color="0.35", va="bottom"
-    )
+    edge = {"fontsize": "x-small", "color": "0.35", "va": "bottom"}
+    bottom.text(-3.15, 1.02, "probabilities lie below this edge", **edge)
     bottom.set(xlabel="$x$", ylabel="classifier's $p(y{=}1|x)$", ylim=(-0.05, 1.45), xlim=(-3.2, 3.2))
     for axes in (top, bottom):
         axes.axvline(x0, color=ORANGE, linestyle="--", linewidth=1.2)
@@ -117,13 +108,12 @@ def plot_data_and_classifier(data: TwoGaussians, x0: float, c: float = 1.0) -> F
 def plot_label_flips(result: dict[str, Any]) -> Figure:
     """Fig. 3b from label_flips' result: both readings of "flip", and where the classifier breaks down."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.7))
-    for axes, key, letter, title in zip(
-        panels,
-        ("flipped", "crossed", "outside"),
-        "abc",
-        ("Final sign flipped", "Below 0 at some step", "Confidence left (0, 1) at some step"),
-        strict=True,
-    ):
+    titles = {
+        "flipped": "Final sign flipped",
+        "crossed": "Below 0 at some step",
+        "outside": "Confidence left (0, 1) at some step",
+    }
+    for axes, letter, (key, title) in zip(panels, "abc", titles.items(), strict=True):
         _share_lines(axes, result, key)
         axes.set(xlabel="guidance weight $\\lambda$", ylim=(-0.02, 1.0))
         _panel_title(axes, letter, title)
@@ -150,17 +140,8 @@ def _share_lines(axes: Axes, result: dict[str, Any], key: str) -> None:
     for index, _ in enumerate(result["levels"]):
         share, intervals = shares(result, key, index)
         errors = np.abs(np.array(intervals).T - np.array(share))
-        marker = MARKERS[index % len(MARKERS)]
-        axes.errorbar(
-            weights,
-            share,
-            errors,
-            color=colours[index],
-            marker=marker,
-            markersize=4,
-            linewidth=1.3,
-            capsize=2,
-        )
+        look = {"color": colours[index], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        axes.errorbar(weights, share, errors, linewidth=1.3, capsize=2, **look)
         ends.append(share[-1])
     low, high = (0.0, 0.72) if key == "flipped" else (0.0, 1.0)
     for level, height, y, colour in zip(
@@ -174,19 +155,12 @@ def _share_lines(axes: Axes, result: dict[str, Any], key: str) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights for labels at least `gap` apart and above 0, in the order of the given ones and near them."""
-    order = np.argsort(heights, kind="stable")
-    placed = np.array(heights, dtype=float)[order]
-    for _ in range(100):
-        for lower in range(len(placed) - 1):
-            missing = gap - (placed[lower + 1] - placed[lower])
-            if missing > 0:
-                placed[lower] -= missing / 2
-                placed[lower + 1] += missing / 2
-        placed = np.maximum(placed, gap / 2)
-    result = np.empty_like(placed)
-    result[order] = placed
-    return result.tolist()
+    """Heights for labels at least `gap` apart and above 0, in the order of the given ones."""
+    placed, lowest = list(heights), gap / 2
+    for place in np.argsort(heights, kind="stable").tolist():
+        placed[place] = max(heights[place], lowest)
+        lowest = placed[place] + gap
+    return placed
 
 
 def plot_prop2(result: dict[str, Any]) -> Figure:
