@@ -56,3 +56,9 @@ def small_problem() -> tuple[nn.Module, nn.Module, Tensor]:
     means = torch.randn(3, 4, generator=generator, dtype=torch.float64) * 0.5
     x = torch.rand(5, 1, 2, 2, generator=generator, dtype=torch.float64)
     return GaussianMixtureScore(means, 0.3), SmoothClassifier().double(), x
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """‖value - reference‖ / ‖reference‖ of images (B, ...): the worst image's."""
+    difference = (value - reference).flatten(1).norm(dim=1)
+    return float((difference / reference.flatten(1).norm(dim=1)).max())

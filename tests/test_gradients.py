@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from closed_forms import SmoothClassifier, small_problem
+from closed_forms import SmoothClassifier, relative_error, small_problem
 from torch import nn
 
 from coup_lib import gradients
@@ -22,12 +22,6 @@ from coup_lib.solver import solve, time_grid
 
 SEEDS = torch.arange(5)
 BUILDERS = {"diffpure": diffpure, "reverse": reverse_only, "coup": coup}
-
-
-def relative_error(value, reference):
-    """‖value - reference‖ / ‖reference‖, per image, the worst one."""
-    difference = (value - reference).flatten(1).norm(dim=1)
-    return float((difference / reference.flatten(1).norm(dim=1)).max())
 
 
 def cosine(a, b):
