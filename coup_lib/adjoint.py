@@ -65,9 +65,13 @@ class ReverseSDE(nn.Module):
 class GridBrownian(torchsde.BaseBrownian):
     """The Brownian path whose increments on our grid are √dt·noise, linear in between."""
 
+    shape = dtype = device = None  # of the flat state; torchsde asks for these and for the next two
+    levy_area_approximation = "none"
+    __repr__ = object.__repr__
+
     def __init__(self, times: Tensor, noise: Tensor | None, like: Tensor) -> None:
         flat = like.flatten(1)
-        self._like = flat
+        self.shape, self.dtype, self.device = flat.shape, flat.dtype, flat.device
         self._times = (times[0] - times).to(like.device)
         increments = torch.zeros(len(times), *flat.shape, dtype=torch.float64, device=like.device)
         if noise is not None:
@@ -76,28 +80,9 @@ class GridBrownian(torchsde.BaseBrownian):
         self._path = increments.cumsum(0)
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Tensor:
-        return (self._at(tb) - self._at(ta)).to(self._like.dtype)
+        return (self._at(tb) - self._at(ta)).to(self.dtype)
 
     def _at(self, s: Any) -> Tensor:
         index = min(max(int(torch.searchsorted(self._times, float(s))) - 1, 0), len(self._times) - 2)
         left, right = float(self._times[index]), float(self._times[index + 1])
         return torch.lerp(self._path[index], self._path[index + 1], (float(s) - left) / (right - left))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._like.device
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._like.shape
-
-    @property
-    def levy_area_approximation(self) -> str:
-        return "none"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(steps={len(self._times) - 1})"

@@ -113,14 +113,6 @@ def test_eot_draws_fit_into_any_batch(max_batch):
 # --- AutoAttack ---
 
 
-def test_batched_apgd_takes_the_steps_of_autoattacks_own(digits, classifier):
-    """On a deterministic model EOT changes nothing, so APGD with our interface must equal APGD without it."""
-    theirs = apgd(classifier, eot_iter=3).perturb(digits.x, digits.y)
-    batched = BatchedEOT(classifier, 3, 640, cross_entropy)
-    ours = apgd(batched, is_tf_model=True).perturb(digits.x, digits.y)
-    torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 @pytest.mark.parametrize(("norm", "eps"), THREATS)
 def test_apgd_keeps_autoattacks_point_of_highest_loss(digits, classifier, loss, norm, eps):
