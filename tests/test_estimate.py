@@ -136,12 +136,7 @@ def run_07(config):
     stronger_attacks.columns(Evaluation(config))
     stronger_attacks.eps_series(config)
     stronger_attacks.clean_landscapes(config)
-    mechanism.sign_control(config)
-    mechanism.smooth_control(config)
-    mechanism.reached(config)
-    mechanism.gradient_statistics(config)
-    mechanism.all_slopes(config)
-    mechanism.landscapes(config)
+    mechanism.measure(config)
 
 
 def run_04(config, compare):

@@ -1,12 +1,5 @@
 """What is published stays: only a run that is asked to publish changes it, and never for a smaller one."""
 
-import os
-import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
@@ -14,8 +7,6 @@ from coup_lib import paths
 from coup_lib.evaluation import records, store
 from coup_lib.evaluation.config import Config
 from coup_lib.reporting import publishing, tables
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -69,30 +60,3 @@ def test_a_table_is_not_replaced_by_one_of_fewer_images_or_a_smaller_budget(chec
         assert len(store.published(checkout / "results" / "digits")) == 1
     else:
         run(n, budget)
-
-
-COMMANDS = re.findall(r"`(papermill notebooks/\S+ .*?)`", (ROOT / "README.md").read_text())
-
-
-def status():
-    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
-
-
-def test_no_command_of_the_readmes_table_changes_what_is_committed(tmp_path):
-    """At smoke size, as typed, without any variable that says where things go."""
-    assert len(COMMANDS) > 8
-    before = status()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COUP_")}
-    for command in COMMANDS:
-        notebook, _, *given = shlex.split(command)[1:]
-        line = [
-            sys.executable,
-            "-m",
-            "papermill",
-            "--no-progress-bar",
-            notebook,
-            tmp_path / "out.ipynb",
-            *given,
-        ]
-        subprocess.run(line, cwd=ROOT, env=environment | {"COUP_SMOKE": "1"}, check=True, capture_output=True)
-    assert status() == before

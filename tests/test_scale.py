@@ -24,7 +24,7 @@ SHARDS = """
     from dataclasses import replace
     from pathlib import Path
     from coup_lib import paths
-    from coup_lib.evaluation import config, run
+    from coup_lib.evaluation import config, protocol
 
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
     attacks, attack = [], run.Attack.__call__
@@ -35,7 +35,7 @@ SHARDS = """
 
     def work(shard, count, ready):
         tiny = {"n_images": 14, "n_iter": 1, "eot": 1, "n_draws": 1, "n_steps": 2}
-        evaluation = run.Evaluation(config.Config(**tiny, shard=shard, num_shards=count), verbose=False)
+        evaluation = protocol.Evaluation(config.Config(**tiny, shard=shard, num_shards=count), verbose=False)
         evaluation.bench.classifier, evaluation.bench.score_network, evaluation.images
         ready.wait()
         evaluation.columns(["coup", "reverse"])
