@@ -24,7 +24,7 @@ SHARDS = """
     from dataclasses import replace
     from pathlib import Path
     from coup_lib import paths
-    from coup_lib.evaluation import config, protocol
+    from coup_lib.evaluation import config, protocol, run
 
     config.PROFILES["digits"] = replace(config.PROFILES["digits"], chunk_size=2)
     attacks, attack = [], run.Attack.__call__
