@@ -129,7 +129,7 @@ class Attack:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)  # AutoAttack reseeds in most places, but not in all
             if self.name in SUITES:
-                x_adv, predicted = _evaluate(self._autoattack(task), x, y)
+                x_adv, predicted = _evaluate(_suite(self, task), x, y)
                 right = predicted == y
             else:
                 x_adv, right = self._by_parts(task, logits.argmax(1) == y)
@@ -181,7 +181,7 @@ class Attack:
         elif name == "pgd":
             x_adv = self._pgd(task)
         else:
-            return self._apgd(name.removeprefix("apgd-"), task)
+            return _apgd(self, name.removeprefix("apgd-"), task)
         return x_adv, x_adv
 
     def _pgd(self, task: "_Task") -> Tensor:
@@ -206,49 +206,52 @@ class Attack:
         direction = slope.sign() if self.norm == "Linf" else _unit(slope)
         return project(x_adv + step * direction, x, self.norm, self.eps)
 
-    def _apgd(self, loss: str, task: "_Task") -> tuple[Tensor, Tensor]:
-        """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
 
-        The first is kept: images never seen misclassified would otherwise come back clean, and could not be
-        used against another defence or on other noise. AutoAttack judges by the second.
-        """
-        theirs = self._autoattack(task).apgd
-        raised = {"ce": cross_entropy, "dlr": theirs.dlr_loss, "margin": margin}[loss]
-        apgd = self._batched(theirs, task, raised, self.eot)
-        apgd.loss = "dlr" if loss == "dlr" else "ce"  # with "dlr" it warns of zero gradients
-        apgd.init_hyperparam(task.x)
-        best, right, _, wrong = apgd.attack_single_run(task.x, task.y, x_init=task.start)
-        return best, torch.where(per_image(right, wrong), task.x, wrong)
+def _apgd(attack: Attack, loss: str, task: "_Task") -> tuple[Tensor, Tensor]:
+    """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
 
-    def _autoattack(self, task: "_Task") -> Any:
-        """An AutoAttack object with our budgets, of version "standard" or with Square alone.
+    The first is kept: images never seen misclassified would otherwise come back clean, and could not be
+    used against another defence or on other noise. AutoAttack judges by the second.
+    """
+    theirs = _suite(attack, task).apgd
+    raised = {"ce": cross_entropy, "dlr": theirs.dlr_loss, "margin": margin}[loss]
+    apgd = _batched(attack, theirs, task, raised, attack.eot)
+    apgd.loss = "dlr" if loss == "dlr" else "ce"  # with "dlr" it warns of zero gradients
+    apgd.init_hyperparam(task.x)
+    best, right, _, wrong = apgd.attack_single_run(task.x, task.y, x_init=task.start)
+    return best, torch.where(per_image(right, wrong), task.x, wrong)
 
-        It sees one batch. That is parted where the model is called, or its loss and gradient asked for.
-        """
-        cls, targets = autoattack_class(), min(self.n_targets, task.classes - 1)
-        common = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "device": str(task.x.device)}
-        suite = cls(task.model, version="standard", **common)
-        suite.verbose, suite.logger = False, _logger(task.said)
-        targeted, fab = suite.apgd_targeted, suite.fab
 
-        def targeted_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-            targeted.y_target = target  # where AutoAttack's loss looks for it
-            return targeted.dlr_loss_targeted(logits, y)
+def _suite(attack: Attack, task: "_Task") -> Any:
+    """An AutoAttack object with our budgets, of version "standard" or with Square alone.
 
-        suite.apgd = self._batched(suite.apgd, task, cross_entropy)
-        suite.apgd_targeted = self._batched(targeted, task, targeted_loss, n_target_classes=targets)
-        fab.n_iter, fab.n_target_classes = self.n_iter, targets
-        slopes = fab.get_diff_logits_grads_batch_targeted
-        fab.get_diff_logits_grads_batch_targeted = partial(in_parts, slopes, self.max_batch)
-        suite.square.n_queries = self.square_queries
-        suite.attacks_to_run = list(task.parts)
-        return suite
+    It sees one batch. That is parted where the model is called, or its loss and gradient asked for.
+    """
+    cls, targets = autoattack_class(), min(attack.n_targets, task.classes - 1)
+    common = {"norm": attack.norm, "eps": attack.eps, "seed": attack.seed, "device": str(task.x.device)}
+    suite = cls(task.model, version="standard", **common)
+    suite.verbose, suite.logger = False, _logger(task.said)
+    targeted, fab = suite.apgd_targeted, suite.fab
 
-    def _batched(self, apgd: Any, task: "_Task", loss: Loss, eot: int = 1, **more: Any) -> Any:
-        """The same APGD anew, on `BatchedEOT`: its schedule follows from n_iter when it is made."""
-        batched = BatchedEOT(task.model, eot, self.max_batch, loss)
-        ours = {"n_iter": self.n_iter, "norm": self.norm, "eps": self.eps, "seed": self.seed} | more
-        return type(apgd)(batched, device=apgd.device, logger=_logger(task.said), is_tf_model=True, **ours)
+    def targeted_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        targeted.y_target = target  # where AutoAttack's loss looks for it
+        return targeted.dlr_loss_targeted(logits, y)
+
+    suite.apgd = _batched(attack, suite.apgd, task, cross_entropy)
+    suite.apgd_targeted = _batched(attack, targeted, task, targeted_loss, n_target_classes=targets)
+    fab.n_iter, fab.n_target_classes = attack.n_iter, targets
+    slopes = fab.get_diff_logits_grads_batch_targeted
+    fab.get_diff_logits_grads_batch_targeted = partial(in_parts, slopes, attack.max_batch)
+    suite.square.n_queries = attack.square_queries
+    suite.attacks_to_run = list(task.parts)
+    return suite
+
+
+def _batched(attack: Attack, apgd: Any, task: "_Task", loss: Loss, eot: int = 1, **more: Any) -> Any:
+    """The same APGD anew, on `BatchedEOT`: its schedule follows from n_iter when it is made."""
+    batched = BatchedEOT(task.model, eot, attack.max_batch, loss)
+    ours = {"n_iter": attack.n_iter, "norm": attack.norm, "eps": attack.eps, "seed": attack.seed} | more
+    return type(apgd)(batched, device=apgd.device, logger=_logger(task.said), is_tf_model=True, **ours)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
