@@ -134,7 +134,7 @@ def test_the_budgets_are_autoattacks_own_unless_told(classifier):
     default = Attack("standard", "Linf", 0.1, seed=1)
     parts = attacks.PARTS["standard"]
     task = attacks._Task(classifier, torch.zeros(1, 1, 8, 8), torch.zeros(1), None, 10, parts, [])
-    ours = default._autoattack(task)
+    ours = attacks._suite(default, task)
     assert ours.attacks_to_run == standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     settings = (
         "n_iter",
