@@ -43,6 +43,12 @@ def described(value: Any) -> str:
     return type(value).__name__
 
 
+def yes_or_no(name: str, value: Any) -> bool:
+    """True or False, also by these words in any case, as papermill hands them over; else a ValueError."""
+    words = {"true": True, "false": False}
+    return words[choice(name, str(value).lower(), words)]
+
+
 def check_images(x: Any, margin: float = ROUNDING) -> None:
     """ValueError for what is no batch of images (B, C, H, W) in [0, 1], give or take the margin."""
     if not isinstance(x, Tensor) or x.ndim != 4 or not len(x) or not x.is_floating_point():

@@ -166,7 +166,7 @@ def test_nothing_is_compiled_before_an_attack_needs_it(monkeypatch):
 
 @pytest.mark.parametrize("value", ["yes", 2, None])
 def test_a_setting_that_is_no_yes_or_no_is_refused(value):
-    with pytest.raises(ValueError, match="compiled: expected one of False, True; got"):
+    with pytest.raises(ValueError, match="compiled: expected one of true, false; got"):
         Config(compiled=value)
 
 

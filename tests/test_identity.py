@@ -14,6 +14,8 @@ from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
+from coup_lib.score import NoiseScore
+from coup_lib.sde import VPSDE
 
 TINY = Config(n_images=6, n_iter=2, eot=1, n_draws=2, n_steps=2)
 
@@ -95,3 +97,49 @@ def test_a_defence_that_nobody_knows_by_name_is_attacked_and_scored_like_the_pap
     scores = runner.predictions({"mine": row})["mine"]
     assert scores["own"].counted.shape == (6,)
     assert scores["own"].right.mean() < scores["clean"].right.mean() == 1
+
+
+class Own(Bench):
+    """A bench whose classifier is a caller's, loaded when it is asked for."""
+
+    @property
+    def classifier(self) -> nn.Module:
+        return untrained()
+
+
+def test_a_bench_with_its_own_classifier_is_identified_by_that():
+    usual, own = Bench(TINY), Own(TINY)
+    assert own.settings("none")["classifier_sha256"] != usual.settings("none")["classifier_sha256"]
+    assert own.settings("coup")["score_sha256"] == usual.settings("coup")["score_sha256"]
+
+
+def test_an_exchanged_network_has_its_own_attacks_and_predictions():
+    """One evaluation, two networks one after the other: each as in an evaluation of its own."""
+    spec, found = against("apgd-ce", "none"), []
+    exchanged, alone = Evaluation(TINY, verbose=False), Evaluation(TINY, verbose=False)
+    exchanged.predictions({"none": {"it": spec}})
+    for evaluation in (exchanged, alone):
+        evaluation.bench.classifier = untrained()
+        predicted = evaluation.predictions({"none": {"it": spec}})["none"]["it"]
+        found.append((predicted.report.tolist(), predicted.counted.tolist(), evaluation.x_adv(spec).tolist()))
+    assert found[0] == found[1]
+
+
+def test_constants_of_a_network_in_hand_are_part_of_it():
+    """Weights do not tell a score's SDE, nor the kind of a layer."""
+    usual, other = Bench(TINY), Bench(TINY)
+    network = usual.score_network.network
+    other.score_network = NoiseScore(network, VPSDE(0.1, 40)).eval()
+    assert other.settings("reverse") != usual.settings("reverse")
+    layers = [nn.Sequential(nn.Flatten(), kind(), nn.Linear(64, 10)).eval() for kind in (nn.ReLU, nn.Sigmoid)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    named = [identity.of_network(each, constants=True) for each in layers]
+    assert named[0] != named[1]
+
+
+@pytest.mark.parametrize("lowered", [{"precision": "bfloat16"}, {"compiled": True}])
+def test_another_score_network_cannot_be_lowered_by_name(lowered):
+    bench = Bench(replace(TINY, **lowered))
+    bench.score_network = untrained()
+    with pytest.raises(ValueError, match="score_network: expected the profile's own"):
+        bench.attacked(against("apgd-ce", "reverse"))

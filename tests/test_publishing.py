@@ -1,11 +1,14 @@
 """What is published stays: only a run that is asked to publish changes it, and never for a smaller one."""
 
+import threading
+
+import numpy as np
 import pandas as pd
 import pytest
 
 from coup_lib import paths
 from coup_lib.evaluation import records, store
-from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.config import Config, from_notebook
 from coup_lib.reporting import publishing, tables
 
 
@@ -17,16 +20,22 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "build" / "results")
     monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "results")
     monkeypatch.setattr(publishing, "_written", [])
+    monkeypatch.setattr(publishing, "_missing", [])
+    monkeypatch.delenv("COUP_SMOKE")
     monkeypatch.setattr(records, "read_here", set())
     return tmp_path
 
 
-def run(n, budget="quick", *, publish=True):
+def run(n, budget="full", *, publish=True, **more):
     """A notebook's tables and records."""
-    frame = pd.DataFrame({"n": [n], "budget": [budget]})
-    tables.write(frame, Config(), "table1", "a caption", frame)
-    records.record("digits", "work", {"n": n}, lambda: {"values": [n]})
+    frame = pd.DataFrame({"a": [n]})
+    tables.write(frame, Config(n_images=n, budget=budget, **more), "table1", "a caption")
+    records.record("digits", "work", {"n": n} | more, lambda: {"values": [n]})
     publishing.finish(publish)
+
+
+def there(checkout):
+    return sorted(path.name for path in (checkout / "figures" / "digits").iterdir() if path.name[0] != ".")
 
 
 def test_a_run_that_is_not_asked_to_publish_changes_nothing_published(checkout):
@@ -38,25 +47,66 @@ def test_what_is_published_are_the_tables_and_the_records_of_the_run(checkout, c
     records.record("digits", "another", {}, lambda: {"values": [1]})
     records.read_here.clear()  # made by another run
     run(512)
-    assert sorted(path.name for path in (checkout / "figures" / "digits").iterdir()) == [
-        "table1.csv",
-        "table1.md",
-    ]
+    assert there(checkout) == ["measured.json", "table1.csv", "table1.md"]
     assert len(store.published(checkout / "results" / "digits")) == 1
     assert "published: 2 figures and tables" in capsys.readouterr().out
 
 
+def test_attacked_images_are_not_published(checkout):
+    records.record(f"digits/{records.APART}", "attack", {}, lambda: {"x_adv": np.zeros(3)})
+    run(512)
+    assert [path.name for path in (checkout / "results").iterdir() if path.name[0] != "."] == ["digits"]
+
+
 @pytest.mark.parametrize(
-    ("n", "budget", "refused"), [(16, "full", True), (512, "quick", True), (512, "full", False)]
+    ("given", "said"),
+    [
+        ({"n": 16}, "n_images = 512; it is not replaced by one of n_images = 16"),
+        ({"n": 512, "budget": "quick"}, "budget = full; it is not replaced by one of .*budget = quick"),
+        ({"n": 512, "eot": 1}, "eot = 20; it is not replaced by one of eot = 1"),
+        ({"n": 512, "eps": 0.001}, "eps = 0.15; it is not replaced by one of eps = 0.001"),
+    ],
 )
-def test_a_table_is_not_replaced_by_one_of_fewer_images_or_a_smaller_budget(checkout, n, budget, refused):
-    run(512, "full")
+def test_a_table_is_not_replaced_by_one_of_less_effort_or_another_threat(checkout, given, said):
+    run(512)
     before = (checkout / "figures" / "digits" / "table1.csv").read_text()
     publishing._written.clear()
-    if refused:
-        with pytest.raises(ValueError, match=f"has n = 512, budget full, and .* n = {n}, budget {budget}"):
-            run(n, budget)
-        assert (checkout / "figures" / "digits" / "table1.csv").read_text() == before
-        assert len(store.published(checkout / "results" / "digits")) == 1
-    else:
-        run(n, budget)
+    with pytest.raises(ValueError, match=said):
+        run(**given)
+    assert (checkout / "figures" / "digits" / "table1.csv").read_text() == before
+    assert len(store.published(checkout / "results" / "digits")) == 1
+    publishing._written.clear()
+    run(512)
+
+
+def test_a_smoke_run_and_a_page_with_gaps_publish_nothing(checkout, monkeypatch):
+    monkeypatch.setattr(publishing, "_missing", ["Table 1"])
+    with pytest.raises(ValueError, match="publish: expected whole results; not on record: Table 1"):
+        run(512)
+    monkeypatch.setenv("COUP_SMOKE", "1")
+    with pytest.raises(ValueError, match="publish: expected whole results; this is a smoke run"):
+        publishing.finish(True)
+    assert [path.name for path in checkout.iterdir()] == ["build"]
+
+
+def test_two_that_publish_at_once_lose_nothing(checkout):
+    def publish(place):
+        document = records.record("digits", f"work-{place}", {}, lambda: {"values": [place]})
+        store.publish(checkout / "results" / "digits", [document | {"arrays": []}])
+
+    threads = [threading.Thread(target=publish, args=[place]) for place in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store.published(checkout / "results" / "digits")) == 6
+
+
+def test_publish_is_true_or_false_before_anything_is_computed(checkout):
+    for value in ("yes", 0.5, 2):
+        with pytest.raises(ValueError, match="publish: expected one of true, false; got"):
+            from_notebook(Config, {"publish": value})
+    for value in ("false", "False", False):
+        from_notebook(Config, {"publish": value})
+        run(512, publish=value)
+    assert [path.name for path in checkout.iterdir()] == ["build"]

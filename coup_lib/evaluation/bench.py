@@ -2,6 +2,7 @@
 
 from functools import cache, cached_property
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -33,6 +34,8 @@ def against(attack: str, defence: str, gradient: str = "exact", **more: Any) -> 
         gradient = "exact"
     if not is_guided(defence):
         more.pop("guidance_weight", None)
+    if defence == "none":
+        more.pop("n_steps", None)
     return AttackSpec(attack, defence, gradient, **more)
 
 
@@ -47,6 +50,7 @@ class Bench:
     def __init__(self, config: Config, classifier: str | None = None, *, by_name: bool = False) -> None:
         self.config, self.by_name = config, by_name
         self.classifier_name = check_classifier(config.setup.dataset, classifier or config.classifier)
+        self._from_zoo: WeakSet[nn.Module] = WeakSet()
 
     @cached_property
     def classifier(self) -> nn.Module:
@@ -60,9 +64,16 @@ class Bench:
 
     @cached_property
     def attacked_network(self) -> nn.Module:
-        """s(x, t) in the precision of attacks."""
+        """s(x, t) in the precision of attacks; ValueError for one to be lowered that is not the zoo's."""
         precision = self.config.precision
-        return self.score_network if precision == "float32" else self._score_network(precision)
+        if precision == "float32":
+            return self.score_network
+        self._check_own()
+        return self._score_network(precision)
+
+    def _check_own(self) -> None:
+        if self.score_network not in self._from_zoo:
+            raise ValueError("score_network: expected the profile's own, to be lowered or compiled")
 
     def attacked_score(self, defence: str, gradient: str) -> nn.Module:
         """The score network that an attack differentiates; compiled if the configuration says so.
@@ -71,6 +82,7 @@ class Bench:
         """
         if not self.compiles(defence, gradient):
             return self.attacked_network
+        self._check_own()
         config = self.config
         return compiled_score(config.setup.dataset, config.setup.score, config.precision, config.torch_device)
 
@@ -157,16 +169,18 @@ class Bench:
             found["compiled"] = True
         return found
 
-    def _identity(self, network: str) -> str:
+    def _identity(self, name: str) -> str:
         """The content of the network in hand, or of the zoo's while none is loaded here."""
         if self.by_name:
-            return network
-        ours = {self.classifier_name: "classifier", self.config.setup.score: "score_network"}
-        if (attribute := ours.get(network)) in vars(self):
-            return of_network(getattr(self, attribute))
-        return _identity_in_zoo(
-            self.config.setup.dataset, network, network == self.config.setup.score, is_smoke()
-        )
+            return name
+        is_score = name == self.config.setup.score
+        attribute = "score_network" if is_score else "classifier"
+        in_hand = is_score or name == self.classifier_name
+        if type(self) is Bench and not (in_hand and attribute in vars(self)):
+            return _identity_in_zoo(self.config.setup.dataset, name, is_score, is_smoke())
+        network = getattr(self, attribute) if in_hand else self._classifier(name)
+        # Of the zoo's networks the name says what they compute with their weights.
+        return of_network(network, constants=network not in self._from_zoo)
 
     @property
     def _guide(self) -> str:
@@ -174,11 +188,14 @@ class Bench:
 
     def _score_network(self, precision: str) -> nn.Module:
         config = self.config
-        score = load_score(config.setup.dataset, config.setup.score, precision=precision)
-        return score.to(config.torch_device)
+        return self._loaded(load_score(config.setup.dataset, config.setup.score, precision=precision))
 
     def _classifier(self, name: str) -> nn.Module:
-        return load_classifier(self.config.setup.dataset, name).to(self.config.torch_device)
+        return self._loaded(load_classifier(self.config.setup.dataset, name))
+
+    def _loaded(self, network: nn.Module) -> nn.Module:
+        self._from_zoo.add(network)
+        return network.to(self.config.torch_device)
 
 
 @cache

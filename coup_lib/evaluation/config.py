@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from coup_lib.attacks import NORM_LABELS, NORMS
-from coup_lib.checks import choice, count, number
+from coup_lib.checks import choice, count, number, yes_or_no
 from coup_lib.data import SPLITS, split_size, subsets
 from coup_lib.evaluation.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
 from coup_lib.gradients import GRADIENTS
@@ -81,6 +81,7 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
     for name, default in fields.items():
         if name in given and given[name] != default:
             print(f"override: {name} = {given[name]!r} (default {default!r})")
+    yes_or_no("publish", namespace.get("publish", False))
     if is_smoke():
         print(f"{SMOKE_VARIABLE} is set: smallest sizes, the numbers mean nothing")
     return result
@@ -170,7 +171,7 @@ class Config:
         choice("gradient", self.gradient, GRADIENTS)
         device(self.device)  # refuses an unknown one
         choice("precision", self.precision, PRECISIONS)
-        fill("compiled", bool(choice("compiled", self.compiled, (False, True))))
+        fill("compiled", yes_or_no("compiled", self.compiled))
         choice("split", self.split, SPLITS)
         if self.subset is None:
             fill("subset", profile.subset)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import is_dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,14 @@ DIGITS = 16  # of a hash, hexadecimal
 _known: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 
 
-def of_network(network: nn.Module) -> str:
-    """A hash of a network's weights and buffers with their names, on any device and in any precision."""
+def of_network(network: nn.Module, *, constants: bool = False) -> str:
+    """A hash of a network's weights and buffers with their names, on any device and in any precision.
+
+    constants: also of what kind its modules are and of their plain attributes, which weights do not tell.
+    """
+    if constants:
+        plain = [f"{name} {type(part).__qualname__} {_plain(part)}" for name, part in network.named_modules()]
+        return hashlib.sha256("\n".join([of_network(network), *plain]).encode()).hexdigest()[:DIGITS]
     state = network.state_dict()
     values = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]
     if network not in _known or _known[network][0] != values:
@@ -33,6 +40,12 @@ def of_images(images: Images) -> str:
 def of_split(dataset: str, split: str, subset: str, n: int) -> str:
     """`of_images` of the first n images of a split."""
     return of_images(load_split(dataset, split, subset).first(n))
+
+
+def _plain(module: nn.Module) -> list[tuple[str, str]]:
+    values = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+    kinds = (bool, int, float, str, tuple, type(None))
+    return sorted((name, repr(v)) for name, v in values.items() if isinstance(v, kinds) or is_dataclass(v))
 
 
 def _hashed(named: Iterable[tuple[str, Tensor]]) -> str:

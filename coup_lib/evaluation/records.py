@@ -249,6 +249,13 @@ def read(path: Path) -> Document:
     Raises:
         FileNotFoundError: where there is none.
     """
+    try:
+        return _read(path)
+    except (FileNotFoundError, KeyError):  # another process may have published it since it was found
+        return _read(path)
+
+
+def _read(path: Path) -> Document:
     document, place = _find(path)
     if document is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -194,8 +195,8 @@ class Runner:
         self.config, self.bench, self.verbose = config, bench, verbose
         self._load_images, self._identify_images = load_images, identify_images
         self.batch = Batch(config.setup.max_batch)
-        self._attacks: dict[AttackSpec, Values] = {}
-        self._made: dict[AttackSpec, np.ndarray] = {}
+        self._attacks: dict[Path, Values] = {}
+        self._made: dict[Path, np.ndarray] = {}
         self._identified: tuple[Images, str] | None = None
 
     @cached_property
@@ -206,8 +207,9 @@ class Runner:
     def _images(self) -> Values:
         """What identifies the images in hand, or those that would be loaded."""
         found, images = self._identify_images(), vars(self).get("images")
-        if images is None:
+        if images is None and "images" in found:
             return found
+        images = self.images
         if self._identified is None or self._identified[0] is not images:
             self._identified = images, of_images(images)
         return found | {"images": self._identified[1]}
@@ -239,21 +241,23 @@ class Runner:
 
     def attack(self, spec: AttackSpec, progress: Progress | None = None) -> Values:
         """The record of an attack: AutoAttack's verdicts and warnings under "result"."""
-        if spec not in self._attacks:  # every target asks for it again
-            self._attacks[spec] = self._attack_record(spec).finish(progress)
-        return self._attacks[spec]
+        record = self._attack_record(spec)
+        if record.path not in self._attacks:  # every target asks for it again
+            self._attacks[record.path] = record.finish(progress)
+        return self._attacks[record.path]
 
     def x_adv(self, spec: AttackSpec) -> Tensor:
         """An attack's images (n, C, H, W), on the configured device; made again where they are not here."""
-        if spec not in self._made:  # every target asks for them again
-            self._made[spec] = self._attack_record(spec).arrays()["x_adv"]
-        return torch.from_numpy(self._made[spec]).to(self.config.torch_device)
+        record = self._attack_record(spec)
+        if record.path not in self._made:  # every target asks for them again
+            self._made[record.path] = record.arrays()["x_adv"]
+        return torch.from_numpy(self._made[record.path]).to(self.config.torch_device)
 
     def prediction(self, target: str, spec: AttackSpec) -> Predictions:
         """The target's predictions on an attack's images, on noise that no attack has seen."""
         result = self._prediction_record(target, spec).finish()["result"]
-        weight = spec.guidance_weight in (None, self.config.guidance_weight)
-        direct = spec.surrogate == target and weight and spec.attack not in WITHOUT_MODEL
+        same_path = self.bench.settings(target) == self.bench.settings(target, spec)
+        direct = spec.surrogate == target and same_path and spec.attack not in WITHOUT_MODEL
         robust = np.array(self.attack(spec)["result"]["robust"], dtype=bool) if direct else None
         kept = {name: np.array(result[name]) for name in ("labels", "report", "average", "suspicion")}
         return Predictions(**kept, attack_robust=robust)

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 
@@ -64,11 +65,16 @@ def key(document: Document) -> str:
 
 def publish(folder: Path, documents: Iterable[Document]) -> None:
     """Put records into the profile's file; those that are there by the same key are replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # two runs may publish at once
+        _publish(folder, documents)
+
+
+def _publish(folder: Path, documents: Iterable[Document]) -> None:
     there = dict(published(folder)) | {key(document): document for document in documents}
     shared: dict[str, Any] = {}
     lines = [_line(_pack(there[name], shared)) for name in sorted(there)]
     head = [_line({name: shared[name]}) for name in sorted(shared)]
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, lambda temporary: temporary.write_text("".join(head + lines)))
     if len(table := scores(there)):
         write_atomically(folder / TABLE, lambda temporary: table.to_csv(temporary, index=False))

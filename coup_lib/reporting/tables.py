@@ -258,7 +258,7 @@ def write(
     text = write_text(f"{markdown(frame)}\n\n{caption}\n", config, name)
     csv = (frame if long is None else long).to_csv(index=long is None)
     path = paths.FIGURES / config.profile / f"{name}.csv"
-    write_atomically(publishing.note(path), lambda temporary: temporary.write_text(csv))
+    write_atomically(publishing.note(path, config), lambda temporary: temporary.write_text(csv))
     return text
 
 
@@ -266,7 +266,7 @@ def write_text(text: str, config: Config, name: str) -> str:
     """Write Markdown to figures/<profile>/<name>.md and return it."""
     folder = paths.FIGURES / config.profile
     folder.mkdir(parents=True, exist_ok=True)
-    path = publishing.note(folder / f"{name}.md")
+    path = publishing.note(folder / f"{name}.md", config)
     write_atomically(path, lambda temporary: temporary.write_text(text.rstrip() + "\n"))
     return text
 

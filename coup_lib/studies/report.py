@@ -362,6 +362,7 @@ def everything(
                 more, differences = found[part]()
         except Missing:
             more, differences = [Line(part, "not on record: run its notebook first", NOTHING)], []
+            publishing.incomplete(part)
         lines, gaps = lines + more, gaps + differences
     return lines, gaps
 
