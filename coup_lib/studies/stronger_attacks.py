@@ -162,7 +162,7 @@ def decisions_table(columns: Columns, config: Config) -> pd.DataFrame:
             worst = min(shares, key=lambda name: float(shares[name].mean()))
             cells[f"Decided by {label}"] = f"{Accuracy.of(shares[worst])}: {names[worst]}"
         lines[LABELS[defence]] = cells
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis(f"{config.n_draws} draws (%)")
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis(f"Defence, {config.n_draws} draws (%)")
 
 
 def difference_table(
@@ -202,7 +202,15 @@ CHECKS = {
     "noise": "random noise does little",
 }
 MASKING = ("cheaper", "black_box", "one_step")  # what fails where a gradient is masked
-CHEAPER = ("first_order", "adjoint", "bpda", "coarse", "from_none", "from_reverse", "from_diffpure")
+CHEAPER = {  # what knows less of the defence than the exact attack, and what it is called
+    "first_order": "first-order",
+    "adjoint": "adjoint",
+    "bpda": "BPDA",
+    "coarse": "half of the steps",
+    "from_none": "transfer from undefended",
+    "from_reverse": "transfer from reverse SDE",
+    "from_diffpure": "transfer from DiffPure",
+}
 
 
 def eps_series(config: Config, *, verbose: bool = True) -> dict[str, dict[float, np.ndarray]]:
@@ -270,7 +278,7 @@ def _strongest(right: Mapping[Any, np.ndarray]) -> tuple[bool, str]:
     worst = min(cheaper, key=lambda name: float(cheaper[name].mean()))
     holds = all(_ordered(shares, right["exact"])[0] for shares in cheaper.values())
     exact, other = 100 * right["exact"].mean(), 100 * cheaper[worst].mean()
-    return holds, f"exact {exact:.1f}, {worst.replace('_', ' ')} {other:.1f} %"
+    return holds, f"exact {exact:.1f}, {CHEAPER[worst]} {other:.1f} %"
 
 
 def _converged(*efforts: np.ndarray, tolerance: float = TOLERANCE) -> tuple[bool, str]:
@@ -297,8 +305,9 @@ def check_table(found: Sequence[Check]) -> str:
     masked = [LABELS[check.target] for check in found if check.name in MASKING and not check.holds]
     names = ", ".join(dict.fromkeys(masked)) or "none of them"
     return (
-        f"{tables.markdown(frame)}\n\n{sum(check.holds for check in found)} of {len(found)} checks hold. "
-        f"Gradient masking shows in: **{names}**."
+        f"{tables.markdown(frame)}\n\n{sum(check.holds for check in found)} of {len(found)} checks are not "
+        "refuted by their paired 95 % intervals (✓), which with few images little is. "
+        f"Gradient masking is shown in: **{names}**."
     )
 
 
