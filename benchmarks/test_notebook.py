@@ -27,11 +27,11 @@ BEFORE = os.environ.get("COUP_BEFORE")
 SPENDERS = {
     "derivatives, by autograd": ("run_backward",),
     "convolutions and products": ("conv2d", "linear", "matmul", "conv2d_input"),
-    "rest of the networks": ("/torch/", "torch.", "/networks.py", "/score.py", "/guidance.py", "/frozen.py"),
+    "rest of the networks": ("/torch/", "torch.", "/networks/", "/score.py", "/guidance.py", "/hessian.py"),
     "solver": ("/solver.py", "/sde.py", "/gradients.py"),
     "noise": ("/purify.py", "randn"),
     "attack": ("/attacks.py", "autoattack/"),
-    "records": ("/records.py", "/evaluate.py", "/files.py", "/json/", "/numpy/", "posix", "hashlib"),
+    "records": ("/records.py", "/run.py", "/files.py", "/json/", "/numpy/", "posix", "hashlib"),
 }
 
 

@@ -91,7 +91,7 @@ def test_failures_are_shown_and_masking_is_named():
     text = stronger.check_table(found)
     assert "| no cheaper or borrowed attack is stronger | ✗ exact 50.0, " in text
     assert "| random noise does little | ✓ 100.0 → 100.0 % |" in text
-    assert text.endswith("Gradient masking shows in: **COUP**.")
+    assert text.endswith("Gradient masking is shown in: **COUP**.")
     assert stronger.check_table([check for check in found if check.holds]).endswith("**none of them**.")
 
 

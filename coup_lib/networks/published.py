@@ -8,8 +8,8 @@ Nothing is used unseen. Where no SHA-256 is published, that of the first file wh
 is recorded in <model_dir>/SHA256SUMS and holds from then on. Reading never runs code from the file, and no
 file that was fetched or put there is ever deleted.
 
-    python -m coup_lib.networks.published             what there is, and what of it is here
-    python -m coup_lib.networks.published NAME...     fetch these
+    python -m coup_lib.networks             what there is, and what of it is here
+    python -m coup_lib.networks NAME...     fetch these
 """
 
 import argparse
@@ -355,7 +355,7 @@ def instructions(names: Sequence[str]) -> str:
             f"    {way}",
         ]
     if fetched := [name for name in names if not ARTEFACTS[name].by_hand]:
-        lines.append(f"With internet: python -m coup_lib.networks.published {' '.join(fetched)}")
+        lines.append(f"With internet: python -m coup_lib.networks {' '.join(fetched)}")
     return "\n".join(lines)
 
 
@@ -374,7 +374,3 @@ def main(arguments: list[str] | None = None) -> None:
         state = "here" if locate(name).is_file() else "by hand" if artefact.by_hand else "missing"
         print(f"{state:8} {artefact.amount:>14}  {name}: {artefact.what}")
         print(f"{'':25}{artefact.place}; {artefact.licence}")
-
-
-if __name__ == "__main__":
-    main()
