@@ -24,7 +24,7 @@ SUSTAINED = {name: UTILISATION[name] * peak for name, peak in PEAK.items()}
 LABELS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 GPUS = (1, 4, 8)
 SIZES = (512, 10_000)
-NORM = {"02_ablation": ("linf",), "03_sweeps": ("linf",), "06_adversarial_training": ("linf",)}
+NORMS = {"04_autoattack": ("linf", "l2")}  # the others are run at L∞; 06 has both norms in it
 PAPER, ALL = "the paper: 01 to 06", "all of them"
 
 
@@ -37,7 +37,7 @@ def cost(job: Job) -> tuple[np.ndarray, np.ndarray]:
 
 def planned(name: str, n_images: int) -> Iterable[Job]:
     """The jobs of a notebook of the paper's tier, in the norms in which it is run."""
-    for norm in NORM.get(name, ("linf", "l2")):
+    for norm in NORMS.get(name, ("linf",)):
         common = {"profile": "cifar10", "budget": "full", "subset": "first", "n_images": n_images}
         settings = [{"norm": norm} | common | given for given in NOTEBOOKS[name].settings]
         for given in settings:
@@ -96,8 +96,8 @@ def page() -> str:
     parts = [
         "# What the whole paper costs",
         "By `python -m workflow.cost > workflow/cost.md`: counted, not measured. Profile `cifar10`, budget "
-        "`full`, every notebook at the same number of images (07 and 08 take fewer by default), 100 steps at "
-        "L∞ and 75 at L2: all attacks that the notebooks plan, and 20 fresh purifications of each image that "
+        "`full`, every notebook at the same number of images (07 and 08 take fewer by default) and at L∞, 04 "
+        "at L2, too; 100 steps at L∞ and 75 at L2: all attacks that the notebooks plan, and 20 fresh purifications of each image that "
         "they found, for every defence that is scored on it.",
         f"GFLOP of a call on one image: DDPM++ deep {SCORE}, WRN-28-10 {call}; a derivative takes as much "
         "again. An exact gradient walks the path twice and back once, guidance is a call and its "
