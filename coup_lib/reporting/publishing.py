@@ -29,10 +29,10 @@ _written: list[Path] = []  # by this process, below `paths.FIGURES`
 _missing: list[str] = []  # what a page that was written lacks
 
 
-def note(path: Path, config: Config | None = None) -> Path:
+def note(path: Path, config: Any = None) -> Path:
     """Remember a figure or table that was written, and the settings of a table; returns its path."""
     _written.append(path)
-    if config:
+    if isinstance(config, Config):  # the toy study has settings of its own
         with filelock.FileLock(path.parent / f".{MEASURED}.lock"):
             _remember(path.parent, {path.name: _settings(config)})
     return path
