@@ -232,7 +232,7 @@ class FixedNoise(nn.Module):
         return self.purified(x, torch.full((len(x),), self.seed))
 
 
-def together(model: nn.Module, x: Tensor, most: int) -> int:
+def images_per_call(model: nn.Module, x: Tensor, most: int) -> int:
     """How many images like x are best purified at once, `most` or fewer.
 
     On a CPU, where small batches suit the caches, no more than need no path to be walked again.

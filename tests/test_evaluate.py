@@ -25,7 +25,7 @@ from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Tran
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.specs import CLEAN
-from coup_lib.purify import FixedNoise, Purifier, together
+from coup_lib.purify import FixedNoise, Purifier, images_per_call
 
 TINY = {"n_images": 4, "n_iter": 2, "eot": 2, "n_draws": 2, "n_steps": 3}
 
@@ -237,9 +237,9 @@ def test_on_a_cpu_no_more_images_are_taken_than_need_no_replay(monkeypatch):
     for kept in (100_000, 40, 0):  # not even one: as many as ever
         monkeypatch.setattr(Purifier, "images_kept", lambda self, x, kept=kept: kept)
         names = ("coup", "coup-averaged", "likelihood", "none")
-        batches[kept] = [together(evaluation.bench.defence(name), x, most) for name in names]
+        batches[kept] = [images_per_call(evaluation.bench.defence(name), x, most) for name in names]
     assert batches == {100_000: [most] * 4, 40: [40, 10, most, most], 0: [most] * 4}
-    assert together(evaluation.bench.defence("coup", "adjoint"), x, most) == most
+    assert images_per_call(evaluation.bench.defence("coup", "adjoint"), x, most) == most
 
 
 def test_a_start_is_cut_into_the_same_chunks(results_folder, in_chunks, monkeypatch):

@@ -24,7 +24,7 @@ from coup_lib.evaluation.recorded import recorded_predictions
 from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
-from coup_lib.purify import FixedNoise, Purified, together
+from coup_lib.purify import FixedNoise, Purified, images_per_call
 
 T = TypeVar("T")
 Values = dict[str, Any]
@@ -56,7 +56,7 @@ def attack(
         config.norm,
         config.eps,
         seed=seed_of(seed, ATTACK, place) % 2**31,
-        max_batch=together(model, images.x, max_batch),
+        max_batch=images_per_call(model, images.x, max_batch),
         **budget,
     )
     if isinstance(model, Purified):
@@ -73,7 +73,7 @@ def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tenso
     if not isinstance(model, Purified):
         logits = torch.cat([model(part) for part in x.split(max_batch)])
         return logits[:, None].expand(-1, draws, -1)
-    repeated, size = x.repeat_interleave(draws, dim=0), together(model, x, max_batch)
+    repeated, size = x.repeat_interleave(draws, dim=0), images_per_call(model, x, max_batch)
     parts = zip(repeated.split(size), seeds.flatten().split(size), strict=True)
     return torch.cat([model(images, seeds=chosen) for images, chosen in parts]).reshape(len(x), draws, -1)
 

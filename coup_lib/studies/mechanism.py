@@ -29,7 +29,7 @@ from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.evaluation.stats import student
 from coup_lib.guidance import FirstOrder, to_image
-from coup_lib.purify import Purified, Purifier, together
+from coup_lib.purify import Purified, Purifier, images_per_call
 from coup_lib.reporting.plots import PALETTE, estimates
 from coup_lib.reporting.tables import MISSING
 from coup_lib.solver import euler_step, step_times
@@ -292,7 +292,7 @@ def draw_gradients(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Ten
         loss = F.cross_entropy(_logits(model, images, chosen), labels, reduction="sum")
         return torch.autograd.grad(loss, images)
 
-    (found,) = in_parts(gradient, together(model, x, _at_once(x)), *_per_draw(x, y, seeds))
+    (found,) = in_parts(gradient, images_per_call(model, x, _at_once(x)), *_per_draw(x, y, seeds))
     return found.reshape(*seeds.shape, *x.shape[1:])
 
 
