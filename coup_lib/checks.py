@@ -46,7 +46,8 @@ def described(value: Any) -> str:
 def yes_or_no(name: str, value: Any) -> bool:
     """True or False, also by these words in any case, as papermill hands them over; else a ValueError."""
     words = {"true": True, "false": False}
-    return words[choice(name, str(value).lower(), words)]
+    word = str(value).lower()
+    return words[word if word in words else choice(name, value, words)]
 
 
 def check_images(x: Any, margin: float = ROUNDING) -> None:
