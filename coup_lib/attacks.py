@@ -47,11 +47,14 @@ class AttackResult:
     robust: (n,) bool, AutoAttack's own count: right in one clean draw, and in one draw after the attack, or
         after each of the attacks that "rand" and "standard" consist of.
     warnings: what AutoAttack and we said about the model, in order, each once.
+    judged: (n,) bool, the same count without the clean draw, for an attack that comes after another one. None
+        for `SUITES`, which leave out what the clean draw has lost.
     """
 
     x_adv: Tensor
     robust: Tensor
     warnings: tuple[str, ...] = ()
+    judged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,12 @@ class Attack:
             torch.manual_seed(self.seed)  # AutoAttack reseeds in most places, but not in all
             if self.name in SUITES:
                 x_adv, predicted = _evaluate(_suite(self, task), x, y)
-                right = predicted == y
+                right, judged = predicted == y, None
             else:
-                x_adv, right = self._by_parts(task, logits.argmax(1) == y)
-        return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(said)))
+                clean = logits.argmax(1) == y
+                x_adv, judged = self._by_parts(task, clean)
+                right = clean & judged
+        return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(said)), judged)
 
     def reseeded(self, generator: torch.Generator) -> "Attack":
         """This attack with a seed from the generator; adversarial training starts each step elsewhere."""
@@ -153,20 +158,20 @@ class Attack:
         moved = project(start, x, self.norm, self.eps)
         return torch.where(per_image((moved - start).abs().flatten(1).amax(1) > ROUNDING, x), moved, start)
 
-    def _by_parts(self, task: "_Task", right: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_parts(self, task: "_Task", clean: Tensor) -> tuple[Tensor, Tensor]:
         """(images, verdicts) of all parts together: an image is kept from the first part that broke it.
 
-        right: (n,) bool, the clean draw's verdicts.
+        clean: (n,) bool, the clean draw's verdicts; what it lost is broken already.
         """
         made = []
         for name in task.parts:
             torch.manual_seed(self.seed)
             made.append(self._images(name, task))
-        x_adv, _ = made[0]
-        for found, judged in made:  # all after the last seed, or a model with torch's noise would repeat it
-            x_adv = torch.where(per_image(right, found), found, x_adv)
-            right = right & task.right(judged)
-        return x_adv, right
+        x_adv, judged = made[0][0], torch.ones_like(clean)
+        for found, shown in made:  # all after the last seed, or a model with torch's noise would repeat it
+            x_adv = torch.where(per_image(clean & judged, found), found, x_adv)
+            judged = judged & task.right(shown)
+        return x_adv, judged
 
     def _images(self, name: str, task: "_Task") -> tuple[Tensor, Tensor]:
         """(the images to keep, the images that AutoAttack would look at for its verdict)."""

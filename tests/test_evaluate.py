@@ -64,6 +64,8 @@ def test_a_borrowed_attack_has_no_count_of_its_own():
     found = score([[0]] * 3, [1, 1, 1])
     with pytest.raises(ValueError, match="no count of its own"):
         _ = found.counted
+    with pytest.raises(ValueError, match="without its clean draw"):
+        score([[0]] * 3, [1, 1, 1], robust=np.ones(3, dtype=bool)).counted_with(found)
 
 
 def test_the_worst_source_is_chosen_per_image_and_rescored():
@@ -333,6 +335,10 @@ def test_autoattacks_columns_are_standard_and_the_other_half_of_rand(results_fol
         ):
             robust = evaluation.attack(against(attack, defence, **more))["result"]["robust"]
             assert row[name].counted.tolist() == robust
+        judged = evaluation.attack(against("apgd-dlr", defence, **of_its_own))["result"]["judged"]
+        assert row["dlr"].attack_judged.tolist() == judged
+        first = row["adaptive"]
+        assert first.counted_with(row["dlr"]).tolist() == (first.counted * judged).tolist()
         assert row["clean"].attack_robust is None
     # What is found on one is tried on all.
     for name, attack, more in (("standard", "standard", {}), ("dlr", "apgd-dlr", of_its_own)):

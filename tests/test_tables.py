@@ -17,11 +17,15 @@ from coup_lib.reporting import compare, paper, plots, readme, tables
 N = 40
 
 
-def made_up(n_wrong, robust=None):
-    """N images, the first n_wrong of them always misclassified; robust (n,) bool is the attack's count."""
+def made_up(n_wrong, robust=None, judged=None):
+    """N images, the first n_wrong of them always misclassified; robust (n,) bool is the attack's count.
+
+    judged (n,): the same without the clean draw.
+    """
     report = np.zeros((N, 5), dtype=int)
     report[:n_wrong] = 1
-    return Predictions(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), robust)
+    shown = np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1)
+    return Predictions(*shown, robust, judged)
 
 
 def all_but(n_first, n_last=0):
@@ -42,7 +46,7 @@ def results():
             "clean": made_up(1),
             "standard": made_up(exact, robust=all_but(exact + 1)),
             "adaptive": made_up(exact, robust=all_but(exact)),
-            "dlr": made_up(exact, robust=all_but(exact - 2, 2)),
+            "dlr": made_up(exact, robust=all_but(N), judged=all_but(exact - 2, 2)),
             "first_order": made_up(first_order, robust=all_but(first_order)),
             "from_none": made_up(3),
             "from_reverse": made_up(4),
@@ -55,7 +59,7 @@ def results():
 
 
 def test_rand_is_what_ce_and_dlr_leave_together(results):
-    assert results["coup"]["own_rand"].tolist() == all_but(4, 2).astype(float).tolist()
+    assert results["coup"]["own_rand"].tolist() == all_but(4, 2).astype(float).tolist()  # one clean draw
     assert results["coup"]["rand"].mean() == results["coup"]["dlr"].mean() == 1 - 4 / N  # on fresh noise
 
 
@@ -66,7 +70,7 @@ def test_robustness_is_the_worse_of_standard_and_rand(results):
     assert results["none"]["autoattack"].mean() == 0
     assert results["coup"]["recorded"].mean() == 1 - 20 / N
     row = {"clean": made_up(1), "from_none": made_up(2), "standard": made_up(2, robust=all_but(9))}
-    row |= {name: made_up(2, robust=all_but(3)) for name in ("adaptive", "dlr")}
+    row |= {name: made_up(2, robust=all_but(3), judged=all_but(3)) for name in ("adaptive", "dlr")}
     assert tables.per_image_accuracy({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
 
 

@@ -75,13 +75,15 @@ class Predictions:
     suspicion (n,): the share of right draws on R further draws, ties broken by the mean probability of the
     true class; it serves to choose the worst source of an image.
     attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
+    attack_judged (n,) bool: that count without the clean draw, of an attack that may come second.
     """
 
     labels: np.ndarray
     report: np.ndarray
     average: np.ndarray
     suspicion: np.ndarray
-    attack_robust: np.ndarray | None
+    attack_robust: np.ndarray | None = None
+    attack_judged: np.ndarray | None = None
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -94,6 +96,12 @@ class Predictions:
         if self.attack_robust is None:
             raise ValueError("the attack was not run against this target; it has no count of its own")
         return self.attack_robust.astype(float)
+
+    def counted_with(self, second: "Predictions") -> np.ndarray:
+        """AutoAttack's own count of this attack and a second one after it, one clean draw in all: (n,)."""
+        if second.attack_judged is None:
+            raise ValueError("the second attack has no verdict without its clean draw")
+        return self.counted * second.attack_judged
 
     def decided(self, rule: str) -> np.ndarray:
         """The share of right decisions per image, (n,), by one of `RULES`; 0 or 1 where all draws decide."""

@@ -36,7 +36,7 @@ def recorded_predictions(
         made, result = _read(folder / f"{name}.json")
         if made["target"] == settings and _is_of(made["attack"], config, images):
             shown = {name: values[: config.n_images] for name, values in result.items()}
-            found.append(Predictions(**shown, attack_robust=None))
+            found.append(Predictions(**shown))
     return found
 
 

@@ -136,6 +136,8 @@ def attack_settings(spec: AttackSpec, config: Config, bench: Bench, images: Valu
         settings["fixed_noise"] = True
     if spec.attack in ("square", "standard"):  # older records counted one draw of the clean image more
         settings["counted_by"] = "AutoAttack"
+    if spec.attack == "apgd-dlr":  # older records have no verdict without the clean draw
+        settings["judged"] = True
     if spec.start:
         settings["start"] = attack_settings(spec.start, config, bench, images)[1]
     return f"{name}-{config.norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
@@ -258,9 +260,14 @@ class Runner:
         result = self._prediction_record(target, spec).finish()["result"]
         same_path = self.bench.settings(target) == self.bench.settings(target, spec)
         direct = spec.surrogate == target and same_path and spec.attack not in WITHOUT_MODEL
-        robust = np.array(self.attack(spec)["result"]["robust"], dtype=bool) if direct else None
+        counts = self.attack(spec)["result"] if direct else {}
+        verdicts = {
+            f"attack_{name}": np.array(counts[name], dtype=bool)
+            for name in ("robust", "judged")
+            if name in counts
+        }
         kept = {name: np.array(result[name]) for name in ("labels", "report", "average", "suspicion")}
-        return Predictions(**kept, attack_robust=robust)
+        return Predictions(**kept, **verdicts)
 
     def worst_on_record(self, target: str, scores: Sequence[Predictions]) -> WorstCase:
         """The target's worst case over all of its scores in the store, these among them."""
@@ -280,6 +287,8 @@ class Runner:
             with products(self.bench.precision(spec.surrogate)):
                 result = attack(self.bench.attacked(spec), chunk, spec, self.config, **more)
             found = {"robust": result.robust.int().tolist(), "warnings": list(result.warnings)}
+            if result.judged is not None:
+                found["judged"] = result.judged.int().tolist()
             return found | {"x_adv": result.x_adv.cpu().numpy()}
 
         return replace(self._record(*self.attack_settings(spec), compute), apart=True)

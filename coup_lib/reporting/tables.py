@@ -72,7 +72,7 @@ def per_image_accuracy(
         if "standard" in row:
             found["rand"] = worst_of([row["adaptive"], row["dlr"]])
             found["own_standard"] = row["standard"].counted
-            found["own_rand"] = row["adaptive"].counted * row["dlr"].counted
+            found["own_rand"] = row["adaptive"].counted_with(row["dlr"])
             found["autoattack"] = min(found["own_standard"], found["own_rand"], key=np.mean)
         result[defence] = found
     return result
