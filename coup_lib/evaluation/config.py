@@ -6,7 +6,7 @@ import difflib
 import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -126,6 +126,43 @@ def _assigned_names(cells: list[str]) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
+class Settings(Protocol):
+    """What the engine (`run`, `specs`) asks of settings; `Config` has it of a profile, an audit of its own.
+
+    profile: whose records these are, or the absolute path of a folder of one's own for them. chunk_size:
+    images attacked together; a killed run loses no more. max_batch: the most images in one network call.
+    """
+
+    @property
+    def profile(self) -> str: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def n_images(self) -> int: ...
+    @property
+    def n_iter(self) -> int: ...
+    @property
+    def n_targets(self) -> int: ...
+    @property
+    def n_steps(self) -> int: ...
+    @property
+    def n_draws(self) -> int: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def num_shards(self) -> int: ...
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def max_batch(self) -> int: ...
+    @property
+    def torch_device(self) -> torch.device: ...
+
+
 @dataclass(frozen=True)
 class Config:
     """The settings of an evaluation. None means the profile's own value; every field is checked on creation.
@@ -209,6 +246,16 @@ class Config:
     def setup(self) -> Profile:
         """The profile that these settings belong to."""
         return PROFILES[self.profile]
+
+    @property
+    def chunk_size(self) -> int:
+        """Images attacked together."""
+        return self.setup.chunk_size
+
+    @property
+    def max_batch(self) -> int:
+        """The most images in one network call."""
+        return self.setup.max_batch
 
     @property
     def norm_label(self) -> str:

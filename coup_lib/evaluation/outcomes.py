@@ -150,11 +150,13 @@ class WorstCase:
 
     right (n,): the share of right draws among those that are reported. expected (n,): what was expected of it
     when the attack was chosen, on average never above what any attack showed. n_sources: among how many.
+    source (n,): the place of the attack that was chosen.
     """
 
     right: np.ndarray
     expected: np.ndarray
     n_sources: int
+    source: np.ndarray
 
 
 def worst_case(scores: Sequence[Predictions]) -> WorstCase:
@@ -168,8 +170,9 @@ def worst_case(scores: Sequence[Predictions]) -> WorstCase:
     seen, right = (np.stack([getattr(score, name) for score in scores]) for name in ("suspicion", "right"))
     draws = np.array([score.report.shape[1] for score in scores])
     expected = _shrunk(seen, draws)
-    chosen = expected.argmin(0), np.arange(seen.shape[1])
-    return WorstCase(right[chosen], expected[chosen], len(scores))
+    source = expected.argmin(0)
+    chosen = source, np.arange(seen.shape[1])
+    return WorstCase(right[chosen], expected[chosen], len(scores), source)
 
 
 def _shrunk(seen: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ from coup_lib.defences import PURIFIERS
 from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_split
-from coup_lib.evaluation.outcomes import Predictions, WorstCase
+from coup_lib.evaluation.outcomes import Predictions, WorstCase, worst_case
+from coup_lib.evaluation.recorded import recorded_predictions
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, Rows, with_transfers
 
@@ -22,6 +23,9 @@ class Evaluation(Runner):
         verbose: print progress with an estimate of the time left.
         by_name: name records by the names of networks and images, so that none needs to be here.
     """
+
+    config: Config
+    bench: Bench
 
     def __init__(
         self,
@@ -47,7 +51,12 @@ class Evaluation(Runner):
 
     def recorded(self, rows: Mapping[str, Mapping[str, Predictions]]) -> dict[str, WorstCase]:
         """Target → its worst case over all of its scores in the store, these among them."""
-        return {target: self.worst_on_record(target, [*row.values()]) for target, row in rows.items()}
+        classifier, images, found = self.bench.classifier_name, self._images()["images"], {}
+        for target, row in rows.items():
+            settings = self.bench.settings(target)
+            scores = recorded_predictions(self.config, classifier, target, settings, images)
+            found[target] = worst_case(scores or [*row.values()])
+        return found
 
     def warnings(self, defence: str) -> list[str]:
         """What AutoAttack said of a defence in its two versions, each sentence once."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.data import Images
 from coup_lib.defences import is_guided, purifications
-from coup_lib.evaluation.bench import Bench
-from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.config import Settings
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import ATTACK, DEFENCE, REPORT, SELECT, image_seeds, seed_of
-from coup_lib.evaluation.outcomes import Predictions, WorstCase, worst_case
+from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.recorded import recorded_predictions
 from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
@@ -28,14 +26,36 @@ from coup_lib.purify import FixedNoise, Purified, images_per_call
 
 T = TypeVar("T")
 Values = dict[str, Any]
-BUDGET = ("n_iter", "eot", "n_targets", "square_queries")
+
+
+class Defences(Protocol):
+    """Defences by name, as the engine asks for them: `bench.Bench` has the paper's, an audit has a user's."""
+
+    @property
+    def classifier_name(self) -> str:
+        """Begins the names of records."""
+
+    def attacked(self, spec: AttackSpec) -> nn.Module:
+        """The defence as an attack meets it."""
+
+    def defence(self, name: str) -> nn.Module:
+        """The defence itself."""
+
+    def settings(self, name: str, spec: AttackSpec | None = None) -> Values:
+        """What the behaviour of a defence depends on; spec: where it is attacked."""
+
+    def how_attacked(self, spec: AttackSpec) -> Values:
+        """What else an attack's numbers depend on."""
+
+    def precision(self, defence: str) -> str:
+        """That of an attack on the defence."""
 
 
 def attack(
     model: nn.Module,
     images: Images,
     spec: AttackSpec,
-    config: Config,
+    config: Settings,
     *,
     place: int,
     max_batch: int,
@@ -50,14 +70,15 @@ def attack(
         start: like the images, where the attack begins.
     """
     seed = config.seed if spec.seed is None else spec.seed
-    budget = {name: getattr(spec, name, None) or getattr(config, name) for name in BUDGET}
     made = Attack(
         spec.attack,
         config.norm,
         config.eps,
         seed=seed_of(seed, ATTACK, place) % 2**31,
-        max_batch=images_per_call(model, images.x, max_batch),
-        **budget,
+        max_batch=min(max_batch, len(images))
+        if draws_per_call(model)
+        else images_per_call(model, images.x, max_batch),
+        **spec.budget(config),
     )
     if isinstance(model, Purified):
         noise = seed_of(seed, DEFENCE, place)
@@ -66,13 +87,30 @@ def attack(
     return made(model, images.x, images.y, start)
 
 
+def draws_per_call(model: nn.Module) -> bool:
+    """Whether a model says by its attribute `random` that each call of it is one draw for all images in it.
+
+    `Purified` draws image by image instead, and what says nothing draws nothing.
+    """
+    return bool(getattr(model, "random", False))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tensor:
-    """Logits (n, draws, K) of images x (n, C, H, W), a draw of the defence's noise per seed (n, draws)."""
+    """Logits (n, draws, K) of images x (n, C, H, W), a draw of the defence's noise per seed (n, draws).
+
+    A model that draws call by call (`draws_per_call`) gets the first image's seeds, by torch's own generator.
+    """
     draws = seeds.shape[1]
     if not isinstance(model, Purified):
-        logits = torch.cat([model(part) for part in x.split(max_batch)])
-        return logits[:, None].expand(-1, draws, -1)
+
+        def whole(seed: int) -> Tensor:
+            torch.manual_seed(seed)
+            return torch.cat([model(part) for part in x.split(max_batch)])
+
+        with torch.random.fork_rng():
+            found = [whole(seed) for seed in seeds[0, : draws if draws_per_call(model) else 1].tolist()]
+        return torch.stack(found, 1).expand(-1, draws, -1)
     repeated, size = x.repeat_interleave(draws, dim=0), images_per_call(model, x, max_batch)
     parts = zip(repeated.split(size), seeds.flatten().split(size), strict=True)
     return torch.cat([model(images, seeds=chosen) for images, chosen in parts]).reshape(len(x), draws, -1)
@@ -80,7 +118,7 @@ def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tenso
 
 @torch.no_grad()
 def outcomes_of(
-    model: nn.Module, images: Images, config: Config, *, place: int, max_batch: int
+    model: nn.Module, images: Images, config: Settings, *, place: int, max_batch: int
 ) -> dict[str, list[Any]]:
     """A defence's predictions on images, the first at `place`: the fields of `Predictions` as lists.
 
@@ -112,7 +150,9 @@ def joined(parts: Sequence[Values]) -> Values:
     return found
 
 
-def attack_settings(spec: AttackSpec, config: Config, bench: Bench, images: Values) -> tuple[str, Values]:
+def attack_settings(
+    spec: AttackSpec, config: Settings, bench: Defences, images: Values
+) -> tuple[str, Values]:
     """A readable name for the record of an attack, and everything that its numbers depend on.
 
     images: what identifies them.
@@ -127,7 +167,7 @@ def attack_settings(spec: AttackSpec, config: Config, bench: Bench, images: Valu
         "eps": config.eps,
         "gradient": spec.gradient,
         "seed": config.seed if spec.seed is None else spec.seed,
-        "chunk_size": config.setup.chunk_size,
+        "chunk_size": config.chunk_size,
         "budget": spec.budget(config),
         "defence": bench.settings(spec.surrogate, spec),
         **bench.how_attacked(spec),
@@ -187,8 +227,8 @@ class Runner:
 
     def __init__(
         self,
-        config: Config,
-        bench: Bench,
+        config: Settings,
+        bench: Defences,
         load_images: Callable[[], Images],
         identify_images: Callable[[], Values],
         *,
@@ -196,7 +236,7 @@ class Runner:
     ) -> None:
         self.config, self.bench, self.verbose = config, bench, verbose
         self._load_images, self._identify_images = load_images, identify_images
-        self.batch = Batch(config.setup.max_batch)
+        self.batch = Batch(config.max_batch)
         self._attacks: dict[Path, Values] = {}
         self._made: dict[Path, np.ndarray] = {}
         self._identified: tuple[Images, str] | None = None
@@ -269,12 +309,6 @@ class Runner:
         kept = {name: np.array(result[name]) for name in ("labels", "report", "average", "suspicion")}
         return Predictions(**kept, **verdicts)
 
-    def worst_on_record(self, target: str, scores: Sequence[Predictions]) -> WorstCase:
-        """The target's worst case over all of its scores in the store, these among them."""
-        settings, images = self.bench.settings(target), self._images()["images"]
-        found = recorded_predictions(self.config, self.bench.classifier_name, target, settings, images)
-        return worst_case(found or scores)
-
     def attack_settings(self, spec: AttackSpec) -> tuple[str, Values]:
         """A readable name for the record of an attack, and everything that its numbers depend on."""
         return attack_settings(spec, self.config, self.bench, self._images())
@@ -291,7 +325,7 @@ class Runner:
                 found["judged"] = result.judged.int().tolist()
             return found | {"x_adv": result.x_adv.cpu().numpy()}
 
-        return replace(self._record(*self.attack_settings(spec), compute), apart=True)
+        return replace(self.record(*self.attack_settings(spec), compute), apart=True)
 
     def _prediction_record(self, target: str, spec: AttackSpec) -> ChunkedRecord:
         config = self.config
@@ -304,9 +338,9 @@ class Runner:
         attack_name, made_by = self.attack_settings(spec)
         settings: Values = {"target": self.bench.settings(target), "attack": made_by}
         settings |= {"n_draws": config.n_draws, "seed": config.seed}
-        return self._record(f"score-{target}-on-{attack_name}", settings, compute)
+        return self.record(f"score-{target}-on-{attack_name}", settings, compute)
 
-    def _record(
+    def record(
         self,
         name: str,
         settings: Values,
@@ -314,12 +348,12 @@ class Runner:
     ) -> ChunkedRecord:
         """A record over all images; `compute` gets the place of a chunk's first image."""
         config = self.config
-        places = range(0, config.n_images, config.setup.chunk_size)
+        places = range(0, config.n_images, config.chunk_size)
         worker, fitted = Worker(config.shard, config.num_shards), self.batch.fitting(compute)
         return ChunkedRecord(config.profile, name, settings, places, fitted, joined, worker)
 
     def _chunk(self, values: Tensor, place: int) -> Tensor:
-        return values[place : place + self.config.setup.chunk_size]
+        return values[place : place + self.config.chunk_size]
 
     def _cost(self, spec: AttackSpec) -> float:
         """About how many score evaluations the attack takes; good enough to foretell the time left."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from coup_lib.attacks import ATTACKS
 from coup_lib.checks import choice, count
-from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.config import Settings
 from coup_lib.evaluation.outcomes import Transfer
 
 # What of a budget an attack spends, beside the images and the threat; the others iterate.
@@ -71,15 +71,15 @@ class AttackSpec:
 
     @property
     def spends(self) -> tuple[str, ...]:
-        """What of a budget the attack spends, by the names of `Config`."""
+        """What of a budget the attack spends, by the names of `Settings`."""
         return SPENT.get(self.attack, ITERATED)
 
-    def budget(self, config: Config) -> dict[str, int]:
+    def budget(self, config: Settings) -> dict[str, int]:
         """What it spends, its own numbers before the configuration's."""
         own = {name: getattr(self, name, None) for name in self.spends}
         return {name: value or getattr(config, name) for name, value in own.items()}
 
-    def calls(self, config: Config) -> tuple[int, int]:
+    def calls(self, config: Settings) -> tuple[int, int]:
         """(gradients, forward passes without one) of the surrogate, per image."""
         spent = self.budget(config)
         gradients = spent.get("n_iter", 1) * spent.get("eot", 0)

@@ -1,0 +1,1 @@
+"""Any defence under the whole strict protocol, in one call."""

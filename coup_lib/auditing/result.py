@@ -1,0 +1,230 @@
+"""What an audit found: verdicts, tables, warnings, a figure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from coup_lib.auditing import page
+from coup_lib.auditing.defence import Probe
+from coup_lib.auditing.protocol import RULES, AuditSettings, Measured
+from coup_lib.auditing.signs import Sign, signs
+from coup_lib.checks import choice
+from coup_lib.evaluation.config import NORM_NAMES, radius
+from coup_lib.evaluation.outcomes import (
+    Accuracy,
+    Difference,
+    Transfer,
+    WorstCase,
+    direct,
+    transferred,
+    worst_case,
+)
+from coup_lib.files import write_atomically
+from coup_lib.reporting.plots import PALETTE, points, use_style
+from coup_lib.reporting.tables import MISSING
+
+LOOKS = "osDXp^vP*<>"  # markers, in the order of the defences
+ALTERNATIVE = "Accuracy of every defence under every attack, and against the radius"
+CAPTION = (
+    "Accuracies in % with 95 % intervals, of one fresh draw that no attack has seen. The worst case takes "
+    "each image's worst attack, chosen by other draws than those that are reported."
+)
+DECIDED = (
+    "All of N: right in every one of N draws, as under an attacker who may submit again; the average and the "
+    "majority: a defender who draws N times. Clean images are the control: what falls there falls unattacked."
+)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found. All accuracies are of one fresh draw, in percent, with 95 % intervals.
+
+    probes: defence → what was found out beforehand. measured: every attack's outcome. folder: of the records,
+    and where `save` writes.
+    """
+
+    probes: Mapping[str, Probe]
+    measured: Measured
+    settings: AuditSettings
+    folder: Path
+
+    @cached_property
+    def worst(self) -> dict[str, WorstCase]:
+        """Defence → each image under the attack that is worst for it."""
+        return {name: worst_case([*row.values()]) for name, row in self.measured.rows.items()}
+
+    @cached_property
+    def signs(self) -> list[Sign]:
+        """Every sign of gradient masking, and what else there is to know."""
+        return [
+            sign
+            for name, row in self.measured.rows.items()
+            for sign in signs(
+                name, self.probes[name], row, self._labels(name), self.measured.eps.get(name, {})
+            )
+        ]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The signs in words."""
+        return [str(sign) for sign in self.signs]
+
+    def masked(self, name: str) -> bool:
+        """Whether a defence shows any sign of gradient masking."""
+        return any(sign.masking for sign in self.signs if sign.defence == name)
+
+    def verdict(self, name: str) -> str:
+        """What is known of a defence's robustness, in one or two sentences."""
+        accuracy, attacks = Accuracy.of(self.worst[name].right), self.worst[name].n_sources - 1
+        text = (
+            f"**{name}**: robust accuracy at most {accuracy.value:.1f} % [{accuracy.low:.1f}, "
+            f"{accuracy.high:.1f}] ({self.threat}; the worst of {attacks} attacks on each image)."
+        )
+        if self.probes[name].error:
+            text += " It has no gradient, so this rests on a black box and on what others' gradients found."
+        shown = [sign.name for sign in self.signs if sign.defence == name and sign.masking]
+        return f"{text} Signs of gradient masking: {'; '.join(shown) or 'none'}."
+
+    @property
+    def threat(self) -> str:
+        """The norm, the radius and the number of images."""
+        settings = self.settings
+        return f"{NORM_NAMES[settings.norm]}, eps = {radius(settings.eps)}, n = {settings.n_images}"
+
+    def table(self) -> pd.DataFrame:
+        """One row per defence: clean, under its own attacks, transfers, AutoAttack, and in the worst case."""
+        lines = {}
+        for name, row in self.measured.rows.items():
+            own = [score for key, score in direct(row).items() if key != "clean"]
+            lent = [*transferred(row).values()]
+            shares = {
+                "Clean": row["clean"].right,
+                "Its own attacks": worst_case(own).right,
+                "Transfers": worst_case(lent).right if lent else None,
+                "AutoAttack": row["standard"].right if "standard" in row else None,
+                "Worst case": self.worst[name].right,
+            }
+            lines[name] = {
+                column: MISSING if right is None else str(Accuracy.of(right))
+                for column, right in shares.items()
+            } | {"n": self.settings.n_images}
+        return pd.DataFrame.from_dict(lines, orient="index").rename_axis("Accuracy (%)")
+
+    def attacks(self) -> pd.DataFrame:
+        """One row per attack, one column per defence."""
+        lines: dict[str, dict[str, str]] = {}
+        for name, row in self.measured.rows.items():
+            labels = self._labels(name)
+            for key, score in row.items():
+                lines.setdefault(labels[key], {})[name] = str(Accuracy.of(score.right))
+        return pd.DataFrame.from_dict(lines, orient="index").fillna(MISSING).rename_axis("Accuracy (%) under")
+
+    def decisions(self) -> pd.DataFrame:
+        """Random defences, decided by N draws: on clean images, and on each image's worst attack."""
+        lines: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for name, found in self.measured.decided.items():
+            for kind, rule, n in found:
+                line = lines.setdefault((name, kind, n), {"Defence": name, "Images": kind, "N": n})
+                line[RULES[rule].capitalize()] = str(Accuracy.of(found[kind, rule, n]))
+        return pd.DataFrame([*lines.values()]).set_index("Defence") if lines else pd.DataFrame()
+
+    def claim(self, better: str, than: str) -> str:
+        """The verdict on "better is more robust than …", by the paired difference of the worst cases.
+
+        ValueError for a defence that was not audited.
+        """
+        for name in (better, than):
+            choice("defence", name, self.worst)
+        found = Difference.of(self.worst[better].right, self.worst[than].right)
+        return f"{better} is more robust than {than}: **{found.verdict}** ({found}; {self.threat})"
+
+    def figure(self) -> Figure:
+        """Accuracy under every attack, and against the radius."""
+        use_style()
+        names = [*self.measured.rows]
+        labels = list(dict.fromkeys(label for name in names for label in self._labels(name).values()))
+        labels = [label for label in labels if label != "clean images"] + ["worst case", "clean images"]
+        figure, (under, larger) = plt.subplots(
+            1, 2, figsize=(9.5, 1.2 + 0.24 * len(labels)), width_ratios=(3, 2), layout="constrained"
+        )
+        for place, (name, offset) in enumerate(zip(names, np.linspace(-0.25, 0.25, len(names)), strict=True)):
+            look: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "markersize": 4.5}
+            marker = LOOKS[place % len(LOOKS)]
+            shares = {self._labels(name)[key]: score.right for key, score in self.measured.rows[name].items()}
+            shares["worst case"] = self.worst[name].right
+            places = [labels.index(label) + offset for label in shares]
+            points(under, places, [*shares.values()], sideways=True, fmt=marker, label=name, **look)
+            by_radius = self.measured.eps.get(name, {})
+            if by_radius:
+                places = np.arange(len(by_radius)) + 0.3 * offset
+                points(larger, places, [*by_radius.values()], fmt=f"{marker}-", **look)
+                ticks = [radius(value) for value in by_radius]
+                larger.set_xticks(range(len(ticks)), ticks)
+        under.axhspan(len(labels) - 2.5, len(labels) - 1.5, color="#fff3c4", zorder=-1)
+        under.set_yticks(range(len(labels)), labels)
+        under.set(xlim=(-2, 102), ylim=(len(labels) - 0.5, -0.5))
+        under.set_xlabel(f"accuracy (%), one draw, n = {self.settings.n_images}, 95 % interval")
+        under.grid(visible=False, axis="y")
+        larger.set(ylim=(-2, 102), ylabel="accuracy (%), 95 % interval")
+        larger.set_xlabel(f"{NORM_NAMES[self.settings.norm]} radius, under APGD-ce")
+        figure.legend(loc="outside upper center", ncols=min(len(names), 4))
+        return figure
+
+    def content(self) -> list[page.Part]:
+        """The whole audit: verdicts, tables and warnings, in the order of a page."""
+        parts: list[page.Part] = ["# Audit", *map(self.verdict, self.worst), self.table()]
+        parts += [f"{self.threat}. {CAPTION}", page.Figure("audit.png", ALTERNATIVE)]
+        parts += ["## Warnings", *(f"- {text}" for text in self.warnings or ["none"])]
+        parts += ["## Every attack", self.attacks()]
+        if self.measured.decided:
+            parts += ["## Decisions by several draws", DECIDED, self.decisions()]
+        return parts
+
+    def save(self) -> Path:
+        """Write audit.md, audit.csv, audit.png and audit.html into the folder; the path of the last one."""
+        drawn = BytesIO()
+        figure = self.figure()
+        figure.savefig(drawn, format="png", dpi=200)
+        plt.close(figure)
+        files = {
+            "audit.md": page.markdown_page(self.content()).encode(),
+            "audit.csv": self._long_form().to_csv(index=False).encode(),
+            "audit.png": drawn.getvalue(),
+            "audit.html": page.html_page(self.content(), drawn.getvalue()).encode(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(self.folder / name, partial(Path.write_bytes, data=content))
+        return self.folder / "audit.html"
+
+    def _labels(self, name: str) -> dict[Any, str]:
+        """Column or transfer of a defence's row → what the attack is called."""
+        labels = self.measured.labels
+        return {
+            key: f"{labels[key.surrogate][key.column]}, made against {key.surrogate}"
+            if isinstance(key, Transfer)
+            else labels[name][key]
+            for key in self.measured.rows[name]
+        }
+
+    def _long_form(self) -> pd.DataFrame:
+        """One line per defence and attack, with the accuracy, its interval, n and the threat."""
+        threat = {"norm": self.settings.norm, "eps": self.settings.eps}
+        return pd.DataFrame(
+            [
+                {"defence": name, "attack": label} | vars(Accuracy.of(right)) | threat
+                for name, row in self.measured.rows.items()
+                for label, right in [
+                    *((self._labels(name)[key], score.right) for key, score in row.items()),
+                    ("worst case", self.worst[name].right),
+                ]
+            ]
+        )
