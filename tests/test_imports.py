@@ -9,7 +9,15 @@ from pathlib import Path
 import coup_lib
 
 PACKAGE = Path(coup_lib.__file__).parent
-ROOMS = ("method", "networks", "attacks and defences", "evaluation", "reporting", "auditing", "studies")  # in this order
+ROOMS = (
+    "method",
+    "networks",
+    "attacks and defences",
+    "evaluation",
+    "reporting",
+    "auditing",
+    "studies",
+)  # in this order
 HEAVY = ("sklearn", "scipy", "pandas", "torchsde", "matplotlib", "robustbench", "autoattack", "pyautoattack")
 
 

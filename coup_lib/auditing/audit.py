@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from coup_lib.auditing.protocol import EFFORTS, AuditSettings, Bench, measure
 from coup_lib.auditing.result import Audit
 from coup_lib.checks import choice, count, number
 from coup_lib.data import Images
+from coup_lib.evaluation.run import Batch
 from coup_lib.purify import Purified
 
 NAME = re.compile(r"[\w. +-]+")
@@ -71,25 +73,13 @@ def audit(
     place = Path(folder).resolve()
     if place.is_relative_to(paths.PUBLISHED.resolve()):
         raise ValueError(f"folder: expected one that is not among the published results; got {folder}")
-    if not isinstance(defences, Mapping) or not defences:
-        raise ValueError('defences: expected at least one by name, as {"mine": module}')
-    given = {}
-    for name, one in defences.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"defences: expected names of letters, digits, spaces and . + - _; got {name!r}")
-        given[name] = one if isinstance(one, Defence) else Defence(one)
-    device = next(
-        (
-            weights.device
-            for one in given.values()
-            for weights in as_module("defence", one.model).parameters()
-        ),
-        images.device,
-    )
+    given = _by_name(defences)
+    device = _device(given, images)
     images, labels = images.to(device), labels.to(device)
-    probes, models, identities = {}, {}, {}
-    for name, one in given.items():
-        probes[name], models[name], identities[name] = _prepared(name, one, images, labels)
+    probes, models, identities, batch = {}, {}, {}, Batch(PROBED)
+    for name, modules in given.items():
+        ask = partial(_prepared, modules, images, labels, batch)
+        probes[name], models[name], identities[name] = batch.fitting(ask)(0)
     classes = {found.classes for found in probes.values()}
     if len(classes) > 1:
         raise ValueError(f"defences: expected the same classes in all of them; got {sorted(classes)}")
@@ -112,17 +102,46 @@ def audit(
     return Audit(probes, measure(bench, probes, flat, settings, effort, verbose=verbose), settings, place)
 
 
+def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
+    """Defence → gradient → module, "exact" being the defence itself; ValueError for what is none."""
+    if not isinstance(defences, Mapping) or not defences:
+        raise ValueError('defences: expected at least one by name, as {"mine": module}')
+    given = {}
+    for name, one in defences.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"defences: expected names of letters, digits, spaces and . + - _; got {name!r}")
+        one = one if isinstance(one, Defence) else Defence(one)
+        given[name] = {"exact": as_module(name, one.model)} | {
+            gradient: as_module(f"{name}, {gradient}", module) for gradient, module in one.gradients.items()
+        }
+    return given
+
+
+def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> torch.device:
+    """Where all weights are, or else the images; ValueError for weights in several places."""
+    found = {
+        weights.device
+        for modules in given.values()
+        for module in modules.values()
+        for weights in (*module.parameters(), *module.buffers())
+    }
+    if len(found) > 1:
+        raise ValueError(f"defences: expected all on one device; got {', '.join(sorted(map(str, found)))}")
+    return found.pop() if found else x.device
+
+
 def _prepared(
-    name: str, one: Defence, x: torch.Tensor, y: torch.Tensor
+    given: Mapping[str, nn.Module], x: torch.Tensor, y: torch.Tensor, batch: Batch, place: int
 ) -> tuple[Probe, dict[str, nn.Module], dict[str, str]]:
-    """(what is found out about a defence, gradient → module to be attacked, gradient → its fingerprint)."""
-    few, shape = x[:PROBED], x.shape[1:]
-    model = as_module(name, one.model)
-    given = {gradient: as_module(f"{name}, {gradient}", other) for gradient, other in one.gradients.items()}
-    found = probe(model, few, y[:PROBED])
-    modules = {"exact": model, **own_gradients(model, few[:2]), **given}
-    identities = {gradient: fingerprint(module, few[:8]) for gradient, module in modules.items()}
-    return found, {key: _wrapped(module, shape, found) for key, module in modules.items()}, identities
+    """(what is found out about a defence, gradient → module to be attacked, gradient → its fingerprint).
+
+    By as many of the images x as a batch holds, from this place on.
+    """
+    x, y = x[place : place + batch.most], y[place : place + batch.most]
+    found = probe(given["exact"], x, y)
+    modules = {"exact": given["exact"], **own_gradients(given["exact"], x[:2]), **given}
+    identities = {gradient: fingerprint(module, x[:8]) for gradient, module in modules.items()}
+    return found, {key: _wrapped(module, x.shape[1:], found) for key, module in modules.items()}, identities
 
 
 def _wrapped(module: nn.Module, shape: torch.Size, found: Probe) -> nn.Module:

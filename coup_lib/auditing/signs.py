@@ -14,6 +14,7 @@ EXACT = ("ce", "long", "dlr", "margin")  # attacks by the defence's own gradient
 WEAKER = ("fgsm", "square", "noise")
 TOLERANCE = 2.0  # points by which a cheaper attack or more work may win
 LOSS_TOLERANCE = 5.0  # points that a loss may be better than another one
+NOISE_TOLERANCE = 5.0  # points that several draws a gradient may be better than one
 ZERO_TOLERANCE = 0.05  # share of images that may have a gradient of zero
 
 
@@ -101,6 +102,8 @@ def _compared(right: Mapping[Any, np.ndarray], label: Mapping[Any, str]) -> dict
         found["an attack that sees less is stronger"] = said(weaker, strongest)
     if any(_wins(right[key], right["ce"], LOSS_TOLERANCE, LEVEL) for key in losses):
         found["the cross-entropy saturates"] = said(losses, "ce")
+    if "single" in right and _wins(right["ce"], right["single"], NOISE_TOLERANCE, LEVEL):
+        found["its noise hides the gradient"] = said(["ce"], "single")
     if _wins(right["long"], right["ce"], TOLERANCE, LEVEL):
         found["more iterations still find something"] = said(["long"], "ce")
     return found

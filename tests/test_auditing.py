@@ -1,0 +1,464 @@
+"""An audit takes any defence, attacks it by all that the protocol has, and says what it saw."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from coup_lib import Defence, audit, coup, load_classifier, load_score, paths
+from coup_lib.attacks import Attack
+from coup_lib.auditing import protocol
+from coup_lib.auditing.defence import (
+    Audited,
+    StraightThrough,
+    as_planes,
+    fingerprint,
+    inner_classifiers,
+    own_gradients,
+    probe,
+)
+from coup_lib.auditing.signs import signs
+from coup_lib.data import load_split
+from coup_lib.evaluation.outcomes import Predictions, Transfer
+from coup_lib.evaluation.run import predict
+
+EPS = 0.15
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_split("digits", "test").first(8)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return load_classifier("digits", "cnn-small")
+
+
+def linear(size=64, classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, classes)).eval()
+
+
+class Changed(nn.Module):
+    """A function of the image, and then a classifier."""
+
+    def __init__(self, change, classifier):
+        super().__init__()
+        self.change, self.classifier = change, classifier
+        self.eval()
+
+    def forward(self, x):
+        return self.classifier(self.change(x))
+
+
+def smoke(defences, x, y, folder, **more):
+    return audit(
+        defences, x, y, **({"eps": EPS, "budget": "smoke", "verbose": False, "folder": folder} | more)
+    )
+
+
+# --- what it takes ---
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 10), (28, 28), (12,), (7,), (2, 3, 4, 5)])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_images_of_any_shape_and_two_classes_or_more(shape, classes, tmp_path):
+    generator = np.random.default_rng(0)
+    x, y = generator.random((4, *shape)), generator.integers(0, classes, 4)
+    seen = []
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear(int(np.prod(shape)), classes)
+            self.eval()
+
+        def forward(self, x):
+            seen.append(tuple(x.shape[1:]))
+            return self.net(x)
+
+    found = smoke({"mine": Mine()}, x, y, tmp_path)
+    assert set(seen) == {shape}
+    assert found.table().loc["mine", "n"] == 4
+
+
+def test_planes_hold_what_the_images_do():
+    shapes = [(1, 8, 8), (28, 28), (12,), (7,), (2, 3, 4, 5)]
+    assert [as_planes(shape) for shape in shapes] == [
+        (1, 8, 8),
+        (1, 28, 28),
+        (1, 3, 4),
+        (1, 1, 7),
+        (1, 10, 12),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "x: expected floating point"),
+        ({"x": torch.zeros(1, 1, 8, 8), "y": torch.zeros(1).long()}, "x: expected two images or more"),
+        ({"x": torch.full((4, 1, 8, 8), 2.0)}, r"x: expected values in \[0, 1\]; got 2 to 2"),
+        ({"x": torch.full((4, 1, 8, 8), torch.nan)}, r"x: expected values in \[0, 1\]"),
+        ({"y": torch.zeros(4)}, "y: expected a whole number for each of 4 images"),
+        ({"y": torch.zeros(3).long()}, "y: expected a whole number for each of 4 images"),
+        ({"y": torch.tensor([0, 1, 2, -1])}, "y: expected labels from 0 on; got -1"),
+        ({"y": torch.tensor([0, 1, 2, 10])}, "y: expected labels below 10, the model's classes; got 10"),
+        ({"norm": "l1"}, "norm: expected one of linf, l2; got 'l1'"),
+        ({"eps": "8/0"}, "eps: expected a number or a fraction"),
+        ({"budget": "huge"}, "budget: expected one of smoke, quick, full"),
+        ({"defences": {}}, "defences: expected at least one by name"),
+        ({"defences": linear()}, "defences: expected at least one by name"),
+        ({"defences": {"a/b": linear()}}, "defences: expected names of letters"),
+        ({"defences": {"it": "resnet"}}, "it: expected a torch.nn.Module; got str"),
+        ({"defences": {"it": linear(classes=1)}}, "expected logits"),
+        (
+            {"defences": {"it": linear(), "other": linear(classes=11)}},
+            "expected the same classes in all of them",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_attack(change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(Attack, "__call__", lambda *_: pytest.fail("attacked"))
+    given = {"defences": {"it": linear()}, "x": torch.rand(4, 1, 8, 8), "y": torch.arange(4)} | change
+    with pytest.raises(ValueError, match=message):
+        smoke(given.pop("defences"), given.pop("x"), given.pop("y"), tmp_path, **given)
+
+
+def test_nothing_is_written_among_published_results(digits, net):
+    with pytest.raises(ValueError, match="folder: expected one that is not among the published results"):
+        smoke({"it": net}, digits.x, digits.y, paths.PUBLISHED / "mine")
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(digits, tmp_path, capsys):
+    largest = []
+
+    class Heavy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+            self.eval()
+
+        def forward(self, x):
+            if len(x) > 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            largest.append(len(x))
+            return self.net(x)
+
+    smoke({"it": Heavy()}, digits.x[:8], digits.y, tmp_path, max_batch=4, eps=0.1)
+    assert max(largest) == 2 and "out of memory: going on with at most 2" in capsys.readouterr().out
+
+
+# --- what it finds out beforehand ---
+
+
+def fresh_noise(x):
+    return x + 0.3 * torch.randn_like(x)
+
+
+def frozen_noise(x):
+    return x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+
+def reseeding_noise(x):
+    torch.manual_seed(1)
+    return x + 0.3 * torch.randn_like(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "random", "frozen"),
+    [
+        (torch.clone, False, False),
+        (fresh_noise, True, False),
+        (frozen_noise, False, True),
+        (reseeding_noise, False, True),
+    ],
+)
+def test_whether_it_is_random_it_finds_out_itself(change, random, frozen, digits, net):
+    found = probe(Changed(change, net), digits.x, digits.y)
+    assert (found.random, found.frozen) == (random, frozen)
+
+
+def test_noise_from_elsewhere_than_torch_is_noise(digits, net):
+    generator = np.random.default_rng()
+    noisy = Changed(lambda x: x + torch.from_numpy(generator.normal(0, 0.3, x.shape)).float(), net)
+    assert probe(noisy, digits.x, digits.y).random
+
+
+def test_what_is_in_train_mode_is_named_and_only_batch_statistics_are_stopped(digits):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10))
+    found = probe(model, digits.x, digits.y)
+    assert found.batch_statistics == ("1",) and set(found.dropping) == {"0", "2", "3"}
+    assert not model[1].training and model[2].training and found.random
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "zero", "broken"),
+    [
+        (torch.clone, "", 0, 0),
+        (lambda x: (4 * x).round() / 4, "", 1, 0),
+        (lambda x: x.detach(), "does not require grad", 0, 0),
+        (lambda x: (x * x).sqrt(), "", 0, 1),
+    ],
+)
+def test_a_gradient_that_is_none_is_seen(change, error, zero, broken, digits, net):
+    found = probe(Changed(change, net), digits.x, digits.y)
+    assert error in found.error and bool(error) == bool(found.error)
+    assert (found.zero, found.broken) == (zero, broken)
+
+
+def test_probabilities_are_attacked_through_their_logarithm(digits, net):
+    model = nn.Sequential(net, nn.Softmax(1))
+    assert probe(model, digits.x, digits.y).probabilities
+    wrapped = Audited(model, digits.x.shape[1:])
+    wrapped.probabilities = True
+    assert torch.allclose(wrapped(digits.x).softmax(1), net(digits.x).softmax(1), atol=1e-6)
+
+
+# --- other gradients of it ---
+
+
+def test_bpda_is_the_inner_classifiers_gradient_at_what_it_was_given(digits, net):
+    quantised = (4 * digits.x).round() / 4
+    model = Changed(lambda x: (4 * x).round() / 4, net)
+    assert inner_classifiers(model, digits.x) == [net]
+    x, z = digits.x.clone().requires_grad_(), quantised.clone().requires_grad_()
+    through, direct = (
+        torch.autograd.grad(f(at).logsumexp(1).sum(), at)[0]
+        for f, at in ((StraightThrough(model, [net]), x), (net, z))
+    )
+    assert torch.equal(through, direct)
+
+
+def test_several_inner_classifiers_are_averaged_and_what_follows_them_is_left_out(digits, net):
+    class Vote(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.members = nn.ModuleList([net, linear()])
+            self.eval()
+
+        def forward(self, x):
+            votes = torch.stack([member(x).argmax(1) for member in self.members])
+            return nn.functional.one_hot(votes, 10).sum(0).float()
+
+    model = Vote()
+    assert inner_classifiers(model, digits.x) == [*model.members]
+    mean = torch.stack([member(digits.x) for member in model.members]).mean(0)
+    assert torch.allclose(StraightThrough(model, [*model.members])(digits.x), mean)
+
+
+def test_a_classifier_of_larger_coloured_images_is_followed_to_small_grey_ones(digits):
+    inner = linear(3 * 16 * 16)
+    grown = Changed(lambda x: nn.functional.interpolate(x, (16, 16)).expand(-1, 3, -1, -1).round(), inner)
+    x = digits.x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(StraightThrough(grown, inner_classifiers(grown, digits.x))(x).sum(), x)
+    assert slope.shape == x.shape and bool((slope != 0).any())
+
+
+def test_the_papers_defences_have_their_gradients_by_name(digits, net):
+    defence = coup(net, load_score("digits", "score"), n_steps=2)
+    found = own_gradients(defence, digits.x)
+    assert {name: model.purifier.gradient for name, model in found.items()} == {
+        "first_order": "first_order",
+        "bpda": "bpda",
+    }
+    assert defence.purifier.gradient == "exact"
+
+
+# --- whose record it is ---
+
+
+def test_a_defence_is_known_by_weights_constants_code_and_answers(digits, net):
+    class Halved(Changed):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    models = [
+        Changed(torch.clone, net),
+        Halved(torch.clone, net),
+        Changed(lambda x: 1 - x, net),
+        Changed(torch.clone, linear()),
+        Changed(fresh_noise, net),
+    ]
+    assert len({fingerprint(model, digits.x) for model in models}) == len(models)
+    assert fingerprint(models[0], digits.x) == fingerprint(Changed(torch.clone, net), digits.x)
+
+
+def test_a_second_audit_reads_back_and_a_changed_defence_is_attacked_anew(digits, net, tmp_path, monkeypatch):
+    first = smoke({"it": net, "noisy": Changed(fresh_noise, net)}, digits.x, digits.y, tmp_path)
+    made, call = [], Attack.__call__
+    monkeypatch.setattr(Attack, "__call__", lambda *given: made.append(given) or call(*given))
+    again = smoke({"it": net, "noisy": Changed(fresh_noise, net)}, digits.x, digits.y, tmp_path)
+    assert not made
+    pd.testing.assert_frame_equal(first.attacks(), again.attacks())
+    pd.testing.assert_frame_equal(first.decisions(), again.decisions())
+    smoke({"it": linear()}, digits.x, digits.y, tmp_path)
+    assert made
+
+
+# --- what it does ---
+
+
+def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_others(digits, net, tmp_path):
+    found = smoke({"mine": (nn.Identity(), net), "plain": net}, digits.x, digits.y, tmp_path)
+    mine, plain = (found.measured.rows[name] for name in ("mine", "plain"))
+    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "standard", "square"}
+    assert {key for key in plain if isinstance(key, str)} == own
+    assert {key for key in mine if isinstance(key, str)} == own | {"bpda-ce", "bpda-margin"}
+    assert {key.column for key in mine if isinstance(key, Transfer)} == {
+        "ce",
+        "long",
+        "dlr",
+        "margin",
+        "square",
+    }
+    assert {*found.measured.eps["mine"]} == {0.0, EPS, 0.3, 0.5}
+
+
+def test_a_defences_other_gradients_by_name(digits, net, tmp_path):
+    hidden = Changed(lambda x: x.detach(), net)
+    found = smoke({"it": Defence(hidden, gradients={"through": net})}, digits.x, digits.y, tmp_path)
+    assert {"through-ce", "through-margin", "square"} <= {*found.measured.rows["it"]}
+    assert "ce" not in found.measured.rows["it"]
+
+
+def test_without_any_gradient_the_verdict_rests_on_a_black_box(digits, net, tmp_path):
+    class Closed(nn.Module):
+        """Nothing of it can be seen: no part, no gradient."""
+
+        def forward(self, x):
+            with torch.no_grad():
+                return net(x)
+
+    found = smoke({"it": Closed().eval()}, digits.x, digits.y, tmp_path)
+    assert {*found.measured.rows["it"]} == {"clean", "noise", "square"}
+    assert "rests on a black box" in found.verdict("it") and "no gradient" in found.verdict("it")
+    assert found.masked("it") and not found.measured.eps
+
+
+def test_each_draw_of_a_random_defence_is_a_call_of_its_own(digits, tmp_path):
+    """A module that draws one number for the whole batch has as many draws as a gradient averages over."""
+    sizes = []
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+            self.eval()
+
+        def forward(self, x):
+            sizes.append(len(x))
+            return self.net(x + 0.1 * torch.randn(()))
+
+    found = smoke({"it": Shifted()}, digits.x, digits.y, tmp_path)
+    assert found.probes["it"].random and max(sizes) == len(digits)
+    wrapped = Audited(Shifted(), digits.x.shape[1:])
+    wrapped.random = True
+    logits = predict(wrapped, digits.x, torch.arange(5).expand(8, 5), 640)
+    assert len({round(float(value), 5) for value in logits[0, :, 0]}) == 5
+    assert torch.equal(logits, predict(wrapped, digits.x, torch.arange(5).expand(8, 5), 640))
+
+
+def test_decisions_by_many_draws_are_those_of_the_draws(digits, tmp_path, monkeypatch):
+    """Right with probability 0.8 in every draw: all of N are with 0.8^N, the majority nearly always."""
+    monkeypatch.setitem(protocol.EFFORTS, "smoke", replace(protocol.EFFORTS["smoke"], counts=(1, 5, 100)))
+
+    class Unsure(nn.Module):
+        def forward(self, x):
+            wrong = torch.rand(len(x)) > 0.8
+            labels = torch.arange(8)[: len(x)] % 10
+            return 5 * nn.functional.one_hot(torch.where(wrong, labels + 1, labels), 10).float()
+
+    found = smoke({"it": Unsure().eval()}, digits.x, torch.arange(8), tmp_path).measured.decided["it"]
+    shares = {key[1:]: right.mean() for key, right in found.items() if key[0] == "clean"}
+    assert shares["worst", 1] == pytest.approx(0.8, abs=0.06)
+    assert shares["worst", 5] == pytest.approx(0.8**5, abs=0.12)
+    assert shares["worst", 100] == 0 and shares["majority", 100] == shares["average", 100] == 1
+
+
+# --- what it says ---
+
+
+N = 200
+
+
+def made_up(share):
+    report = np.zeros((N, 1), dtype=int)
+    report[: round(N * (1 - share))] = 1
+    return Predictions(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1))
+
+
+HONEST = {
+    "clean": 0.95,
+    "noise": 0.94,
+    "fgsm": 0.6,
+    "ce": 0.4,
+    "long": 0.39,
+    "dlr": 0.41,
+    "margin": 0.4,
+    "square": 0.6,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({}, None),
+        ({"bpda-ce": 0.2}, "another gradient is stronger than its own"),
+        ({Transfer("plain", "ce"): 0.2}, "images made against another defence are stronger"),
+        ({"square": 0.2}, "an attack that sees less is stronger"),
+        ({"fgsm": 0.2}, "an attack that sees less is stronger"),
+        ({"long": 0.3}, "more iterations still find something"),
+        ({"margin": 0.3}, "the cross-entropy saturates"),
+        ({"single": 0.6}, "its noise hides the gradient"),
+        (dict.fromkeys(("ce", "long", "dlr", "margin", "fgsm", "square"), 0.94) | {"bpda-ce": 0.1},
+         "random noise does as much as the gradient"),
+        ({"single": 0.42, "bpda-ce": 0.39, Transfer("plain", "ce"): 0.5}, None),
+    ],
+)  # fmt: skip
+def test_a_sign_is_named_where_an_attack_that_should_be_weaker_is_stronger(change, name, digits, net):
+    row = {key: made_up(share) for key, share in (HONEST | change).items()}
+    found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, {})
+    assert not found if name is None else name in {sign.name for sign in found}
+    assert all(sign.masking for sign in found)
+
+
+def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
+    row = {key: made_up(share) for key, share in HONEST.items()}
+    found = {}
+    for left in (0.0, 0.3):
+        labels = np.arange(N) % 10
+        row["clean"] = replace(row["clean"], labels=labels)
+        by_radius = {0.15: row["ce"].right, 0.5: made_up(left).right}
+        found[left] = signs(
+            "it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, by_radius
+        )
+    assert not found[0.0]
+    assert [sign.name for sign in found[0.3]] == ["accuracy at a large radius stays above chance"]
+    assert "30.00 [" in found[0.3][0].shown and "chance 10 %" in found[0.3][0].shown
+
+
+def test_an_audits_page(digits, net, tmp_path):
+    found = smoke(
+        {"mine": Changed(fresh_noise, net), "plain & simple"[:5]: net}, digits.x, digits.y, tmp_path
+    )
+    page = found.save()
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
+        f"audit.{end}" for end in ("csv", "html", "md", "png")
+    }
+    html, text = page.read_text(), (tmp_path / "audit.md").read_text()
+    for name in ("mine", "plain"):
+        assert f"**{name}**: robust accuracy at most" in text and f"<b>{name}</b>: robust accuracy" in html
+        assert "(L∞, eps = 0.15, n = 8; the worst of" in found.verdict(name)
+    assert "data:image/png;base64," in html and 'src="http' not in html
+    frame = pd.read_csv(tmp_path / "audit.csv")
+    worst = frame[frame.attack == "worst case"].set_index("defence")
+    assert worst.loc["mine", "value"] == pytest.approx(100 * found.worst["mine"].right.mean())
+    assert set(frame.n) == {8}
+    assert "**is not decided**" in found.claim("mine", "plain") or "**holds**" in found.claim("mine", "plain")
+    with pytest.raises(ValueError, match="defence: expected one of mine, plain; got 'other'"):
+        found.claim("mine", "other")
