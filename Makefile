@@ -93,7 +93,7 @@ lint: setup
 	@$(call all,$(LINT))
 
 weights: setup
-	$(BIN)/python -m training.train
+	$(BIN)/coup train
 
 # Puts the committed tables and numbers into README.md.
 readme: setup

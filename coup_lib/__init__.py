@@ -1,17 +1,17 @@
 """The executable version of COUP (arXiv 2408.05900): purifiers, their exact gradients, their evaluation."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from coup_lib.attacks import Attack
-from coup_lib.guidance import Guided
-from coup_lib.networks.zoo import load_classifier, load_score
-from coup_lib.purify import Purified, coup, diffpure, reverse_only
-from coup_lib.score import NoiseScore
-from coup_lib.sde import VPSDE
-
 if TYPE_CHECKING:
+    from coup_lib.attacks import Attack
     from coup_lib.auditing.audit import audit
     from coup_lib.auditing.defence import Defence
+    from coup_lib.guidance import Guided
+    from coup_lib.networks.zoo import load_classifier, load_score
+    from coup_lib.purify import Purified, coup, diffpure, reverse_only
+    from coup_lib.score import NoiseScore
+    from coup_lib.sde import VPSDE
 
 __all__ = [
     "VPSDE",
@@ -27,12 +27,24 @@ __all__ = [
     "load_score",
     "reverse_only",
 ]
+_MODULES = {
+    "VPSDE": "sde",
+    "Attack": "attacks",
+    "Defence": "auditing.defence",
+    "Guided": "guidance",
+    "NoiseScore": "score",
+    "Purified": "purify",
+    "audit": "auditing.audit",
+    "coup": "purify",
+    "diffpure": "purify",
+    "load_classifier": "networks.zoo",
+    "load_score": "networks.zoo",
+    "reverse_only": "purify",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """An audit draws and tabulates; those who only purify need not wait for what that loads."""
-    if name not in ("Defence", "audit"):
+    """A name's module is imported when the name is first asked for: `coup --help` need not wait for torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from coup_lib.auditing import audit, defence
-
-    return audit.audit if name == "audit" else defence.Defence
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import coup_lib
 
 PACKAGE = Path(coup_lib.__file__).parent
-ROOMS = (
+ROOMS = (  # in this order
     "method",
     "networks",
     "attacks and defences",
@@ -17,7 +17,8 @@ ROOMS = (
     "reporting",
     "auditing",
     "studies",
-)  # in this order
+    "cli",
+)
 HEAVY = ("sklearn", "scipy", "pandas", "torchsde", "matplotlib", "robustbench", "autoattack", "pyautoattack")
 
 
@@ -32,6 +33,13 @@ def test_what_a_user_imports_comes_from_the_package_itself():
     for name in coup_lib.__all__:
         assert getattr(coup_lib, name).__module__.startswith("coup_lib.")
     assert {"coup", "diffpure", "reverse_only", "Attack", "load_score"} <= set(coup_lib.__all__)
+
+
+def test_the_commands_help_waits_for_nothing_heavy():
+    program = "import sys, coup_lib.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "coup_lib" in loaded and not loaded & {"torch", "numpy", *HEAVY}
 
 
 def modules():

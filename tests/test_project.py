@@ -110,6 +110,16 @@ def test_the_readmes_attack_runs_and_breaks_images(capsys):
     assert robust < 0.95
 
 
+def test_the_readmes_audit_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = load_split("digits", "test").first(4)
+    defence = load_classifier("digits", "cnn-small")
+    exec(readme_block("my_defence"), {"my_defence": defence, "x": images.x, "y": images.y})
+    out = capsys.readouterr().out
+    page = tmp_path / "build" / "audit" / "audit.html"
+    assert "**mine**: robust accuracy at most" in out and out.endswith(f"see {page}\n") and page.is_file()
+
+
 def test_the_readmes_own_networks_run():
     """Its lines with a user's networks in the place of `my_...`: ε and variances, logits of colour images."""
 

@@ -447,7 +447,7 @@ def test_all_that_is_missing_is_listed_at_once_before_anything_is_fetched(
         assert f"  {folder / artefact.place}\n    {artefact.what} ({artefact.amount})\n" in message
         assert f"    {way} from {artefact.source}" in message
     assert "take weights.pt from the folder" in message
-    assert message.endswith("python -m coup_lib.networks ddpmpp-deep cifar10/Linf/Standard")
+    assert message.endswith("coup fetch ddpmpp-deep cifar10/Linf/Standard")
     assert "small.pt" not in message and "pyautoattack" not in message
     assert not fetched
     assert list(published.obtain(["resnet18", NAME])) == ["resnet18", NAME]

@@ -46,12 +46,18 @@ TRAIN = """
 import sys
 from pathlib import Path
 
-words, code = sys.argv[3:], Path("training/train.py").read_text()
+words, code = sys.argv[2:], Path("training/train.py").read_text()
 for word, value in zip(words, [*words[1:], ""]):
     if word.startswith("-") and f'"{word}"' not in code:
-        sys.exit(f"training.train: unknown option {word}")
+        sys.exit(f"coup train: unknown option {word}")
     if word == "--begin-with" and not Path(value).stat().st_size:
         sys.exit(f"{value}: is empty")
+"""
+AUDIT = """
+import sys
+from coup_lib.cli import audit_parser
+
+audit_parser().parse_args(sys.argv[2:])
 """
 PIP = """
 import re, sys
@@ -83,8 +89,10 @@ def typed(clone, tmp_path):
         "pip": f'"{sys.executable}" -c "$PIP" "$@"',
         "make": f'{shutil.which("make")} --dry-run "$@"',
         "snakemake": f'"{sys.executable}" -m snakemake --dry-run "$@"' if snakemake else "true",
-        "python": f'case "$2" in training.train) "{sys.executable}" -c "$TRAIN" "$@";;\n'
-        f'*) "{sys.executable}" "$@";; esac',
+        "python": f'"{sys.executable}" "$@"',
+        "coup": f'case "$1" in train) "{sys.executable}" -c "$TRAIN" "$@";;\n'
+        f'audit) "{sys.executable}" -c "$AUDIT" "$@";;\n'
+        f'*) "{sys.executable}" -m coup_lib.cli "$@";; esac',
     }
     for name, line in stand_ins.items():
         file = tmp_path / "bin" / name
@@ -97,7 +105,7 @@ def typed(clone, tmp_path):
         "GIT_DIR": git.stdout.strip(),
         "COUP_MODELS": str(tmp_path),
         "COUP_DATA": str(tmp_path),
-        **{"PAPERMILL": PAPERMILL, "TRAIN": TRAIN, "PIP": PIP},
+        **{"PAPERMILL": PAPERMILL, "TRAIN": TRAIN, "AUDIT": AUDIT, "PIP": PIP},
     }
 
     def run(lines):
@@ -128,7 +136,9 @@ def test_a_shell_block_runs_in_a_fresh_clone(typed, clone, lines):
         ("papermill notebooks/4_autoattack.ipynb out.ipynb", "4_autoattack.ipynb"),
         ("papermill notebooks/04_autoattack.ipynb out.ipynb -p normm l2", "normm"),
         ('pip install -e ".[cifer]"', "cifer"),
-        ("python -m training.train --step 3", "--step"),
+        ("coup train --step 3", "--step"),
+        ("coup audit defences:build --data digits --radius 3", "--radius"),
+        ("coup fetsh", "fetsh"),
         ("make reproduced", "reproduced"),
     ],
 )

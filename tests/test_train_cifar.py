@@ -171,7 +171,7 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
     assert [type(network) for network in compiled] == [PatchedDDPMpp]
     card = (tmp_path / "weights" / "cifar10" / "README.md").read_text()
     assert "| score-small |" in card and "| score-small, on train images |" in card
-    first = "python -m training.train --seed 0 --threads 1 --dataset cifar10 --only score-small --steps 2"
+    first = "coup train --seed 0 --threads 1 --dataset cifar10 --only score-small --steps 2"
     assert f"- score-small: `{first} --batch 2 --compiled --precision bfloat16`\n" in card
     assert (
         load_file(tmp_path / "weights" / "cifar10" / f"{SMALL.score}.safetensors")[KEY].dtype == torch.float16

@@ -1,4 +1,4 @@
-"""How the small networks of CIFAR-10 are trained: `python -m training.train --dataset cifar10`."""
+"""How the small networks of CIFAR-10 are trained: `coup train --dataset cifar10`."""
 
 from pathlib import Path
 

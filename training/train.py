@@ -1,9 +1,5 @@
 """Train the networks of the small profiles and write their model card.
 
-python -m training.train                                                digits: minutes on two CPU cores
-python -m training.train --dataset cifar10 --batch 1024 --compiled      CIFAR-10: for a GPU; goes on where
-                                                                        it was killed
-
 The same seed, thread count, processor and PyTorch give the same weights, bit for bit; elsewhere sums are
 taken in another order and the weights differ slightly.
 """
@@ -44,6 +40,10 @@ TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the p
 STATES = ROOT / "build" / "training"
 COMMANDS = "commands.json"  # beside the weights: network → the commands that trained it, one after the other
 CARD_TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+EXAMPLES = """\
+examples:
+  coup train                                                digits: minutes on two CPU cores
+  coup train --dataset cifar10 --batch 1024 --compiled      for a GPU; goes on where it was killed"""
 # Whose images the card's denoising losses are of, and how many of them at most.
 CARD_IMAGES = {"digits": (285, ("validation",)), "cifar10": (128, ("validation", "train"))}
 
@@ -179,23 +179,30 @@ def read_commands(dataset: str, folder: Path = WEIGHTS) -> dict[str, list[str]]:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line; ValueError and FileNotFoundError for mistaken ones."""
+    """The options of `coup train`; ValueError and FileNotFoundError for mistaken ones."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.train",
+        prog="coup train",
         description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option("--seed", type=int, default=0)
-    option("--threads", type=int, default=1, help="the weights depend on it in the last digits")
-    option("--dataset", choices=tuple(NETWORKS), default="digits")
-    option("--only", help="train this network alone")
-    option("--steps", type=int, help="other than the recipe's")
-    option("--batch", type=int, help="images per step of CIFAR-10's score network")
-    option("--begin-with", type=Path, help="weights of the score network to train further")
+    default = "(default: %(default)s)"
+    option("--seed", type=int, default=0, help=f"of weights and noise {default}")
+    option("--threads", type=int, default=1, help=f"the weights depend on it in the last digits {default}")
+    option("--dataset", choices=tuple(NETWORKS), default="digits", help=f"what is learned {default}")
+    option("--only", metavar="NETWORK", help="train this one alone (default: all of the data set)")
+    option("--steps", type=int, help="how many (default: the recipe's)")
+    option("--batch", type=int, help="images per step of CIFAR-10's score network (default: the recipe's)")
+    option(
+        "--begin-with",
+        type=Path,
+        metavar="FILE",
+        help="weights of CIFAR-10's score network to train further (default: from scratch)",
+    )
     option("--compiled", action="store_true", help="the score network, by torch.compile (CIFAR-10)")
-    option("--precision", choices=PRECISIONS, default="float32", help="of products (CIFAR-10)")
-    option("--folder", type=Path, default=WEIGHTS, help="where the weights go")
+    option("--precision", choices=PRECISIONS, default="float32", help=f"of products (CIFAR-10) {default}")
+    option("--folder", type=Path, default=WEIGHTS, help=f"where the weights go {default}")
     option("--card-only", action="store_true", help="measure what is there, train nothing")
     options = parser.parse_args(arguments)
     if options.only:
@@ -212,7 +219,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def command(options: argparse.Namespace) -> str:
     """The command line again, as the card names it: without defaults, folder and --card-only."""
-    words = ["python -m training.train", f"--seed {options.seed}", f"--threads {options.threads}"]
+    words = ["coup train", f"--seed {options.seed}", f"--threads {options.threads}"]
     usual = parsed([])
     for name in ("dataset", "only", "steps", "batch", "begin_with", "compiled", "precision"):
         if (given := getattr(options, name)) != getattr(usual, name):
@@ -221,7 +228,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: train, save, write the model card."""
+    """The command `coup train`: train, save, write the model card."""
     options = parsed(arguments)
     dataset, folder = options.dataset, options.folder
     torch.set_num_threads(options.threads)
@@ -245,7 +252,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What the whole paper costs, by counting: `python -m workflow.cost > workflow/cost.md`; nothing is measured.
 
-`python -m workflow.estimate` measures on a machine how fast that is done.
+`coup estimate` measures on a machine how fast that is done.
 """
 
 from collections.abc import Iterable
@@ -103,7 +103,7 @@ def page() -> str:
         "again. An exact gradient walks the path twice and back once, guidance is a call and its "
         f"derivative: for COUP 100 × (3 × {SCORE} + 6 × {call}) = {100 * (3 * SCORE + 6 * call):,.0f} GFLOP.",
         f"**The speed is an assumption**, in TFLOP/s, by the data sheet of an H100 (SXM): {assumed}. Hours "
-        "go with its inverse; `python -m workflow.estimate` measures it on a machine. float32 is the "
+        "go with its inverse; `coup estimate` measures it on a machine. float32 is the "
         "default. `-p precision tf32` is for all that is under attack, `-p precision bfloat16` for the score "
         "network there; what an attack found is scored in float32.",
         "GiB: the adversarial images of every attack, float32.",

@@ -1,7 +1,4 @@
-"""What notebooks cost on this machine: their network calls counted, at the speed of one of them here.
-
-python -m workflow.estimate --profile cifar10 --budget full
-"""
+"""What notebooks cost on this machine: their network calls counted, at the speed of one of them here."""
 
 import argparse
 import time
@@ -320,18 +317,29 @@ def table_lines(name: str, row: dict[str, float]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """A row for each notebook as soon as it is known, and their sum."""
-    parser = argparse.ArgumentParser(description="What every notebook will cost on this machine.")
-    parser.add_argument("--profile", default="digits", choices=PROFILES)
-    parser.add_argument("--budget", default="quick", choices=BUDGETS)
-    parser.add_argument("--norm", default="linf", choices=NORMS)
-    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
-    parser.add_argument("--classifier")
-    parser.add_argument("--subset")
-    parser.add_argument("--n-images", type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--obtain", action="store_true", help="only see that data and networks are here")
-    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="04_autoattack, 04_autoattack@l2 …")
+    """The command `coup estimate`: a row for each notebook as soon as it is known, and their sum."""
+    parser = argparse.ArgumentParser(
+        prog="coup estimate",
+        description="What notebooks will cost on this machine: hours, memory, PFLOP; nothing is attacked.",
+        epilog="example: coup estimate --profile cifar10 --budget full 04_autoattack 04_autoattack@l2",
+    )
+    option = parser.add_argument
+    default = "(default: %(default)s)"
+    option("--profile", default="digits", choices=PROFILES, help=f"data and networks {default}")
+    option("--budget", default="quick", choices=BUDGETS, help=f"how much work {default}")
+    option("--norm", default="linf", choices=NORMS, help=f"of notebooks without @ {default}")
+    option("--precision", default="float32", choices=PRECISIONS, help=f"under attack {default}")
+    option("--classifier", metavar="NAME", help="(default: the profile's)")
+    option("--subset", metavar="NAME", help="of the test images (default: the profile's)")
+    option("--n-images", type=int, metavar="N", help="(default: the budget's)")
+    option("--device", default="auto", help=f"cpu, cuda, ... {default}")
+    option("--obtain", action="store_true", help="only see that data and networks are here, or fetch them")
+    option(
+        "notebooks",
+        nargs="*",
+        metavar="NOTEBOOK",
+        help="as 04_autoattack, or 04_autoattack@l2 for the other norm (default: all)",
+    )
     given = vars(parser.parse_args(arguments))
     only_obtain, runs = given.pop("obtain"), given.pop("notebooks") or list(NOTEBOOKS)
     try:

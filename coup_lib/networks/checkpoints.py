@@ -27,7 +27,7 @@ def load_network(dataset: str, name: str, *, folder: Path = WEIGHTS) -> nn.Modul
     """
     network, path = build_network(dataset, name), weights_path(dataset, name, folder)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; train them with: python -m training.train")
+        raise FileNotFoundError(f"no weights at {path}; train them with: coup train")
     content = path.read_bytes()
     expected = read_sums(folder).get(f"{dataset}/{path.name}", "no line for it")
     if (got := hashlib.sha256(content).hexdigest()) != expected:  # before anything parses the content

@@ -8,8 +8,8 @@ Nothing is used unseen. Where no SHA-256 is published, that of the first file wh
 is recorded in <model_dir>/SHA256SUMS and holds from then on. Reading never runs code from the file, and no
 file that was fetched or put there is ever deleted.
 
-    python -m coup_lib.networks             what there is, and what of it is here
-    python -m coup_lib.networks NAME...     fetch these
+    coup fetch             what there is, and what of it is here
+    coup fetch NAME...     fetch these
 """
 
 import argparse
@@ -355,14 +355,19 @@ def instructions(names: Sequence[str]) -> str:
             f"    {way}",
         ]
     if fetched := [name for name in names if not ARTEFACTS[name].by_hand]:
-        lines.append(f"With internet: python -m coup_lib.networks {' '.join(fetched)}")
+        lines.append(f"With internet: coup fetch {' '.join(fetched)}")
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="to fetch; none: list all")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `coup fetch`."""
+    parser = argparse.ArgumentParser(
+        prog="coup fetch",
+        description=f"Download published networks to {model_dir()} (another folder: set {MODELS_VARIABLE}), "
+        "check their SHA-256 and print where they lie. Without a name: list all, and what of them is here.",
+        epilog="example: coup fetch cifar10/Linf/Standard resnet20",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="as the list has it (default: list all)")
     names = parser.parse_args(arguments).names
     try:
         print(*obtain(names).values(), sep="\n")
