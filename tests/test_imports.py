@@ -9,7 +9,8 @@ from pathlib import Path
 import coup_lib
 
 PACKAGE = Path(coup_lib.__file__).parent
-ROOMS = ("method", "networks", "attacks and defences", "evaluation", "reporting", "auditing", "studies")  # in this order
+# In this order.
+ROOMS = ("method", "networks", "attacks and defences", "evaluation", "reporting", "auditing", "studies")
 HEAVY = ("sklearn", "scipy", "pandas", "torchsde", "matplotlib", "robustbench", "autoattack", "pyautoattack")
 
 
