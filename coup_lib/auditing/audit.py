@@ -75,9 +75,14 @@ def audit(
         raise ValueError('defences: expected at least one by name, as {"mine": module}')
     given = {}
     for name, one in defences.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"defences: expected names of letters, digits, spaces and . + - _; got {name!r}")
+        _check_name("defences", name)
         given[name] = one if isinstance(one, Defence) else Defence(one)
+        for gradient in given[name].gradients:
+            _check_name(f"{name}, gradients", gradient)
+            if gradient == "exact":
+                raise ValueError(
+                    f"{name}, gradients: expected those beside the defence's own; got {gradient!r}"
+                )
     device = next(
         (
             weights.device
@@ -110,6 +115,11 @@ def audit(
     flat = Images(images.reshape(len(images), *as_planes(images.shape[1:])), labels)
     bench = Bench(models, identities)
     return Audit(probes, measure(bench, probes, flat, settings, effort, verbose=verbose), settings, place)
+
+
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"{what}: expected names of letters, digits, spaces and . + - _; got {name!r}")
 
 
 def _prepared(
