@@ -21,9 +21,9 @@ LONGER = 2  # times as many iterations, to see whether more still find something
 LARGER = (2.0, 4.0)  # times eps; beyond these, the radius at which every image can be made grey
 COUNTS = (1, 10, 128)  # draws behind a decision
 RULES = {
-    "worst": "all of N draws",
-    "average": "the mean logits of N draws",
-    "majority": "the majority of N draws",
+    "worst": "All of N draws",
+    "average": "The mean logits of N draws",
+    "majority": "The majority of N draws",
 }
 
 

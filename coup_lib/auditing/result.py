@@ -133,7 +133,7 @@ class Audit:
         for name, found in self.measured.decided.items():
             for kind, rule, n in found:
                 line = lines.setdefault((name, kind, n), {"Defence": name, "Images": kind, "N": n})
-                line[RULES[rule].capitalize()] = str(Accuracy.of(found[kind, rule, n]))
+                line[RULES[rule]] = str(Accuracy.of(found[kind, rule, n]))
         return pd.DataFrame([*lines.values()]).set_index("Defence") if lines else pd.DataFrame()
 
     def claim(self, better: str, than: str) -> str:
