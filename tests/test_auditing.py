@@ -107,14 +107,26 @@ def test_planes_hold_what_the_images_do():
         ({"y": torch.zeros(4)}, "y: expected a whole number for each of 4 images"),
         ({"y": torch.zeros(3).long()}, "y: expected a whole number for each of 4 images"),
         ({"y": torch.tensor([0, 1, 2, -1])}, "y: expected labels from 0 on; got -1"),
-        ({"y": torch.tensor([0, 1, 2, 10])}, "y: expected labels below 10, the model's classes; got 10"),
+        (
+            {"y": torch.tensor([0, 1, 2, 10])},
+            "y: expected labels among .*, 0 to 9; got 0 to 10",
+        ),
         ({"norm": "l1"}, "norm: expected one of linf, l2; got 'l1'"),
         ({"eps": "8/0"}, "eps: expected a number or a fraction"),
         ({"budget": "huge"}, "budget: expected one of smoke, quick, full"),
         ({"defences": {}}, "defences: expected at least one by name"),
         ({"defences": linear()}, "defences: expected at least one by name"),
         ({"defences": {"a/b": linear()}}, "defences: expected names of letters"),
+        ({"defences": {3: linear()}}, "defences: expected names of letters"),
+        ({"defences": {"x" * 61: linear()}}, "defences: expected names of letters"),
+        ({"defences": {"it": Defence(linear(), {"../up": linear()})}}, "expected names of .* got '../up'"),
+        (
+            {"defences": {"it": Defence(linear(), {"exact": linear()})}},
+            "it: expected other gradients",
+        ),
         ({"defences": {"it": "resnet"}}, "it: expected a torch.nn.Module; got str"),
+        ({"defences": {"it": (linear(),) * 3}}, "it: expected a torch.nn.Module; got tuple"),
+        ({"defences": {"it": linear(size=100)}}, r"images of shape \(1, 8, 8\); it says: mat1 and mat2"),
         ({"defences": {"it": linear(classes=1)}}, "expected logits"),
         (
             {"defences": {"it": linear(), "other": linear(classes=11)}},
@@ -151,6 +163,25 @@ def test_a_batch_that_memory_does_not_hold_is_halved(digits, tmp_path, capsys):
 
     smoke({"it": Heavy()}, digits.x[:8], digits.y, tmp_path, max_batch=4, eps=0.1)
     assert max(largest) == 2 and "out of memory: going on with at most 2" in capsys.readouterr().out
+
+
+def test_what_a_defence_does_in_place_is_not_the_callers(digits, net, tmp_path):
+    x = digits.x.clone()
+    for model in (Changed(lambda x: x.round_(), net), Changed(lambda x: x.mul_(0.5), linear())):
+        found = smoke({"it": model}, x, digits.y, tmp_path)
+        assert torch.equal(x, digits.x)
+        assert {"bpda-ce", "ce"} <= {*found.measured.rows["it"]}
+
+
+def test_weights_in_float64_get_images_in_float64(digits, tmp_path):
+    found = smoke({"it": linear().double()}, digits.x.double(), digits.y, tmp_path)
+    assert found.measured.rows["it"]["ce"].right.shape == (8,)
+
+
+def test_batches_of_grey_planes_have_a_bpda_too(tmp_path):
+    x, y = torch.rand(4, 6, 5), torch.arange(4)
+    found = smoke({"it": (Changed(torch.round, nn.Identity()), linear(30))}, x, y, tmp_path)
+    assert {"bpda-ce", "bpda-margin"} <= {*found.measured.rows["it"]}
 
 
 # --- what it finds out beforehand ---
@@ -288,6 +319,18 @@ def test_a_defence_is_known_by_weights_constants_code_and_answers(digits, net):
     assert fingerprint(models[0], digits.x) == fingerprint(Changed(torch.clone, net), digits.x)
 
 
+def test_code_without_a_source_is_known_too(digits):
+    """As in a notebook. The noise comes from NumPy, so that the answers tell nothing."""
+    found = []
+    for scale in (0.5, 0.5, 5.0):
+        written = f"""class Mine(nn.Module):
+            def forward(self, x):
+                return x.flatten(1)[:, :10] + float(numpy.random.normal(0, {scale}))"""
+        exec(written, space := {"nn": nn, "numpy": np})
+        found.append(fingerprint(space["Mine"]().eval(), digits.x))
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_second_audit_reads_back_and_a_changed_defence_is_attacked_anew(digits, net, tmp_path, monkeypatch):
     first = smoke({"it": net, "noisy": Changed(fresh_noise, net)}, digits.x, digits.y, tmp_path)
     made, call = [], Attack.__call__
@@ -324,6 +367,7 @@ def test_a_defences_other_gradients_by_name(digits, net, tmp_path):
     found = smoke({"it": Defence(hidden, gradients={"through": net})}, digits.x, digits.y, tmp_path)
     assert {"through-ce", "through-margin", "square"} <= {*found.measured.rows["it"]}
     assert "ce" not in found.measured.rows["it"]
+    assert "on the gradient called bpda, on the gradient called through, on a black" in found.verdict("it")
 
 
 def test_without_any_gradient_the_verdict_rests_on_a_black_box(digits, net, tmp_path):
@@ -336,7 +380,7 @@ def test_without_any_gradient_the_verdict_rests_on_a_black_box(digits, net, tmp_
 
     found = smoke({"it": Closed().eval()}, digits.x, digits.y, tmp_path)
     assert {*found.measured.rows["it"]} == {"clean", "noise", "square"}
-    assert "rests on a black box" in found.verdict("it") and "no gradient" in found.verdict("it")
+    assert "has no gradient of its own, so this rests on a black box." in found.verdict("it")
     assert found.masked("it") and not found.measured.eps
 
 

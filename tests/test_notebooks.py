@@ -72,17 +72,20 @@ def test_a_mistyped_parameter_stops_every_notebook(path):
         begin(path, "normm = 'l2'")
 
 
+@pytest.mark.parametrize("notebook", ["04_autoattack", "10_your_defence"])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("norm = 'l3'", "norm: expected one of linf, l2; got 'l3'"),
         ("eps = '-1'", "eps: expected a number greater than 0; got '-1'"),
-        ("n_images = 9999", "n_images: expected a number greater than 0 and at most 512; got 9999"),
+        ("budget = 'huge'", "budget: expected one of smoke, quick, full; got 'huge'"),
+        ("n_images = 9999", "n_images: expected a number greater than . and at most 512; got 9999"),
+        ("seed = -1", "seed: expected a number greater than -1 and at most .*; got -1"),
     ],
 )
-def test_mistakes_stop_at_once(given, message):
+def test_mistakes_stop_at_once(notebook, given, message):
     with pytest.raises(ValueError, match=message):
-        begin(ROOT / "notebooks" / "04_autoattack.ipynb", given)
+        begin(ROOT / "notebooks" / f"{notebook}.ipynb", given)
 
 
 def test_papermill_ends_with_what_is_wrong(tmp_path):

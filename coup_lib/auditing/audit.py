@@ -26,12 +26,12 @@ from coup_lib.auditing.defence import (
 )
 from coup_lib.auditing.protocol import EFFORTS, AuditSettings, Bench, measure
 from coup_lib.auditing.result import Audit
-from coup_lib.checks import choice, count, number
+from coup_lib.checks import check_labels, choice, count, number
 from coup_lib.data import Images
 from coup_lib.evaluation.run import Batch
 from coup_lib.purify import Purified
 
-NAME = re.compile(r"[\w. +-]+")
+NAME = re.compile(r"[\w +-][\w. +-]{,59}")  # of a defence or a gradient, as it can be part of a file's name
 
 
 def audit(
@@ -83,6 +83,7 @@ def audit(
     classes = {found.classes for found in probes.values()}
     if len(classes) > 1:
         raise ValueError(f"defences: expected the same classes in all of them; got {sorted(classes)}")
+    check_labels(labels, classes.pop())
     settings = AuditSettings(
         profile=str(place / "records"),
         norm=norm,
@@ -108,9 +109,13 @@ def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
         raise ValueError('defences: expected at least one by name, as {"mine": module}')
     given = {}
     for name, one in defences.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"defences: expected names of letters, digits, spaces and . + - _; got {name!r}")
         one = one if isinstance(one, Defence) else Defence(one)
+        for called in (name, *one.gradients):
+            if not isinstance(called, str) or not NAME.fullmatch(called):
+                expected = "names of letters, digits, spaces and . + - _, 60 at most"
+                raise ValueError(f"defences: expected {expected}; got {called!r}")
+        if "exact" in one.gradients:
+            raise ValueError(f"{name}: expected other gradients than its own, which is called 'exact'")
         given[name] = {"exact": as_module(name, one.model)} | {
             gradient: as_module(f"{name}, {gradient}", module) for gradient, module in one.gradients.items()
         }

@@ -3,9 +3,10 @@
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coup_lib.attacks import margin
 from coup_lib.checks import check_images, check_logits, check_module, described
 from coup_lib.evaluation.identity import of_network
+from coup_lib.evaluation.run import ran_out_of_memory
 from coup_lib.guidance import Guided
 from coup_lib.purify import Purified
 
@@ -55,8 +57,6 @@ class Audited(nn.Module):
         super().__init__()
         self._held, self.shape = (model,), tuple(shape)
         self.random = self.probabilities = False
-        weights = next(filter(Tensor.is_floating_point, model.parameters()), None)
-        self.dtype = torch.float32 if weights is None else weights.dtype
         self.eval()
 
     @property
@@ -69,8 +69,17 @@ class Audited(nn.Module):
         x = x.reshape(len(x), *self.shape)
         if x.requires_grad:
             x.register_hook(torch.nan_to_num)
-        logits = check_logits(self.model(x.to(self.dtype)), x).float()
+        logits = logits_of(self.model, x)
         return logits.clamp_min(TINY).log() if self.probabilities else logits
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (n, K), float32, of images x (n, ...) as a defence takes them, in the precision of its weights.
+
+    It gets a copy: what it changes in place is not the caller's.
+    """
+    weights = next(filter(Tensor.is_floating_point, model.parameters()), x)
+    return check_logits(model(x.to(weights.dtype, copy=True)), x).float()
 
 
 class StraightThrough(nn.Module):
@@ -92,7 +101,7 @@ class StraightThrough(nn.Module):
         """Logits (n, K) of images x as the defence takes them."""
         model, classifiers = self._held
         with torch.no_grad(), calls_of(classifiers) as calls:
-            model(x.detach())
+            logits_of(model, x.detach())
         given = {id(part): images for part, images, _ in calls}  # the last call of each
         found = [part(_followed(given[id(part)], x)) for part in classifiers if id(part) in given]
         return torch.stack(found).mean(0)
@@ -111,7 +120,7 @@ def calls_of(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, Any
     calls: list[tuple[nn.Module, Any, Any]] = []
 
     def note(module: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
-        calls.append((module, given[0] if given else None, answer))
+        calls.append((module, given[0].clone() if given and isinstance(given[0], Tensor) else None, answer))
 
     hooks = [module.register_forward_hook(note) for module in modules]
     try:
@@ -123,16 +132,18 @@ def calls_of(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, Any
 
 @torch.no_grad()
 def inner_classifiers(model: nn.Module, x: Tensor) -> list[nn.Module]:
-    """The outermost parts of a model that classify images into its classes, one for one of x (n, C, H, W)."""
+    """The outermost parts of a model that classify images into its classes, one for one of x (n, ...).
+
+    They may be given images of another size, and three colours for grey.
+    """
     parts = list(dict.fromkeys(part for part in model.modules() if part is not model))
     with calls_of(parts) as calls:
-        classes = model(x).shape[1]
+        classes = logits_of(model, x).shape[1]
     found = [
         part
         for part, images, logits in calls
         if all(isinstance(one, Tensor) and len(one) == len(x) for one in (images, logits))
-        and images.ndim == x.ndim == 4
-        and images.shape[1] in (x.shape[1], 3)
+        and (images.shape == x.shape or (images.ndim == x.ndim == 4 and images.shape[1] in (x.shape[1], 3)))
         and logits.shape[1:] == (classes,)
     ]
     inside = {part for outer in found for part in outer.modules() if part is not outer}
@@ -180,7 +191,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
     """Ask a defence about a few images x, as it takes them, with labels y.
 
     Raises:
-        ValueError: for what gives no logits, or too few of them for y.
+        ValueError: for a defence that fails on such images, or gives no logits.
         FloatingPointError: for NaN or infinity.
     """
     training = {name: part for name, part in model.named_modules() if part.training}
@@ -188,30 +199,13 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
     for part in normalising.values():
         part.eval()
     dropping = [name for name, part in training.items() if name not in normalising and not [*part.children()]]
-    answers, drawn = [], []
-    with torch.no_grad(), torch.random.fork_rng():
-        for seed in range(3):
-            torch.manual_seed(seed)
-            with _Drawn() as noted:
-                answers.append(check_logits(model(x), x).float())
-            drawn.append(noted.sums)
+    answers, drawn = _answers(model, x)
     logits = answers[0]
     if not bool(logits.isfinite().all()):
         raise FloatingPointError("NaN or infinity from the model")
-    if int(y.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"y: expected labels below {logits.shape[1]}, the model's classes; got {int(y.max())}"
-        )
     spread = max(float((other - logits).abs().max()) for other in answers[1:])
     differ = drawn[0] != drawn[1] or spread > 1e-4 * float(logits.abs().max())
-    error, slope = "", torch.zeros_like(x)
-    with torch.enable_grad(), torch.random.fork_rng():
-        image = x.detach().clone().requires_grad_()
-        try:
-            loss = margin(model(image).float(), y)
-            slope = torch.autograd.grad(loss.sum(), image)[0]
-        except Exception as raised:  # of whatever kind: somebody else's code
-            error = str(raised).splitlines()[0] if str(raised) else type(raised).__name__
+    slope, error = _slope(model, x, y)
     right = logits.argmax(1) == y
     slopes = slope.flatten(1)[right] if bool(right.any()) else slope.flatten(1)
     return Probe(
@@ -225,6 +219,42 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
         zero=float((slopes == 0).all(1).float().mean()) if not error else 0.0,
         broken=float((~slopes.isfinite()).any(1).float().mean()),
     )
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[list[float]]]:
+    """(logits in three calls, sums of what was drawn in each)."""
+    answers, drawn = [], []
+    with torch.random.fork_rng():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            try:
+                with _Drawn() as noted:
+                    answers.append(logits_of(model, x))
+            except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise
+                expected = f"defences: expected to take images of shape {tuple(x.shape[1:])}"
+                raise ValueError(f"{expected}; it says: {_said(error)}") from error
+            drawn.append(noted.sums)
+    return answers, drawn
+
+
+def _slope(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, str]:
+    """(the gradient of the margin like x, why there is none)."""
+    with torch.enable_grad(), torch.random.fork_rng():
+        image = x.detach().clone().requires_grad_()
+        try:
+            loss = margin(logits_of(model, image), y)
+            return torch.autograd.grad(loss.sum(), image)[0], ""
+        except Exception as error:  # of whatever kind: it is somebody else's code
+            if isinstance(error, RuntimeError) and ran_out_of_memory(error):
+                raise
+            return torch.zeros_like(x), _said(error)
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def as_module(name: str, model: Any) -> nn.Module:
@@ -269,20 +299,27 @@ def fingerprint(model: nn.Module, x: Tensor) -> str:
 
     So a defence whose code was changed gets records of its own, even where weights do not tell.
     """
-    kinds = sorted({type(part) for part in model.modules()}, key=lambda kind: kind.__qualname__)
     found = hashlib.sha256(of_network(model, constants=True).encode())
-    for kind in kinds:
-        if not kind.__module__.startswith("torch."):
-            with suppress(OSError, TypeError):  # no source to be had, as of a class made by exec
-                found.update(inspect.getsource(kind).encode())
+    for part in model.modules():
+        foreign = {} if type(part).__module__.startswith("torch.") else vars(type(part))
+        for value in (*foreign.values(), *vars(part).values()):
+            if inspect.isfunction(value):
+                found.update(_code(value.__code__).encode())
     with torch.no_grad(), torch.random.fork_rng():
         answers = []
         for _ in range(2):
             torch.manual_seed(0)
-            answers.append(model(x).float())
+            answers.append(logits_of(model, x))
     if torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5):
         found.update(repr([[f"{value:.{DIGITS}g}" for value in row] for row in answers[0].tolist()]).encode())
     return found.hexdigest()[:16]
+
+
+def _code(code: CodeType) -> str:
+    """What a function does, whether or not its source is at hand."""
+    constants = [_code(one) if isinstance(one, CodeType) else one for one in code.co_consts]
+    shown = [sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one) for one in constants]
+    return repr((code.co_code, code.co_names, shown))
 
 
 def check_data(x: Any, y: Any) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class Audit:
             f"{accuracy.high:.1f}] ({self.threat}; the worst of {attacks} attacks on each image)."
         )
         if self.probes[name].error:
-            text += " It has no gradient, so this rests on a black box and on what others' gradients found."
+            text += f" It has no gradient of its own, so this rests on {self._instead(name)}."
         shown = [sign.name for sign in self.signs if sign.defence == name and sign.masking]
         return f"{text} Signs of gradient masking: {'; '.join(shown) or 'none'}."
 
@@ -150,8 +150,10 @@ class Audit:
         """Accuracy under every attack, and against the radius."""
         use_style()
         names = [*self.measured.rows]
-        labels = list(dict.fromkeys(label for name in names for label in self._labels(name).values()))
-        labels = [label for label in labels if label != "clean images"] + ["worst case", "clean images"]
+        called = {key: label for name in names for key, label in self._labels(name).items()}
+        own = [label for key, label in called.items() if not isinstance(key, Transfer) and key != "clean"]
+        lent = [label for key, label in called.items() if isinstance(key, Transfer)]
+        labels = [*own, *lent, "worst case", called["clean"]]
         figure, (under, larger) = plt.subplots(
             1, 2, figsize=(9.5, 1.2 + 0.24 * len(labels)), width_ratios=(3, 2), layout="constrained"
         )
@@ -204,6 +206,13 @@ class Audit:
         for name, content in files.items():
             write_atomically(self.folder / name, partial(Path.write_bytes, data=content))
         return self.folder / "audit.html"
+
+    def _instead(self, name: str) -> str:
+        """What attacked a defence without a gradient."""
+        others = [key.removesuffix("-ce") for key in self.measured.labels[name] if key.endswith("-ce")]
+        shown = [f"the gradient called {gradient}" for gradient in others] + ["a black box"]
+        borrowed = ["what others' gradients found"] if transferred(self.measured.rows[name]) else []
+        return " and on ".join([", on ".join(shown), *borrowed])
 
     def _labels(self, name: str) -> dict[Any, str]:
         """Column or transfer of a defence's row → what the attack is called."""

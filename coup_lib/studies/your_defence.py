@@ -1,0 +1,46 @@
+"""What notebook 10 is asked for: an audit of a defence that is made in the notebook itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coup_lib import paths
+from coup_lib.attacks import NORMS
+from coup_lib.auditing.protocol import EFFORTS
+from coup_lib.checks import choice, count, number
+from coup_lib.data import split_size
+
+SMOKE_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of the audit. COUP_SMOKE takes the smallest budget and at most `SMOKE_IMAGES` images.
+
+    Raises:
+        ValueError: naming what was expected and what came, before anything is trained.
+    """
+
+    norm: str = "linf"
+    eps: Any = "0.15"
+    budget: str = "quick"
+    n_images: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        fill("norm", choice("norm", str(self.norm).lower(), NORMS))
+        fill("eps", number("eps", self.eps, 0))
+        choice("budget", self.budget, EFFORTS)
+        fill("n_images", count("n_images", self.n_images, split_size("digits", "test"), low=2))
+        fill("seed", count("seed", self.seed, 2**31 - 9, low=0))
+        if paths.is_smoke():
+            fill("budget", "smoke")
+            fill("n_images", min(self.n_images, SMOKE_IMAGES))
+
+    @property
+    def folder(self) -> Path:
+        """Of the audit's records and of its page: beside the results, never among them."""
+        return paths.RESULTS.parent / "audit" / "your_defence"
