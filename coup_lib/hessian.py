@@ -11,9 +11,9 @@ from torch.autograd import Function
 from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
 
-Settings = tuple[Any, ...]  # stride, padding, dilation, groups
+Map = Callable[[Tensor], Tensor]
 
-# Below these Python's part in what follows costs more than it saves: multiplications in one call, and numbers
+# Thresholds below which Python's overhead exceeds the saving: multiplications per convolution, and numbers
 # in an image, as networks for smaller images are small.
 WORTHWHILE, WORTHWHILE_IMAGE = 10_000_000, 1024
 
@@ -30,19 +30,8 @@ class FrozenLayers(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d:  # F.conv2d is the same object
-            x, weight, bias, settings = _arguments(*args, **kwargs)
-            frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-            ordinary = x.ndim != 4 or isinstance(settings[1], str)  # one image; padding by name
-            if frozen and not ordinary and weight.numel() * x.numel() // x.shape[1] >= WORTHWHILE:
-                return _Convolution.apply(x, weight, bias, settings)
-        if func is F.batch_norm:
-            x, mean, variance, weight, bias, training, eps = _batch_norm_arguments(*args, **kwargs)
-            frozen = not any(given is not None and given.requires_grad for given in (weight, bias))
-            if frozen and not training:
-                return _BatchNorm.apply(x, mean, variance, weight, bias, eps)
-        return func(*args, **kwargs)
+        ours: dict[Any, Callable[..., Any]] = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm}
+        return ours.get(func, func)(*args, **(kwargs or {}))  # F.conv2d is torch.conv2d
 
 
 def frozen_layers(x: Tensor) -> AbstractContextManager[Any]:
@@ -50,7 +39,23 @@ def frozen_layers(x: Tensor) -> AbstractContextManager[Any]:
     return FrozenLayers() if x[0].numel() >= WORTHWHILE_IMAGE else nullcontext()
 
 
-def _arguments(
+class _Affine(Function):
+    """The affine map `there` of x, with linear part A, as `linear`, and Aᵀ, as `back`.
+
+    It pulls v back to Aᵀv, whatever x; and that pulls w back to Aw, and so on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Map, linear: Map, back: Map) -> Tensor:
+        ctx.linear, ctx.back = linear, back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return _Affine.apply(v, ctx.back, ctx.back, ctx.linear), None, None, None
+
+
+def _conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -58,94 +63,53 @@ def _arguments(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, Settings]:
-    """What torch.conv2d was called with; the names are its own."""
-    return input, weight, bias, (stride, padding, dilation, groups)
+) -> Tensor:
+    """torch.conv2d, whose names these are; affine if its weights are frozen."""
+    shape, settings = input.shape, (stride, padding, dilation, groups)
+
+    def there(x: Tensor) -> Tensor:
+        return torch.conv2d(x, weight, bias, *settings)
+
+    # Under autocast gradients are in lower precision than the weights, and a GPU wants both alike.
+    def linear(w: Tensor) -> Tensor:
+        return torch.conv2d(w, weight.to(w.dtype), None, *settings)
+
+    def back(v: Tensor) -> Tensor:
+        return conv2d_input(shape, weight.to(v.dtype), v, *settings)
+
+    ordinary = len(shape) == 4 and not isinstance(padding, str)  # no single image, no padding by name
+    if ordinary and _frozen(weight, bias) and weight.numel() * input.numel() // shape[1] >= WORTHWHILE:
+        return _Affine.apply(input, there, linear, back)
+    return there(input)
 
 
-def _batch_norm_arguments(
+def _batch_norm(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Any,
+    running_var: Any,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> tuple[Any, ...]:
-    """The same of F.batch_norm."""
-    return input, running_mean, running_var, weight, bias, training, eps
+) -> Tensor:
+    """F.batch_norm, whose names these are; affine, and by channel, if it does not learn."""
 
+    def there(x: Tensor) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-class _Convolution(Function):
-    """Ax + b for x (B, C, H, W); it pulls v back to Aᵀv, whatever x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
-        ctx.shape, ctx.settings = x.shape, settings
-        ctx.save_for_backward(weight)
-        return torch.conv2d(x, weight, bias, *settings)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        # Under autocast v is in lower precision than the weights, and a GPU wants both alike.
-        return _Transposed.apply(v, weight.to(v.dtype), ctx.shape, ctx.settings), None, None, None
-
-
-class _Transposed(Function):
-    """Aᵀv; it pulls w back to Aw."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, weight: Tensor, shape: torch.Size, settings: Settings) -> Tensor:
-        ctx.settings = settings
-        ctx.save_for_backward(weight)
-        return conv2d_input(shape, weight, v, *settings)
-
-    @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return _Convolution.apply(w, weight, None, ctx.settings), None, None, None
-
-
-class _BatchNorm(Function):
-    """weight (x - mean) / √(variance + eps) + bias, by channel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(mean, variance, weight)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        return _Scaled.apply(v, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
-
-
-class _Scaled(Function):
-    """weight v / √(variance + eps), its own derivative."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, v: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, eps: float
-    ) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(mean, variance, weight)
+    def scaled(v: Tensor) -> Tensor:
         # With fixed statistics the layer's input, here v once more, is not looked at; nor are a batch's own
         # statistics, of which a GPU's code wants to have none rather than to have no tensor.
-        none = mean.new_empty(0)
+        none = running_mean.new_empty(0)
         return torch.ops.aten.native_batch_norm_backward(
-            v, v, weight, mean, variance, none, none, False, eps, [True, False, False]
+            v, v, weight, running_mean, running_var, none, none, False, eps, [True, False, False]
         )[0]
 
-    @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
-        return _Scaled.apply(w, *ctx.saved_tensors, ctx.eps), None, None, None, None
+    if training or not _frozen(weight, bias):
+        return there(input)
+    return _Affine.apply(input, there, scaled, scaled)
+
+
+def _frozen(*weights: Tensor | None) -> bool:
+    return not any(given is not None and given.requires_grad for given in weights)

@@ -39,7 +39,7 @@ def results():
 
 
 def test_the_attack_is_table_3s():
-    sources = bpda.sources("coup", [1, 20], 5)
+    sources = bpda.experiment(Config(eot=5), [1, 20]).attacks["coup"]
     assert list(sources) == ["clean", "bpda-1", "bpda-20", "exact"]
     assert {source.n_iter for name, source in sources.items() if name != "clean"} == {20}
     assert (sources["bpda-20"].gradient, sources["bpda-20"].eot) == ("bpda", 20)

@@ -49,12 +49,6 @@ class Job:
     done: bool
     makes_images: bool = True
 
-    @property
-    def classifiers(self) -> list[str]:
-        """The classifier that decides, and the robust one where that guides."""
-        guided = any(PURIFIERS[name].robust_guide for name in {self.spec.surrogate, *self.targets} - {"none"})
-        return [self.classifier, *[self.config.setup.robust_classifiers[self.config.norm]] * guided]
-
 
 def jobs(grid: Grid) -> list[Job]:
     """What is to be done, each attack and each prediction once."""
@@ -85,15 +79,15 @@ def _job(part: Experiment, classifier: str, spec: AttackSpec, targets: tuple[str
     config = part.config
     calls = (0, 0) if made else spec.calls(config)
     job = Job(config, classifier, spec, targets, calls, config.n_images, done=False, makes_images=not made)
-    if not _at_hand(job):  # then no record can be named, and to look ahead nothing is fetched
+    if not _at_hand(part):  # then no record can be named, and to look ahead nothing is fetched
         return job
     settings = Evaluation(config, classifier).attack_settings(spec)
     return replace(job, done=is_complete(record_path(config.profile, *settings)))
 
 
-def _at_hand(job: Job) -> bool:
-    dataset, score = job.config.setup.dataset, job.config.setup.score
-    return is_here(dataset) and not zoo.missing(dataset, job.classifiers, score)
+def _at_hand(part: Experiment) -> bool:
+    setup = part.config.setup
+    return is_here(setup.dataset) and not zoo.missing(setup.dataset, part.classifiers, setup.score)
 
 
 # --- counting ---

@@ -259,11 +259,6 @@ def locate(name: str) -> Path:
     return next((place for place in shipped if place.is_file()), file)
 
 
-def digest(name: str) -> str:
-    """The SHA-256 of an artefact: `sha256`, or else that of its file, fetched if it is not here."""
-    return sha256(name) or file_digest(fetch(name))
-
-
 def sha256(name: str) -> str:
     """The SHA-256 that an artefact must have, as published or as at its first use; "" before that."""
     artefact = ARTEFACTS[choice("artefact", name, ARTEFACTS)]

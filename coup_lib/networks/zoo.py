@@ -12,7 +12,7 @@ from torch import nn
 
 from coup_lib.checks import choice
 from coup_lib.networks import published
-from coup_lib.networks.checkpoints import CheckpointError, load_network, load_score_sde, load_state, read_sums
+from coup_lib.networks.checkpoints import CheckpointError, load_network, load_score_sde, load_state
 from coup_lib.networks.ddpmpp import DEEP, DDPMpp
 from coup_lib.networks.edm import Denoiser, edm_cifar, load_edm
 from coup_lib.networks.precision import Bfloat16
@@ -110,22 +110,6 @@ def load_score(dataset: str, name: str, *, trained: bool = True, precision: str 
         network.model = lowered(network.model)  # what is around it subtracts images that are nearly equal
         return DenoisedScore(network).eval()
     return NoiseScore(lowered(network), time_scale=DISCRETE_LEVELS).eval()
-
-
-def digest(dataset: str, name: str) -> str:
-    """Sixteen hex digits that name a network's weights; loading them checks that they are these."""
-    if is_ours(dataset, name):
-        return read_sums()[f"{dataset}/{name}.safetensors"][:16]
-    architecture = (CLASSIFIERS[dataset] | SCORES[dataset]).get(name)
-    if is_smoke() and not (architecture and architecture.small is None):
-        return "random"
-    listed = _listed(dataset, name)
-    if listed in published.ARTEFACTS:
-        return published.digest(listed)[:16]
-    file = model_dir() / f"{listed}.pt"
-    if not file.is_file():
-        load_classifier(dataset, name)  # RobustBench fetches it
-    return published.file_digest(file)[:16]
 
 
 def needed(dataset: str, classifiers: Iterable[str], score: str | None = None) -> list[str]:

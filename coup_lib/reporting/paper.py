@@ -74,8 +74,7 @@ LIKELIHOOD = {
     "guided-likelihood": Reported("COUP in likelihood maximisation, CIFAR-100", math.nan, 40.55),
 }
 
-# Fig. 2c has bars without numbers. Sec. 5.4.1 gives the clean accuracy of the adversarially trained WRN-28-10
-# (Wang et al. 2023) by the norm it was trained for, and one pair: alone, and behind COUP. "In that case", it
-# says of the pair, after a sentence on either norm: which training and which attack are meant stays open.
-TRAINED_CLEAN = {"linf": 92.44, "l2": 95.16}
+# Fig. 2c has bars without numbers. Of adversarially trained classifiers Sec. 5.4.1 gives one pair: alone, and
+# behind COUP. "In that case", it says of the pair, after a sentence on either norm: which training and which
+# attack are meant stays open.
 TRAINED_THEN_COUP = (70.90, 77.15)

@@ -1,6 +1,7 @@
 """Table 3: BPDA + EOT, decided in several ways, with the exact gradient beside it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -10,7 +11,8 @@ from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Predictions
-from coup_lib.evaluation.specs import CLEAN, AttackSpec
+from coup_lib.evaluation.protocol import Experiment
+from coup_lib.evaluation.specs import CLEAN
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.tables import PerImage, Right, Row
 
@@ -34,15 +36,23 @@ def checked_counts(eot_counts: Sequence[int] | None, config: Config) -> list[int
     return sorted({count("eot_counts", value) for value in eot_counts})
 
 
-def sources(defence: str, eot_counts: Sequence[int], exact_eot: int) -> dict[str, AttackSpec]:
-    """Clean images, PGD-20 with BPDA for each number of EOT draws, and PGD-20 with the exact gradient."""
-    bpda = {column(eot): against("pgd", defence, "bpda", n_iter=N_ITER, eot=eot) for eot in eot_counts}
-    return {"clean": CLEAN} | bpda | {"exact": against("pgd", defence, n_iter=N_ITER, eot=exact_eot)}
+def experiment(
+    config: Config, eot_counts: Sequence[int] | None = None, purifications: int | None = None
+) -> Experiment:
+    """What the paper's four defences face, and on how many draws each is judged.
 
+    Clean images, PGD-20 with BPDA for each number of EOT draws, and PGD-20 with the exact gradient.
 
-def attacks(eot_counts: Sequence[int], exact_eot: int) -> dict[str, dict[str, AttackSpec]]:
-    """What the paper's four defences face: defence → column → attack, see `sources`."""
-    return {defence: sources(defence, eot_counts, exact_eot) for defence in PAPER}
+    Args:
+        eot_counts: see `checked_counts`.
+        purifications: draws behind a mean of logits or a majority; None means the budget's own.
+    """
+    counts, rows = checked_counts(eot_counts, config), {}
+    for defence in PAPER:
+        bpda = {column(eot): against("pgd", defence, "bpda", n_iter=N_ITER, eot=eot) for eot in counts}
+        exact = against("pgd", defence, n_iter=N_ITER, eot=config.eot)
+        rows[defence] = {"clean": CLEAN} | bpda | {"exact": exact}
+    return Experiment(replace(config, n_draws=purifications or PURIFICATIONS[config.budget]), rows)
 
 
 def column(eot: int) -> str:

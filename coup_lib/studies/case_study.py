@@ -17,7 +17,7 @@ from coup_lib.checks import number
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.records import record
 from coup_lib.evaluation.stats import student
 from coup_lib.guidance import to_image
@@ -129,14 +129,16 @@ def radii(config: Config, eps_factors: Any) -> list[Config]:
     return [replace(config, eps=float(f"{factor * config.eps:.12g}")) for factor in factors]
 
 
-def case_study(config: Config, shown: int = 3) -> CaseStudy:
-    """APGD-ce on the reverse SDE at config.eps, both paths from its images, `shown` strips of each kind."""
-    evaluation, source = Evaluation(config), against("apgd-ce", "reverse", config.gradient)
-    brownian = evaluation.predictions({"reverse": {"it": source}})["reverse"]["it"].right
+def experiment(config: Config) -> Experiment:
+    """APGD-ce on the reverse SDE, which the study starts from."""
+    return Experiment(config, {"reverse": {"adaptive": against("apgd-ce", "reverse", config.gradient)}})
 
-    def compute() -> dict[str, Any]:
-        x_adv = evaluation.x_adv(source)
-        return _measure(evaluation, x_adv, shown)
+
+def case_study(config: Config, shown: int = 3) -> CaseStudy:
+    """Both paths from the images of the `experiment` at config.eps, `shown` strips of each kind."""
+    rows, evaluation = experiment(config).attacks, Evaluation(config)
+    source = rows["reverse"]["adaptive"]
+    brownian = evaluation.predictions(rows)["reverse"]["adaptive"].right
 
     name, attack = evaluation.attack_settings(source)
     settings = {
@@ -146,7 +148,12 @@ def case_study(config: Config, shown: int = 3) -> CaseStudy:
         "shown": shown,
         "shown_states": list(SHOWN_STATES),
     }
-    found = record(config.profile, f"case-study-{name}", settings, compute)
+    found = record(
+        config.profile,
+        f"case-study-{name}",
+        settings,
+        lambda: _measure(evaluation, evaluation.x_adv(source), shown),
+    )
     return _as_study(config.eps, found["result"], found["arrays"], brownian)
 
 

@@ -11,7 +11,6 @@ from coup_lib.attacks import NORMS
 from coup_lib.checks import choice
 from coup_lib.data import load_split
 from coup_lib.defences import PAPER
-from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Experiment, Grid, Measurement, paper_attacks
 from coup_lib.networks import published, zoo
@@ -32,8 +31,7 @@ VALIDATION = {"split": "validation"}
 
 
 def _case_study(config: Config, eps_factors: Sequence[float] = case_study.EPS_FACTORS) -> Grid:
-    rows = {"reverse": {"adaptive": against("apgd-ce", "reverse", config.gradient)}}
-    return [Experiment(one, rows) for one in case_study.radii(config, eps_factors)]
+    return [case_study.experiment(one) for one in case_study.radii(config, eps_factors)]
 
 
 def _ablation(config: Config, many: Config, classifiers: Sequence[str] | None = None) -> Grid:
@@ -73,9 +71,7 @@ def _autoattack(config: Config, compare: Config) -> Grid:
 
 
 def _bpda(config: Config, eot_counts: Sequence[int] | None = None, purifications: int | None = None) -> Grid:
-    counts = bpda.checked_counts(eot_counts, config)
-    counted = replace(config, n_draws=purifications or bpda.PURIFICATIONS[config.budget])
-    return [Experiment(counted, bpda.attacks(counts, config.eot))]
+    return [bpda.experiment(config, eot_counts, purifications)]
 
 
 def _adversarial_training(*configs: Config) -> Grid:

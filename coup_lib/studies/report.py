@@ -135,7 +135,7 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
     gaps = []
     for place, classifier in zip(PLACES, classifiers, strict=False):
         evaluation = Evaluation(spending(config, classifier, fig2b), classifier)
-        columns = evaluation.columns(("diffpure", "reverse", "coup"))
+        columns = evaluation.columns(clean.PURIFIERS)
         results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
         for than in ("reverse", "diffpure"):
             pair = [
@@ -164,11 +164,8 @@ def purification_costs(config: Config, classifiers: Sequence[str]) -> list[Line]
 
 def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
     """Table 3, by the configuration of notebook 05: BPDA with the most EOT draws, a single purification."""
-    where, counts = "Table 3", bpda.checked_counts(None, config)
-    most = bpda.column(max(counts))
-    counted = replace(config, n_draws=bpda.PURIFICATIONS[config.budget])
-    rows = {defence: bpda.sources(defence, counts, config.eot) for defence in PAPER}
-    results = bpda.by_rule(Evaluation(counted).predictions(rows))["single"]
+    where, most = "Table 3", bpda.column(max(bpda.checked_counts(None, config)))
+    results = bpda.by_rule(bpda.experiment(config).predictions())["single"]
     lines = quoted(where, paper.BPDA_LITERATURE)
     for name, row in paper.BPDA.items():
         found = results[name]
