@@ -101,6 +101,21 @@ def test_an_attacks_images_are_decided_in_four_ways():
     assert score.counted.mean() == 1 - 10 / N
 
 
+def test_decisions_by_several_draws_stand_beside_the_same_on_clean_images():
+    """Right in two of three draws: of one draw two times in three, of all never, of the majority always."""
+    labels, report = np.zeros(N, dtype=int), np.tile([0, 0, 1], (N, 1))
+    attacked = Predictions(labels, report, report[:, 2], np.full(N, 2 / 3))
+    clean = Predictions(labels, 0 * report, labels, np.ones(N))
+    longer = Predictions(labels, np.tile(report, 2), labels, np.ones(N))  # of six draws: not among these
+    found = tables.by_count({"coup": {"clean": clean}}, {"coup": worst_case([clean, attacked, longer])}, 3)[
+        "coup"
+    ]
+    shares = {name: right.mean() for name, right in found.items()}
+    assert [shares[name] for name in RULES] == pytest.approx([2 / 3, 0, 1, 0])
+    assert all(shares[f"clean_{name}"] == 1 for name in RULES)
+    assert set(tables.count_headings(3)) == {*RULES, *(f"clean_{name}" for name in RULES)}
+
+
 def test_a_claim_is_judged_under_the_protocol_and_in_the_worst_case(results):
     claims = tables.coup_claims(results, paper.PURIFIERS["linf"], "here: ")
     text = tables.claims(claims, tables.judged("autoattack"))

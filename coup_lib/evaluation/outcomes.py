@@ -149,14 +149,30 @@ class WorstCase:
     """Each image against the attack that is worst for it.
 
     right (n,): the share of right draws among those that are reported. expected (n,): what was expected of it
-    when the attack was chosen, on average never above what any attack showed. n_sources: among how many.
-    source (n,): the place of the attack that was chosen.
+    when the attack was chosen, on average never above what any attack showed. scores: of all attacks.
+    source (n,): the place among them of the one that was chosen.
     """
 
     right: np.ndarray
     expected: np.ndarray
-    n_sources: int
+    scores: tuple[Predictions, ...]
     source: np.ndarray
+
+    @property
+    def n_sources(self) -> int:
+        """Among how many attacks was chosen."""
+        return len(self.scores)
+
+    def decided(self, draws: int) -> dict[str, np.ndarray]:
+        """Rule → the share of right decisions per image, (n,), by so many draws each, see `RULES`.
+
+        Of several draws under the worst of those attacks that were scored by as many; of one draw under the
+        worst of all.
+        """
+        scores = [score for score in self.scores if score.report.shape[1] == draws]
+        chosen = worst_case(scores).source, np.arange(len(self.right))
+        found = {rule: np.stack([score.decided(rule) for score in scores])[chosen] for rule in RULES}
+        return found | {"single": self.right}
 
 
 def worst_case(scores: Sequence[Predictions]) -> WorstCase:
@@ -172,7 +188,7 @@ def worst_case(scores: Sequence[Predictions]) -> WorstCase:
     expected = _shrunk(seen, draws)
     source = expected.argmin(0)
     chosen = source, np.arange(seen.shape[1])
-    return WorstCase(right[chosen], expected[chosen], len(scores), source)
+    return WorstCase(right[chosen], expected[chosen], tuple(scores), source)
 
 
 def _shrunk(seen: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from coup_lib import paths
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.outcomes import (
+    RULES,
     Accuracy,
     Difference,
     Predictions,
@@ -76,6 +77,32 @@ def per_image_accuracy(
             found["autoattack"] = min(found["own_standard"], found["own_rand"], key=np.mean)
         result[defence] = found
     return result
+
+
+def by_count(
+    columns: Mapping[str, Mapping[Any, Predictions]], recorded: Mapping[str, WorstCase], draws: int
+) -> PerImage:
+    """Defence → way to decide by so many draws → share of right decisions per image, (n,).
+
+    In the worst case on record, and as a control on clean images, where "clean_" begins the name.
+    """
+    return {
+        defence: recorded[defence].decided(draws)
+        | {f"clean_{rule}": row["clean"].decided(rule) for rule in RULES}
+        for defence, row in columns.items()
+    }
+
+
+def count_headings(draws: int) -> dict[str, str]:
+    """The columns of `by_count` with their headings."""
+    said = {
+        "single": "one draw",
+        "worst_draw": f"all of {draws} draws",
+        "majority": f"majority of {draws}",
+        "averaged": f"mean logits of {draws}",
+    }
+    clean = {f"clean_{rule}": f"Clean: {label}" for rule, label in said.items()}
+    return {rule: f"Worst case: {label}" for rule, label in said.items()} | clean
 
 
 def headings(right: Container[str], config: Config) -> dict[str, str]:
