@@ -212,8 +212,9 @@ def known(
     one: Planted, images: Images, found: Audit, *, n_iter: int = ITERATIONS, eot: int = DRAWS
 ) -> np.ndarray:
     """What the attacker who knows leaves of each image, (n,): the worse of two losses, on fresh draws."""
-    random, scores = found.probes["it"].random, []
-    model, differentiated = (_engine(module, images, random) for module in (one.model, one.knowing))
+    noise, scores = found.probes["it"].noise, []
+    random = noise != "none"
+    model, differentiated = (_engine(module, images, noise) for module in (one.model, one.knowing))
     for loss in ("ce", "margin"):
         attack = Attack(
             f"apgd-{loss}", "linf", EPS, n_iter=n_iter, eot=eot if random else 1, max_batch=len(images)
@@ -224,11 +225,11 @@ def known(
     return worst_of(scores)
 
 
-def _engine(module: nn.Module, images: Images, random: bool) -> nn.Module:
+def _engine(module: nn.Module, images: Images, noise: str) -> nn.Module:
     if isinstance(module, Purified):
         return module
     wrapped = Audited(module, images.x.shape[1:])
-    wrapped.random = random
+    wrapped.noise = noise
     return wrapped
 
 

@@ -90,7 +90,7 @@ def images_kept(
     kind = gradient, x.shape[1:], x.dtype, x.device, tuple(times.tolist())
     if kind not in measured:
         followed = _followed(score, gradient)
-        with _restored(generators(score, x.device)):
+        with restored(generators(score, x.device)):
             if gradient == "first_order":  # at every time, as guidance may come later
                 with torch.enable_grad(), _NoSecondDerivative():
                     for t, dt in step_times(times, x.dtype, x.device):
@@ -161,7 +161,7 @@ def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Modu
 
     def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
         for index in reversed(range(len(states))):
-            with _restored(drawn_from, randomness[index]), torch.enable_grad():
+            with restored(drawn_from, randomness[index]), torch.enable_grad():
                 state = states[index].detach().requires_grad_()
                 (v,) = torch.autograd.grad(step(index, state), state, v)
         return v
@@ -207,9 +207,7 @@ def generators(network: nn.Module, device: torch.device) -> list[torch.Generator
 
 
 @contextmanager
-def _restored(
-    drawn_from: Sequence[torch.Generator], states: Sequence[Tensor] | None = None
-) -> Iterator[None]:
+def restored(drawn_from: Sequence[torch.Generator], states: Sequence[Tensor] | None = None) -> Iterator[None]:
     """In here generators are in these states (None: as they are), afterwards as they were before."""
     before = [generator.get_state() for generator in drawn_from]
     try:

@@ -191,6 +191,10 @@ def fresh_noise(x):
     return x + 0.3 * torch.randn_like(x)
 
 
+def common_noise(x):
+    return x + 0.3 * torch.randn(x.shape[1:])
+
+
 def frozen_noise(x):
     return x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
@@ -201,23 +205,38 @@ def reseeding_noise(x):
 
 
 @pytest.mark.parametrize(
-    ("change", "random", "frozen"),
+    ("change", "noise", "frozen"),
     [
-        (torch.clone, False, False),
-        (fresh_noise, True, False),
-        (frozen_noise, False, True),
-        (reseeding_noise, False, True),
+        (torch.clone, "none", False),
+        (fresh_noise, "image", False),
+        (common_noise, "call", False),
+        (lambda x: common_noise(fresh_noise(x)), "call", False),
+        (frozen_noise, "none", True),
+        (reseeding_noise, "none", True),
     ],
 )
-def test_whether_it_is_random_it_finds_out_itself(change, random, frozen, digits, net):
+def test_whether_it_is_random_and_how_it_finds_out_itself(change, noise, frozen, digits, net):
     found = probe(Changed(change, net), digits.x, digits.y)
-    assert (found.random, found.frozen) == (random, frozen)
+    assert (found.noise, found.frozen, found.random) == (noise, frozen, noise != "none")
+
+
+def test_noise_by_a_generator_of_ones_own_is_recognised(digits, net):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.net = torch.Generator(), net
+            self.eval()
+
+        def forward(self, x):
+            return self.net(x + 0.3 * torch.randn(x.shape, generator=self.generator))
+
+    assert probe(Noisy(), digits.x, digits.y).noise == "image"
 
 
 def test_noise_from_elsewhere_than_torch_is_noise(digits, net):
     generator = np.random.default_rng()
     noisy = Changed(lambda x: x + torch.from_numpy(generator.normal(0, 0.3, x.shape)).float(), net)
-    assert probe(noisy, digits.x, digits.y).random
+    assert probe(noisy, digits.x, digits.y).noise == "call"
 
 
 def test_what_is_in_train_mode_is_named_and_only_batch_statistics_are_stopped(digits):
@@ -399,11 +418,12 @@ def test_each_draw_of_a_random_defence_is_a_call_of_its_own(digits, tmp_path):
             return self.net(x + 0.1 * torch.randn(()))
 
     found = smoke({"it": Shifted()}, digits.x, digits.y, tmp_path)
-    assert found.probes["it"].random and max(sizes) == len(digits)
+    assert found.probes["it"].noise == "call" and max(sizes) == len(digits)
     wrapped = Audited(Shifted(), digits.x.shape[1:])
-    wrapped.random = True
+    wrapped.noise = "call"
     logits = predict(wrapped, digits.x, torch.arange(5).expand(8, 5), 640)
     assert len({round(float(value), 5) for value in logits[0, :, 0]}) == 5
+    assert sizes[-5 * 8 :] == [1] * 40  # or the images of a call would share their draws
     assert torch.equal(logits, predict(wrapped, digits.x, torch.arange(5).expand(8, 5), 640))
 
 

@@ -153,5 +153,5 @@ def _wrapped(module: nn.Module, shape: torch.Size, found: Probe) -> nn.Module:
     if isinstance(module, Purified):
         return module
     wrapped = Audited(module, shape)
-    wrapped.random, wrapped.probabilities = found.random, found.probabilities
+    wrapped.noise, wrapped.probabilities = found.noise, found.probabilities
     return wrapped

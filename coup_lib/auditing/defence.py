@@ -18,6 +18,7 @@ from coup_lib.attacks import margin
 from coup_lib.checks import check_images, check_logits, check_module, described
 from coup_lib.evaluation.identity import of_network
 from coup_lib.evaluation.run import ran_out_of_memory
+from coup_lib.gradients import generators, restored
 from coup_lib.guidance import Guided
 from coup_lib.purify import Purified
 
@@ -49,14 +50,14 @@ class Audited(nn.Module):
         shape: of one image, as the defence wants it.
 
     Attributes:
-        random: whether each call is another draw of its noise.
+        noise: "none", "image" or "call", as in `Probe`.
         probabilities: whether the defence gives probabilities, whose logarithm are its logits.
     """
 
     def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
         super().__init__()
         self._held, self.shape = (model,), tuple(shape)
-        self.random = self.probabilities = False
+        self.noise, self.probabilities = "none", False
         self.eval()
 
     @property
@@ -151,16 +152,18 @@ def inner_classifiers(model: nn.Module, x: Tensor) -> list[nn.Module]:
 
 
 class _Drawn(TorchDispatchMode):
-    """Keeps a sum of whatever is drawn from torch's generators in here."""
+    """Keeps how many numbers are drawn from torch's generators in here, and their sum, draw by draw."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.counts: list[int] = []
         self.sums: list[float] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             drawn = result[0] if isinstance(result, tuple) else result
+            self.counts.append(drawn.numel())
             self.sums.append(float(drawn.detach().double().sum()))
         return result
 
@@ -169,7 +172,8 @@ class _Drawn(TorchDispatchMode):
 class Probe:
     """What is found out about a defence before it is attacked.
 
-    classes: how many. random: each call is another draw. frozen: it draws noise, but in each call the same.
+    classes: how many. noise: "none"; "image": every image has noise of its own; "call": the images of a call
+    share some of it, or nobody can tell. frozen: it draws random numbers, but in each call the same.
     probabilities: it gives those instead of logits. batch_statistics, dropping: the names of its parts in
     train mode that normalise by the batch (they have been put into eval mode), and of others (left so).
     error: why it has no gradient; "" if it has. zero, broken: the shares of images with a gradient of zero,
@@ -177,7 +181,7 @@ class Probe:
     """
 
     classes: int
-    random: bool
+    noise: str
     frozen: bool
     probabilities: bool
     batch_statistics: tuple[str, ...]
@@ -185,6 +189,11 @@ class Probe:
     error: str
     zero: float
     broken: float
+
+    @property
+    def random(self) -> bool:
+        """Whether each call is another draw."""
+        return self.noise != "none"
 
 
 def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
@@ -203,15 +212,14 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
     logits = answers[0]
     if not bool(logits.isfinite().all()):
         raise FloatingPointError("NaN or infinity from the model")
-    spread = max(float((other - logits).abs().max()) for other in answers[1:])
-    differ = drawn[0] != drawn[1] or spread > 1e-4 * float(logits.abs().max())
+    changes = drawn[0].sums != drawn[1].sums or not all(_alike(logits, other) for other in answers[1:])
     slope, error = _slope(model, x, y)
     right = logits.argmax(1) == y
     slopes = slope.flatten(1)[right] if bool(right.any()) else slope.flatten(1)
     return Probe(
         classes=logits.shape[1],
-        random=differ,
-        frozen=bool(drawn[0]) and not differ,
+        noise=_noise(model, x, drawn[0].counts) if changes else "none",
+        frozen=bool(drawn[0].sums) and not changes,
         probabilities=bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()),
         batch_statistics=tuple(normalising),
         dropping=tuple(dropping),
@@ -222,8 +230,8 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[list[float]]]:
-    """(logits in three calls, sums of what was drawn in each)."""
+def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[_Drawn]]:
+    """(logits in three calls, what was drawn in each)."""
     answers, drawn = [], []
     with torch.random.fork_rng():
         for seed in range(3):
@@ -236,8 +244,30 @@ def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[list[float
                     raise
                 expected = f"defences: expected to take images of shape {tuple(x.shape[1:])}"
                 raise ValueError(f"{expected}; it says: {_said(error)}") from error
-            drawn.append(noted.sums)
+            drawn.append(noted)
     return answers, drawn
+
+
+def _alike(logits: Tensor, other: Tensor) -> bool:
+    """Whether two answers are the same but for rounding."""
+    return float((other - logits).abs().max()) <= 1e-4 * float(logits.abs().max())
+
+
+@torch.no_grad()
+def _noise(model: nn.Module, x: Tensor, counts: Sequence[int]) -> str:
+    """Its noise: "image" where all of it is seen to come from torch and grows with the images.
+
+    counts: of the numbers that were drawn for x.
+    """
+    known = generators(model, x.device)
+    states, again = [generator.get_state() for generator in known], []
+    for _ in range(2):
+        with restored(known, states):
+            again.append(logits_of(model, x))
+    with restored(known), _Drawn() as half:
+        logits_of(model, x[: len(x) // 2])
+    grown = [count * len(x) // (len(x) // 2) for count in half.counts]
+    return "image" if counts and grown == [*counts] and _alike(*again) else "call"
 
 
 def _slope(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, str]:

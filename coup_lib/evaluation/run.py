@@ -76,7 +76,7 @@ def attack(
         config.eps,
         seed=seed_of(seed, ATTACK, place) % 2**31,
         max_batch=min(max_batch, len(images))
-        if draws_per_call(model)
+        if noise_of(model) == "call"
         else images_per_call(model, images.x, max_batch),
         **spec.budget(config),
     )
@@ -87,29 +87,33 @@ def attack(
     return made(model, images.x, images.y, start)
 
 
-def draws_per_call(model: nn.Module) -> bool:
-    """Whether a model says by its attribute `random` that each call of it is one draw for all images in it.
+def noise_of(model: nn.Module) -> str:
+    """What a model that is no `Purified` says of its noise, by its attribute `noise`.
 
-    `Purified` draws image by image instead, and what says nothing draws nothing.
+    "image": each image has noise of its own; "call": the images of a call may share it; "none", also of what
+    says nothing: there is none.
     """
-    return bool(getattr(model, "random", False))
+    return getattr(model, "noise", "none")
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tensor:
     """Logits (n, draws, K) of images x (n, C, H, W), a draw of the defence's noise per seed (n, draws).
 
-    A model that draws call by call (`draws_per_call`) gets the first image's seeds, by torch's own generator.
+    A model that is no `Purified` draws from torch's own generator, which gets the first image's seeds. Where
+    the images of a call may share their noise (`noise_of`), each has a call of its own: independent draws.
     """
     draws = seeds.shape[1]
     if not isinstance(model, Purified):
+        noise = noise_of(model)
+        size, many = 1 if noise == "call" else max_batch, 1 if noise == "none" else draws
 
         def whole(seed: int) -> Tensor:
             torch.manual_seed(seed)
-            return torch.cat([model(part) for part in x.split(max_batch)])
+            return torch.cat([model(part) for part in x.split(size)])
 
         with torch.random.fork_rng():
-            found = [whole(seed) for seed in seeds[0, : draws if draws_per_call(model) else 1].tolist()]
+            found = [whole(seed) for seed in seeds[0, :many].tolist()]
         return torch.stack(found, 1).expand(-1, draws, -1)
     repeated, size = x.repeat_interleave(draws, dim=0), images_per_call(model, x, max_batch)
     parts = zip(repeated.split(size), seeds.flatten().split(size), strict=True)
