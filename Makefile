@@ -51,7 +51,7 @@ $(VENV)/installed: pyproject.toml
 
 # A notebook that wants a record that another one is making waits for it; the report wants nearly all of them.
 NOTEBOOKS := 04_autoattack 04_autoattack@l2 07_stronger_attacks 08_beyond 03_sweeps 02_ablation \
-	06_adversarial_training 05_bpda 00_toy_analysis 01_case_study 10_your_defence
+	06_adversarial_training 05_bpda 00_toy_analysis 01_case_study 10_your_defence 11_playground
 run: setup
 	@rm -rf $(DONE) && mkdir -p $(DONE) build/notebooks-$(BUDGET)
 	@$(MAKE) --no-print-directory -j2 $(NOTEBOOKS:%=$(DONE)/%)
@@ -65,7 +65,7 @@ SHOW = while IFS= read -r line; do case "$$line" in \
 # NAME@l2 is notebook NAME with that norm; the toy analysis knows one size only, and the audit of an own defence,
 # which is no experiment of the paper, is always quick.
 NORM = $(if $(findstring @,$*),-p norm $(lastword $(subst @, ,$*)))
-SIZE = $(if $(filter 00_% 10_%,$*)$(filter quick,$(BUDGET)),,-p budget $(BUDGET))
+SIZE = $(if $(filter 00_% 10_% 11_%,$*)$(filter quick,$(BUDGET)),,-p budget $(BUDGET))
 
 $(DONE)/%:
 	@echo "$*: started"
