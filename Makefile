@@ -2,11 +2,12 @@
 # make full        the paper's protocol (512 images, full attack budgets); hours, resumable
 # make figures     every figure as PNG and PDF, from the committed records, under build/figures
 # make benchmarks  what purifications and gradients cost, beside bare networks and the ways of others
+# make docs        the site: build/docs/index.html, from the pages and the executed notebooks, in half a minute
 # make test        linters, tests, and every notebook at smoke size; all of them, whatever fails. Before a release
 #                  also under the oldest and the newest Python: make test PYTHON=python3.13 VENV=.venv-3.13
 SHELL := /bin/bash -o pipefail
 .DELETE_ON_ERROR:
-.PHONY: setup reproduce full figures run test lint weights readme benchmarks clean
+.PHONY: setup reproduce full figures run test lint weights readme docs benchmarks clean
 
 PYTHON ?= python3
 BUDGET ?= quick
@@ -96,9 +97,15 @@ lint: setup
 weights: setup
 	$(BIN)/coup train
 
-# Puts the committed tables and numbers into README.md.
+# Puts the committed tables and numbers into README.md and the pages of docs/.
 readme: setup
 	@$(BIN)/python -m coup_lib.reporting.readme
+
+# Runs no notebook and fetches nothing; a broken link between pages, or any other warning, is an error.
+docs: setup
+	@rm -rf build/docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "The site: build/docs/index.html"
 
 # For an idle machine. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.
 benchmarks: setup
