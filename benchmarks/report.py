@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON to a small committed file, and from that to tables, a figure and the README.
+"""From pytest-benchmark's JSON to a small committed file; from that to tables, a figure and docs/speed.md.
 
 python -m benchmarks.report build/benchmarks.json    (`make benchmarks`)
 """
@@ -277,7 +277,7 @@ def _notebook(found: Summary) -> str:
 
 
 def paragraph(summaries: Mapping[str, Summary]) -> str:
-    """For the README: each device's results, and which device there are none of."""
+    """For docs/speed.md: each device's results, and which device there are none of."""
     parts = [_sentences(found) for found in summaries.values()]
     return "\n\n".join(parts + ([] if "cuda" in summaries else ["Not measured on a GPU."]))
 
@@ -288,27 +288,39 @@ def _sentences(found: Summary) -> str:
     slower = {defence: peers["cifar", defence]["ratio"][DIFFPURE][1] for defence in ("reverse", "coup")}
     theirs = [peers["digits", defence]["cosine"][DIFFPURE]["mean"] for defence in slower]
     own = min(peers["digits", defence]["cosine"][OURS]["worst"] for defence in slower)
-    costs = ", ".join(f"{exponent(row['seconds']):.2f} ({row['work']})" for row in _fitted(found))
-    return (
-        f"On {machine(found)}: at CIFAR's size a purification takes up to {forward['cifar']:.2f} times what "
-        f"its bare network calls take (digits: {forward['digits']:.2f}), an exact gradient, replayed, up to "
-        f"{_highest(found, 'gradient', 'cifar'):.2f} times. DiffPure's way to that gradient takes "
-        f"{slower['reverse']:.2f} times as long as ours (COUP's: {slower['coup']:.2f}); on trained networks "
-        f"it has a mean cosine of {theirs[0]:.2f} (COUP's: {theirs[1]:.2f}) to the float64 gradient, ours "
-        f"{own:.4f} at worst. Time grows like work to the power of {costs}. {_cheaper(found)} "
-        f"{_notebook(found)}"
+    costs = ", ".join(f"{row['work']} {exponent(row['seconds']):.2f}" for row in _fitted(found))
+    points = (
+        f"**Overhead.** A purification takes at most {forward['digits']:.2f} times as long as the network "
+        f"calls in it on digits, {forward['cifar']:.2f} times at CIFAR's size; an exact gradient, replayed, "
+        f"at most {_highest(found, 'gradient', 'cifar'):.2f} times at CIFAR's size.",
+        f"**DiffPure's adjoint** takes {slower['reverse']:.2f} times as long as our exact gradient for the "
+        f"reverse SDE and {slower['coup']:.2f} times for COUP, at CIFAR's size. On the trained networks of "
+        f"digits its mean cosine to the gradient in float64 is {theirs[0]:.2f} and {theirs[1]:.2f}; ours is "
+        f"{own:.4f} in the worst case.",
+        f"**Growth.** Time is a power of the work. The exponents: {costs}. An exponent of 1 is proportional, "
+        "-1 is a perfect speed-up.",
+        f"**End to end.** {_notebook(found)}",
+        "**Lower precision and compiling** of the attacked score network are off by default. What they save, "
+        "and how many images are classified otherwise (in float32, by the majority of ten draws) in the end:",
     )
+    listed = "\n".join(f"- {point}" for point in points)
+    return f"Measured on {machine(found)}.\n\n{listed}\n\n{markdown(_cheaper(found))}"
 
 
-def _cheaper(found: Summary) -> str:
-    """What lower precision and compiling save, and how often they change a verdict: why both are off."""
-    said = [
-        f"{row['problem']}, {LABELS[row['defence']]}, {name}: {ratio[1]:.2f} times the time, "
-        f"{row['changed'][name]} of {row['n_images']} verdicts changed"
+def _cheaper(found: Summary) -> pd.DataFrame:
+    """What lower precision and compiling save, and how often they change a verdict."""
+    rows = [
+        {
+            "profile": row["problem"],
+            "attacked defence": LABELS[row["defence"]],
+            "score network": name,
+            "time over float32's": f"{ratio[1]:.2f}",
+            "verdicts changed": f"{row['changed'][name]} of {row['n_images']}",
+        }
         for row in _rows(found, "cheaper")
         for name, ratio in row["ratio"].items()
     ]
-    return f"Under attack the score network is neither lowered nor compiled by default ({'; '.join(said)})."
+    return pd.DataFrame(rows).set_index("profile")
 
 
 def _highest(found: Summary, group: str, problem: str) -> float:
@@ -323,7 +335,7 @@ def _kept(row: Row) -> bool:
 
 
 def write(summaries: Mapping[str, Summary]) -> None:
-    """figures/benchmarks: a page and a figure for each device, and the README's paragraph."""
+    """figures/benchmarks: a page and a figure for each device, and what docs/speed.md shows."""
     plots.use_style()
     for name, found in summaries.items():
         plots.save(cost_figure(found), "benchmarks", f"{name}_cost")

@@ -1,4 +1,4 @@
-"""What would rot unseen: the two dependency lists, the README's numbers, what importing brings along."""
+"""What would rot unseen: the two dependency lists, the pages' numbers, what importing brings along."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from coup_lib import coup, load_classifier, load_score
 from coup_lib.data import load_split
 from coup_lib.evaluation import records
 from coup_lib.purify import standard_normal
-from coup_lib.reporting import plots
+from coup_lib.reporting import plots, readme
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,28 +59,42 @@ def test_results_and_figures_are_few_small_files_without_attacked_images():
     assert not large
 
 
-def test_readme_is_in_step_with_the_committed_tables():
-    from coup_lib.reporting import readme
-
+@pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
+def test_a_page_is_in_step_with_the_committed_tables(page):
     regenerated = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures", "notebooks"], cwd=ROOT)
     if regenerated.returncode:
-        pytest.skip("figures or notebooks were regenerated here; README.md quotes the committed ones")
-    text = (ROOT / "README.md").read_text()
+        pytest.skip("figures or notebooks were regenerated here; the pages quote the committed ones")
+    text = page.read_text()
     assert readme.filled(text) == text, "run `make readme`"
 
 
-def readme_block(word):
-    """The README's one block of Python with this word."""
-    text = (ROOT / "README.md").read_text()
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in code]
-    return block
+def blocks():
+    """Every block of Python in the README and the pages of docs/, but for the recipes."""
+    return {
+        code
+        for page in readme.pages()
+        if page.name != "recipes.md"
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    }
+
+
+def block(word):
+    """The one block of Python with this word."""
+    (found,) = [code for code in blocks() if word in code]
+    return found
+
+
+def test_every_block_of_python_is_run_by_a_test():
+    """By those below, which find it by a word that only one of them has."""
+    words = ("def purify", "your attack here", "my_defence}, x, y", "my_noise_network")
+    assert {block(word) for word in words} == blocks()
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("networks", ["closed forms", "digits"])
-def test_the_readmes_algorithm_is_coup(networks, weight):
+def test_the_plain_algorithm_is_coup(networks, weight):
     names = {}
-    exec(readme_block("def purify"), names)
+    exec(block("def purify"), names)
     score, classifier, x = small_problem()
     if networks == "digits":
         x = load_split("digits", "test").first(3).x.double()
@@ -95,11 +109,10 @@ def test_the_readmes_algorithm_is_coup(networks, weight):
     assert (purified - x).abs().max() > 0.01
 
 
-def test_what_the_readme_places_in_the_code_is_there():
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
+def test_what_a_page_places_in_the_code_is_there(page):
     """Its map of the paper: every `file`: `name`, `name` is defined in that file."""
-    found = re.findall(
-        r"`(coup_lib/[\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", (ROOT / "README.md").read_text()
-    )
+    found = re.findall(r"`(coup_lib/[\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", (ROOT / page).read_text())
     assert len(found) >= 10
     for file, names in found:
         code = (ROOT / file).read_text()
@@ -108,7 +121,7 @@ def test_what_the_readme_places_in_the_code_is_there():
 
 
 def test_the_readmes_attack_runs_and_breaks_images(capsys):
-    exec(readme_block("your attack here"), {})
+    exec(block("your attack here"), {})
     robust = float(re.search(r"tensor\((.*)\)", capsys.readouterr().out)[1])
     assert robust < 0.95
 
@@ -117,14 +130,14 @@ def test_the_readmes_audit_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = load_split("digits", "test").first(4)
     defence = load_classifier("digits", "cnn-small")
-    exec(readme_block("my_defence"), {"my_defence": defence, "x": images.x, "y": images.y})
+    exec(block("my_defence}, x, y"), {"my_defence": defence, "x": images.x, "y": images.y})
     out = capsys.readouterr().out
     page = tmp_path / "build" / "audit" / "audit.html"
     assert "**mine**: robust accuracy at most" in out and out.endswith(f"see {page}\n") and page.is_file()
 
 
-def test_the_readmes_own_networks_run():
-    """Its lines with a user's networks in the place of `my_...`: ε and variances, logits of colour images."""
+def test_the_lines_for_own_networks_run():
+    """Of docs/own-networks.md, a user's networks as `my_...`: ε and variances, logits of colour images."""
 
     class Noise(torch.nn.Module):
         def forward(self, x, labels):
@@ -134,7 +147,7 @@ def test_the_readmes_own_networks_run():
     seen: list[torch.Tensor] = []
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5))
     names = {"my_noise_network": Noise(), "my_classifier": network}
-    exec(readme_block("my_classifier"), names)
+    exec(block("my_noise_network"), names)
     x = torch.rand(2, 3, 4, 4).requires_grad_()
     logits = names["defence"](x)
     assert logits.shape == (2, 5)
