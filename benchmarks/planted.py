@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from coup_lib.attacks import Attack
 from coup_lib.auditing.audit import audit
 from coup_lib.auditing.defence import Audited
+from coup_lib.auditing.probe import Probe
 from coup_lib.auditing.result import Audit
 from coup_lib.data import Images, load_split
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, worst_of
@@ -212,12 +213,11 @@ def known(
     one: Planted, images: Images, found: Audit, *, n_iter: int = ITERATIONS, eot: int = DRAWS
 ) -> np.ndarray:
     """What the attacker who knows leaves of each image, (n,): the worse of two losses, on fresh draws."""
-    noise, scores = found.probes["it"].noise, []
-    random = noise != "none"
-    model, differentiated = (_engine(module, images, noise) for module in (one.model, one.knowing))
+    probe, scores = found.probes["it"], []
+    model, differentiated = (_engine(module, images, probe) for module in (one.model, one.knowing))
     for loss in ("ce", "margin"):
         attack = Attack(
-            f"apgd-{loss}", "linf", EPS, n_iter=n_iter, eot=eot if random else 1, max_batch=len(images)
+            f"apgd-{loss}", "linf", EPS, n_iter=n_iter, eot=eot if probe.random else 1, max_batch=len(images)
         )
         attacked = Images(attack(differentiated, images.x, images.y).x_adv, images.y)
         shown = outcomes_of(model, attacked, found.settings, place=0, max_batch=1280)
@@ -225,11 +225,11 @@ def known(
     return worst_of(scores)
 
 
-def _engine(module: nn.Module, images: Images, noise: str) -> nn.Module:
+def _engine(module: nn.Module, images: Images, found: Probe) -> nn.Module:
     if isinstance(module, Purified):
         return module
     wrapped = Audited(module, images.x.shape[1:])
-    wrapped.noise = noise
+    wrapped.random, wrapped.alone = found.random, found.alone
     return wrapped
 
 

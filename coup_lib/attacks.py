@@ -300,11 +300,15 @@ class InParts(nn.Module):
 
     def __init__(self, model: nn.Module, max_batch: int) -> None:
         super().__init__()
-        self.model, self.max_batch = model, max_batch
+        self.model, self.max_batch, self.classes = model, max_batch, 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, K) of x (n, C, H, W)."""
-        return torch.cat([check_logits(self.model(part), part) for part in x.split(self.max_batch)])
+        """Logits (n, K) of x (n, C, H, W); of no images too, which Square asks for where logits are tied."""
+        if not len(x):
+            return x.new_zeros(0, self.classes)
+        logits = torch.cat([check_logits(self.model(part), part) for part in x.split(self.max_batch)])
+        self.classes = logits.shape[1]
+        return logits
 
 
 class BatchedEOT:

@@ -250,6 +250,18 @@ def test_a_count_has_one_clean_draw_and_one_for_each_attack(name):
         assert abs(float((labels == zeros).float().mean()) - share) < tolerance
 
 
+def test_square_meets_logits_that_are_tied(digits):
+    """Every image counts as right and none has a margin: the attack asks about no images at all."""
+
+    class Tied(nn.Module):
+        def forward(self, x):
+            assert len(x)
+            return torch.zeros(len(x), 10)
+
+    result = attack("square")(Tied().eval(), digits.x, torch.zeros_like(digits.y))
+    assert result.robust.all()
+
+
 @pytest.mark.parametrize(("seed", "field", "draws"), [(1, "judged", 3), (1, "robust", 4), (0, "judged", 2)])
 def test_the_halves_of_rand_make_its_count_with_noise_of_their_own_and_one_clean_draw(seed, field, draws):
     """Halves that begin with the same noise (seed 0) are judged on the same noise: 0.9² are left."""

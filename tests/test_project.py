@@ -15,7 +15,7 @@ from coup_lib import coup, load_classifier, load_score
 from coup_lib.data import load_split
 from coup_lib.evaluation import records
 from coup_lib.purify import standard_normal
-from coup_lib.reporting import readme
+from coup_lib.reporting import plots, readme
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +43,7 @@ def test_the_library_does_not_import_robustbench_or_torchvision():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_results_are_few_files_without_attacked_images():
+def test_results_and_figures_are_few_small_files_without_attacked_images():
     found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = found.splitlines()
     assert len(files) <= 600
@@ -55,6 +55,8 @@ def test_results_are_few_files_without_attacked_images():
         if name.endswith(".npz"):
             with np.load(ROOT / name) as file:
                 assert "x_adv" not in file.files, name
+    large = [path.name for path in ROOT.glob("figures/*/*.png") if path.stat().st_size > plots.MOST_BYTES]
+    assert not large
 
 
 @pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)

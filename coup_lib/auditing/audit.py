@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,16 @@ from torch import nn
 from coup_lib import paths
 from coup_lib.attacks import NORMS
 from coup_lib.auditing.defence import (
-    PROBED,
     Audited,
     Defence,
     Model,
-    Probe,
     as_module,
     as_planes,
     check_data,
-    fingerprint,
     own_gradients,
-    probe,
 )
+from coup_lib.auditing.fingerprint import fingerprint
+from coup_lib.auditing.probe import PROBED, Probe, alike, first_answers, probe
 from coup_lib.auditing.protocol import EFFORTS, AuditSettings, Bench, measure
 from coup_lib.auditing.result import Audit
 from coup_lib.checks import check_labels, choice, count, number
@@ -50,7 +49,9 @@ def audit(
     """Put defences through every attack of the protocol, and everything made against one on all the others.
 
     What is finished is on record in the folder: run again after a kill, or in several processes at once, it
-    goes on from there. A defence of other weights, code or answers has other records.
+    goes on from there. A defence of other weights, constants or code has other records.
+
+    A class for rejected images counts like any other: an answer that is not the label is wrong.
 
     Args:
         defences: name → a module from images in [0, 1] to logits, a pair (purifier, classifier) of modules,
@@ -76,14 +77,16 @@ def audit(
     given = _by_name(defences)
     device = _device(given, images)
     images, labels = images.to(device), labels.to(device)
-    probes, models, identities, batch = {}, {}, {}, Batch(PROBED)
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"folder: expected a folder or none there yet; got the file {folder}")
+    place.mkdir(parents=True, exist_ok=True)
+    batch, found = Batch(PROBED), {}
     for name, modules in given.items():
-        ask = partial(_prepared, modules, images, labels, batch)
-        probes[name], models[name], identities[name] = batch.fitting(ask)(0)
-    classes = {found.classes for found in probes.values()}
-    if len(classes) > 1:
-        raise ValueError(f"defences: expected the same classes in all of them; got {sorted(classes)}")
-    check_labels(labels, classes.pop())
+        found[name] = batch.fitting(partial(_prepared, name, modules, images, labels, batch))(0)
+    classes = {name: one.probe.classes for name, one in found.items()}
+    if len({*classes.values()}) > 1:
+        raise ValueError(f"defences: expected the same classes in all of them; got {classes}")
+    check_labels(labels, next(iter(classes.values())))
     settings = AuditSettings(
         profile=str(place / "records"),
         norm=norm,
@@ -99,8 +102,37 @@ def audit(
         seed=count("seed", seed, 2**31 - 9, low=0),
     )
     flat = Images(images.reshape(len(images), *as_planes(images.shape[1:])), labels)
-    bench = Bench(models, identities)
-    return Audit(probes, measure(bench, probes, flat, settings, effort, verbose=verbose), settings, place)
+    bench = Bench(
+        {name: one.attacked for name, one in found.items()},
+        {name: one.judged for name, one in found.items()},
+        {name: one.identities for name, one in found.items()},
+    )
+    probes = {name: one.probe for name, one in found.items()}
+    measured = measure(bench, probes, flat, settings, effort, verbose=verbose)
+    probes = {name: replace(one.probe, changed=one.changed(images)) for name, one in found.items()}
+    return Audit(probes, measured, settings, place)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A defence that is ready to be attacked.
+
+    attacked: gradient → module. judged: the defence itself. identities: gradient → fingerprint. answers: to
+    the first images, before anything else was asked of it; none of a random defence.
+    """
+
+    probe: Probe
+    attacked: dict[str, nn.Module]
+    judged: nn.Module
+    identities: dict[str, str]
+    model: nn.Module
+    answers: torch.Tensor | None
+
+    def changed(self, x: torch.Tensor) -> bool:
+        """Whether the defence has come to answer otherwise."""
+        if self.answers is None:
+            return False
+        return not alike(self.answers, first_answers(self.model, x[: len(self.answers)]))
 
 
 def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
@@ -136,22 +168,26 @@ def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> to
 
 
 def _prepared(
-    given: Mapping[str, nn.Module], x: torch.Tensor, y: torch.Tensor, batch: Batch, place: int
-) -> tuple[Probe, dict[str, nn.Module], dict[str, str]]:
-    """(what is found out about a defence, gradient → module to be attacked, gradient → its fingerprint).
-
-    By as many of the images x as a batch holds, from this place on.
-    """
+    name: str, given: Mapping[str, nn.Module], x: torch.Tensor, y: torch.Tensor, batch: Batch, place: int
+) -> _Prepared:
+    """Ask a defence about as many of the images x as a batch holds, from this place on."""
     x, y = x[place : place + batch.most], y[place : place + batch.most]
-    found = probe(given["exact"], x, y)
-    modules = {"exact": given["exact"], **own_gradients(given["exact"], x[:2]), **given}
+    model = given["exact"]
+    try:
+        found = probe(model, x, y)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('defences: ')}") from error
+    answers = None if found.random else first_answers(model, x)
+    modules = {"exact": model, **own_gradients(model, x[:2]), **given}
     identities = {gradient: fingerprint(module, x[:8]) for gradient, module in modules.items()}
-    return found, {key: _wrapped(module, x.shape[1:], found) for key, module in modules.items()}, identities
+    attacked = {key: _wrapped(module, x.shape[1:], found, finite=True) for key, module in modules.items()}
+    judged = _wrapped(model, x.shape[1:], found, finite=False)
+    return _Prepared(found, attacked, judged, identities, model, answers)
 
 
-def _wrapped(module: nn.Module, shape: torch.Size, found: Probe) -> nn.Module:
+def _wrapped(module: nn.Module, shape: torch.Size, found: Probe, *, finite: bool) -> nn.Module:
     if isinstance(module, Purified):
         return module
-    wrapped = Audited(module, shape)
-    wrapped.noise, wrapped.probabilities = found.noise, found.probabilities
+    wrapped = Audited(module, shape, finite=finite)
+    wrapped.random, wrapped.alone, wrapped.probabilities = found.random, found.alone, found.probabilities
     return wrapped

@@ -1,31 +1,23 @@
 """A defence of one's own: any module from images to logits, and what can be found out about it beforehand."""
 
-import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from coup_lib.attacks import margin
 from coup_lib.checks import check_images, check_logits, check_module, described
-from coup_lib.evaluation.identity import of_network
-from coup_lib.evaluation.run import ran_out_of_memory
-from coup_lib.gradients import generators, restored
 from coup_lib.guidance import Guided
 from coup_lib.purify import Purified
 
 Model = nn.Module | tuple[nn.Module, nn.Module]
-PROBED = 32  # images that a defence is asked about before it is attacked
-DIGITS = 3  # of a logit, that tell whether a defence is the one whose records there are
-TINY = 1e-30  # below float32's smallest probability
+TINY = 1e-30  # of probabilities, before their logarithm is taken
+FAR = 1e4  # of logits, instead of infinity
+CALLS = 5  # of a defence that may be random, until what it can do has been seen
 
 
 @dataclass(frozen=True)
@@ -50,14 +42,14 @@ class Audited(nn.Module):
         shape: of one image, as the defence wants it.
 
     Attributes:
-        noise: "none", "image" or "call", as in `Probe`.
-        probabilities: whether the defence gives probabilities, whose logarithm are its logits.
+        random, alone, probabilities: as in `probe.Probe`.
+        finite: answers and gradients are made finite, for attacks; a judge wants to see what is none.
     """
 
-    def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, shape: Sequence[int], *, finite: bool = True) -> None:
         super().__init__()
-        self._held, self.shape = (model,), tuple(shape)
-        self.noise, self.probabilities = "none", False
+        self._held, self.shape, self.finite = (model,), tuple(shape), finite
+        self.random = self.alone = self.probabilities = False
         self.eval()
 
     @property
@@ -71,7 +63,13 @@ class Audited(nn.Module):
         if x.requires_grad:
             x.register_hook(torch.nan_to_num)
         logits = logits_of(self.model, x)
-        return logits.clamp_min(TINY).log() if self.probabilities else logits
+        if self.probabilities:
+            logits = logits.clamp_min(TINY).log()
+        if self.finite:
+            logits = logits.nan_to_num(0.0, FAR, -FAR)
+        if x.requires_grad and torch.is_grad_enabled():
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)  # no gradient in this call: zero
+        return logits
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -88,7 +86,8 @@ class StraightThrough(nn.Module):
 
     The defence is run first. What its classifiers were given is then classified again, with a gradient as if
     they had been given the image: all that comes before them counts as the identity, what comes behind them
-    (votes, temperatures, a softmax) is left out. Several classifiers are averaged.
+    (votes, temperatures, a softmax) is left out. Several classifiers are averaged. Where a call takes none of
+    them, the logits are the defence's own.
 
     Args:
         classifiers: parts of the model, as `inner_classifiers` finds them.
@@ -102,10 +101,10 @@ class StraightThrough(nn.Module):
         """Logits (n, K) of images x as the defence takes them."""
         model, classifiers = self._held
         with torch.no_grad(), calls_of(classifiers) as calls:
-            logits_of(model, x.detach())
+            logits = logits_of(model, x.detach())
         given = {id(part): images for part, images, _ in calls}  # the last call of each
         found = [part(_followed(given[id(part)], x)) for part in classifiers if id(part) in given]
-        return torch.stack(found).mean(0)
+        return torch.stack(found).mean(0) if found else logits
 
 
 def _followed(images: Tensor, x: Tensor) -> Tensor:
@@ -137,9 +136,12 @@ def inner_classifiers(model: nn.Module, x: Tensor) -> list[nn.Module]:
 
     They may be given images of another size, and three colours for grey.
     """
-    parts = list(dict.fromkeys(part for part in model.modules() if part is not model))
+    parts = [part for part in model.modules() if part is not model]
+    if any(isinstance(part, torch.jit.ScriptModule) for part in parts):
+        return []  # nothing can be seen of what is compiled
     with calls_of(parts) as calls:
-        classes = logits_of(model, x).shape[1]
+        for _ in range(CALLS):  # a random defence may take another part each time
+            classes = logits_of(model, x).shape[1]
     found = [
         part
         for part, images, logits in calls
@@ -149,142 +151,6 @@ def inner_classifiers(model: nn.Module, x: Tensor) -> list[nn.Module]:
     ]
     inside = {part for outer in found for part in outer.modules() if part is not outer}
     return [part for part in dict.fromkeys(found) if part not in inside]
-
-
-class _Drawn(TorchDispatchMode):
-    """Keeps how many numbers are drawn from torch's generators in here, and their sum, draw by draw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: list[int] = []
-        self.sums: list[float] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            drawn = result[0] if isinstance(result, tuple) else result
-            self.counts.append(drawn.numel())
-            self.sums.append(float(drawn.detach().double().sum()))
-        return result
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is found out about a defence before it is attacked.
-
-    classes: how many. noise: "none"; "image": every image has noise of its own; "call": the images of a call
-    share some of it, or nobody can tell. frozen: it draws random numbers, but in each call the same.
-    probabilities: it gives those instead of logits. batch_statistics, dropping: the names of its parts in
-    train mode that normalise by the batch (they have been put into eval mode), and of others (left so).
-    error: why it has no gradient; "" if it has. zero, broken: the shares of images with a gradient of zero,
-    and with NaN or infinity in it.
-    """
-
-    classes: int
-    noise: str
-    frozen: bool
-    probabilities: bool
-    batch_statistics: tuple[str, ...]
-    dropping: tuple[str, ...]
-    error: str
-    zero: float
-    broken: float
-
-    @property
-    def random(self) -> bool:
-        """Whether each call is another draw."""
-        return self.noise != "none"
-
-
-def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
-    """Ask a defence about a few images x, as it takes them, with labels y.
-
-    Raises:
-        ValueError: for a defence that fails on such images, or gives no logits.
-        FloatingPointError: for NaN or infinity.
-    """
-    training = {name: part for name, part in model.named_modules() if part.training}
-    normalising = {name: part for name, part in training.items() if hasattr(part, "running_mean")}
-    for part in normalising.values():
-        part.eval()
-    dropping = [name for name, part in training.items() if name not in normalising and not [*part.children()]]
-    answers, drawn = _answers(model, x)
-    logits = answers[0]
-    if not bool(logits.isfinite().all()):
-        raise FloatingPointError("NaN or infinity from the model")
-    changes = drawn[0].sums != drawn[1].sums or not all(_alike(logits, other) for other in answers[1:])
-    slope, error = _slope(model, x, y)
-    right = logits.argmax(1) == y
-    slopes = slope.flatten(1)[right] if bool(right.any()) else slope.flatten(1)
-    return Probe(
-        classes=logits.shape[1],
-        noise=_noise(model, x, drawn[0].counts) if changes else "none",
-        frozen=bool(drawn[0].sums) and not changes,
-        probabilities=bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()),
-        batch_statistics=tuple(normalising),
-        dropping=tuple(dropping),
-        error=error,
-        zero=float((slopes == 0).all(1).float().mean()) if not error else 0.0,
-        broken=float((~slopes.isfinite()).any(1).float().mean()),
-    )
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[_Drawn]]:
-    """(logits in three calls, what was drawn in each)."""
-    answers, drawn = [], []
-    with torch.random.fork_rng():
-        for seed in range(3):
-            torch.manual_seed(seed)
-            try:
-                with _Drawn() as noted:
-                    answers.append(logits_of(model, x))
-            except RuntimeError as error:
-                if ran_out_of_memory(error):
-                    raise
-                expected = f"defences: expected to take images of shape {tuple(x.shape[1:])}"
-                raise ValueError(f"{expected}; it says: {_said(error)}") from error
-            drawn.append(noted)
-    return answers, drawn
-
-
-def _alike(logits: Tensor, other: Tensor) -> bool:
-    """Whether two answers are the same but for rounding."""
-    return float((other - logits).abs().max()) <= 1e-4 * float(logits.abs().max())
-
-
-@torch.no_grad()
-def _noise(model: nn.Module, x: Tensor, counts: Sequence[int]) -> str:
-    """Its noise: "image" where all of it is seen to come from torch and grows with the images.
-
-    counts: of the numbers that were drawn for x.
-    """
-    known = generators(model, x.device)
-    states, again = [generator.get_state() for generator in known], []
-    for _ in range(2):
-        with restored(known, states):
-            again.append(logits_of(model, x))
-    with restored(known), _Drawn() as half:
-        logits_of(model, x[: len(x) // 2])
-    grown = [count * len(x) // (len(x) // 2) for count in half.counts]
-    return "image" if counts and grown == [*counts] and _alike(*again) else "call"
-
-
-def _slope(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, str]:
-    """(the gradient of the margin like x, why there is none)."""
-    with torch.enable_grad(), torch.random.fork_rng():
-        image = x.detach().clone().requires_grad_()
-        try:
-            loss = margin(logits_of(model, image), y)
-            return torch.autograd.grad(loss.sum(), image)[0], ""
-        except Exception as error:  # of whatever kind: it is somebody else's code
-            if isinstance(error, RuntimeError) and ran_out_of_memory(error):
-                raise
-            return torch.zeros_like(x), _said(error)
-
-
-def _said(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def as_module(name: str, model: Any) -> nn.Module:
@@ -322,34 +188,6 @@ def _with_gradient(model: Purified, gradient: str) -> Purified:
     changed.purifier.gradient = gradient
     changed.purifier.reseed()
     return changed
-
-
-def fingerprint(model: nn.Module, x: Tensor) -> str:
-    """A hash of a defence: its weights and constants, the code of its parts, and its answer to x if fixed.
-
-    So a defence whose code was changed gets records of its own, even where weights do not tell.
-    """
-    found = hashlib.sha256(of_network(model, constants=True).encode())
-    for part in model.modules():
-        foreign = {} if type(part).__module__.startswith("torch.") else vars(type(part))
-        for value in (*foreign.values(), *vars(part).values()):
-            if inspect.isfunction(value):
-                found.update(_code(value.__code__).encode())
-    with torch.no_grad(), torch.random.fork_rng():
-        answers = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            answers.append(logits_of(model, x))
-    if torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5):
-        found.update(repr([[f"{value:.{DIGITS}g}" for value in row] for row in answers[0].tolist()]).encode())
-    return found.hexdigest()[:16]
-
-
-def _code(code: CodeType) -> str:
-    """What a function does, whether or not its source is at hand."""
-    constants = [_code(one) if isinstance(one, CodeType) else one for one in code.co_consts]
-    shown = [sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one) for one in constants]
-    return repr((code.co_code, code.co_names, shown))
 
 
 def check_data(x: Any, y: Any) -> tuple[Tensor, Tensor]:

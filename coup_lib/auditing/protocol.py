@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.attacks import CLASSES
-from coup_lib.auditing.defence import Probe
+from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import Predictions, worst_case
-from coup_lib.evaluation.run import Runner, predict
+from coup_lib.evaluation.run import Runner, classes_of, predict
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
 
 LONGER = 2  # times as many iterations, to see whether more still find something
@@ -73,11 +73,12 @@ class AuditSettings:
 class Bench:
     """Defences by name, and what identifies them, as `run.Runner` asks for them.
 
-    models: defence → name of a gradient ("exact" is its own) → module to be attacked.
-    identities: likewise, their `fingerprint`.
+    models: defence → name of a gradient ("exact" is its own) → module to be attacked. judges: defence → the
+    module that decides. identities: defence → gradient → `fingerprint`.
     """
 
     models: Mapping[str, Mapping[str, nn.Module]]
+    judges: Mapping[str, nn.Module]
     identities: Mapping[str, Mapping[str, str]]
     classifier_name: str = "audit"
 
@@ -89,7 +90,7 @@ class Bench:
 
     def defence(self, name: str) -> nn.Module:
         """The defence itself."""
-        return self.models[name]["exact"]
+        return self.judges[name]
 
     def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, Any]:
         """What the behaviour of a defence depends on."""
@@ -132,7 +133,7 @@ def attacks(
         }
         for place, loss in enumerate(losses, start=1):  # restarts: another loss from another seed
             spec = AttackSpec(f"apgd-{loss}", name, seed=settings.seed + place, **more)
-            row[loss] = f"APGD-{loss}, another seed", spec
+            row[loss] = f"APGD-{loss}", spec
         if found.random:
             row["single"] = "APGD-ce, one draw a gradient", AttackSpec("apgd-ce", name, eot=1)
         row["standard"] = "AutoAttack standard", AttackSpec("standard", name)
@@ -195,7 +196,7 @@ def _runner(bench: Bench, images: Images, settings: AuditSettings, *, verbose: b
 
 
 def radii(shape: Sequence[int], norm: str, eps: float) -> list[float]:
-    """Radii beyond eps, up to the one at which every image of this shape can be made grey, and any other."""
+    """Radii beyond eps, up to the one at which every image of this shape can be made grey."""
     grey = 0.5 if norm == "linf" else 0.5 * float(np.prod(shape)) ** 0.5
     return [factor * eps for factor in LARGER if factor * eps < grey] + [max(grey, eps)]
 
@@ -248,7 +249,7 @@ def _decided(
 
 def _most_frequent(votes: np.ndarray) -> np.ndarray:
     """(n, groups), the class that most of (n, groups, N) vote for; of tied ones the smallest."""
-    return (votes[..., None] == np.arange(votes.max() + 1)).sum(2).argmax(2)
+    return (votes[..., None] == np.arange(max(votes.max(), 0) + 1)).sum(2).argmax(2)
 
 
 def _many_draws(runner: Runner, name: str, x: Tensor, counts: Sequence[int]) -> dict[str, Any]:
@@ -260,8 +261,8 @@ def _many_draws(runner: Runner, name: str, x: Tensor, counts: Sequence[int]) -> 
         seeds = image_seeds(config.seed, DECIDE, range(place, place + len(part)), most)
         logits = predict(runner.bench.defence(name), part, seeds, runner.batch.most)
         groups = {n: logits[:, : most // n * n].unflatten(1, (-1, n)).mean(2) for n in counts}
-        averages = {f"average_{n}": group.argmax(2).tolist() for n, group in groups.items()}
-        return {"classes": logits.argmax(2).tolist(), **averages}
+        averages = {f"average_{n}": classes_of(group).tolist() for n, group in groups.items()}
+        return {"classes": classes_of(logits).tolist(), **averages}
 
     settings: dict[str, Any] = {"target": runner.bench.settings(name), "counts": [*counts]}
     settings |= {"images": of_images(Images(x, runner.images.y)), "seed": config.seed}

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coup_lib.auditing import page
-from coup_lib.auditing.defence import Probe
+from coup_lib.auditing.probe import Probe
 from coup_lib.auditing.protocol import RULES, AuditSettings, Measured
 from coup_lib.auditing.signs import Sign, signs
 from coup_lib.checks import choice
@@ -35,11 +35,14 @@ LOOKS = "osDXp^vP*<>"  # markers, in the order of the defences
 ALTERNATIVE = "Accuracy of every defence under every attack, and against the radius"
 CAPTION = (
     "Accuracies in % with 95 % intervals, of one fresh draw that no attack has seen. The worst case takes "
-    "each image's worst attack, chosen by other draws than those that are reported."
+    "each image's worst attack, chosen by other draws than those that are reported; its interval is for what "
+    "these attacks leave, and a stronger one may leave less. Of its own attacks are all that see the defence "
+    "and random noise; AutoAttack's images are scored like all others, not by its own count."
 )
 DECIDED = (
     "All of N: right in every one of N draws, as under an attacker who may submit again; the average and the "
-    "majority: a defender who draws N times. Clean images are the control: what falls there falls unattacked."
+    "majority: a defender who draws N times. The images were made against a single draw; an attack that aims "
+    "at the vote may do more. Clean images are the control: what falls there falls unattacked."
 )
 
 
@@ -83,11 +86,15 @@ class Audit:
 
     def verdict(self, name: str) -> str:
         """What is known of a defence's robustness, in one or two sentences."""
-        accuracy, attacks = Accuracy.of(self.worst[name].right), self.worst[name].n_sources - 1
+        accuracy, row = Accuracy.of(self.worst[name].right), self.measured.rows[name]
+        best = min(row, key=lambda key: float(row[key].right.mean()))
         text = (
             f"**{name}**: robust accuracy at most {accuracy.value:.1f} % [{accuracy.low:.1f}, "
-            f"{accuracy.high:.1f}] ({self.threat}; the worst of {attacks} attacks on each image)."
+            f"{accuracy.high:.1f}] ({self.threat}; the worst of {len(row) - 1} attacks on each image; the "
+            f"strongest one, {self._labels(name)[best]}, leaves {100 * row[best].right.mean():.1f} %)."
         )
+        if self.probes[name].changed:
+            text += " This is no bound: its answers change with use, and another copy of it may do worse."
         if self.probes[name].error:
             text += f" It has no gradient of its own, so this rests on {self._instead(name)}."
         shown = [sign.name for sign in self.signs if sign.defence == name and sign.masking]
@@ -109,7 +116,7 @@ class Audit:
                 "Clean": row["clean"].right,
                 "Its own attacks": worst_case(own).right,
                 "Transfers": worst_case(lent).right if lent else None,
-                "AutoAttack": row["standard"].right if "standard" in row else None,
+                "AutoAttack standard": row["standard"].right if "standard" in row else None,
                 "Worst case": self.worst[name].right,
             }
             lines[name] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from coup_lib.auditing.defence import Probe
+from coup_lib.auditing.probe import Probe
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_of
 from coup_lib.evaluation.stats import LEVEL
 
@@ -14,7 +14,7 @@ EXACT = ("ce", "long", "dlr", "margin")  # attacks by the defence's own gradient
 WEAKER = ("fgsm", "square", "noise")
 TOLERANCE = 2.0  # points by which a cheaper attack or more work may win
 LOSS_TOLERANCE = 5.0  # points that a loss may be better than another one
-NOISE_TOLERANCE = 5.0  # points that several draws a gradient may be better than one
+NOISE_TOLERANCE = 10.0  # points that several draws a gradient may be better than one
 ZERO_TOLERANCE = 0.05  # share of images that may have a gradient of zero
 
 
@@ -57,16 +57,27 @@ def signs(
     return [Sign(defence, name, text, masking=name not in HARMLESS) for name, text in shown.items()]
 
 
-HARMLESS = ("parts in train mode",)
+# What an attack gets over by itself, or what may be meant.
+HARMLESS = (
+    "parts in train mode",
+    "batch normalisation in train mode",
+    "probabilities instead of logits",
+    "another loss is stronger than the cross-entropy",
+)
 
 
 def _asked(found: Probe) -> dict[str, str]:
-    """Name of a sign → what showed it, from what was found out before any attack."""
+    """Name of a sign → what showed it, from what was found out by asking."""
     shown = {
         "no gradient": found.error,
+        "no gradient in some calls": f"{found.missing:.0%} of them" if 0 < found.missing < 1 else "",
         "gradients of zero": f"on {found.zero:.0%} of the images" if found.zero > ZERO_TOLERANCE else "",
         "gradients with NaN or infinity": f"on {found.broken:.0%} of the images" if found.broken else "",
+        "gradients that turn at once": "0.001 apart they have nothing in common" if found.turned else "",
         "frozen noise": "it draws random numbers, in every call the same" if found.frozen else "",
+        "answers depend on the batch": "judged one by one" if found.alone and not found.random else "",
+        "answers that are no numbers": f"{found.unanswered:.0%} of clean images" if found.unanswered else "",
+        "answers change with use": "after the audit, other than before" if found.changed else "",
         "probabilities instead of logits": "attacked through their logarithm" if found.probabilities else "",
         "batch normalisation in train mode": ", ".join(found.batch_statistics),
         "parts in train mode": ", ".join(found.dropping),
@@ -101,7 +112,7 @@ def _compared(right: Mapping[Any, np.ndarray], label: Mapping[Any, str]) -> dict
     if weaker:
         found["an attack that sees less is stronger"] = said(weaker, strongest)
     if any(_wins(right[key], right["ce"], LOSS_TOLERANCE, LEVEL) for key in losses):
-        found["the cross-entropy saturates"] = said(losses, "ce")
+        found["another loss is stronger than the cross-entropy"] = said(losses, "ce")
     if "single" in right and _wins(right["ce"], right["single"], NOISE_TOLERANCE, LEVEL):
         found["its noise hides the gradient"] = said(["ce"], "single")
     if _wins(right["long"], right["ce"], TOLERANCE, LEVEL):
@@ -123,7 +134,7 @@ def _like_noise(noise: np.ndarray, exact: np.ndarray, worst: np.ndarray) -> dict
 
 
 def _at_large_radius(by_radius: Mapping[float, np.ndarray], labels: np.ndarray) -> dict[str, str]:
-    """At the last radius every image can be made any other, so nothing beyond one class can be right."""
+    """At the last radius every image can be made grey, so that no more than one class can be right."""
     if not by_radius:
         return {}
     radius, right = [*by_radius.items()][-1]
@@ -131,9 +142,8 @@ def _at_large_radius(by_radius: Mapping[float, np.ndarray], labels: np.ndarray) 
     left = Accuracy.of(right)
     if left.low <= chance:
         return {}
-    return {
-        "accuracy at a large radius stays above chance": f"{left} % at {radius:.3g}, chance {chance:.0f} %"
-    }
+    shown = f"{left} % at {radius:.3g}, commonest class {chance:.0f} %"
+    return {"accuracy at a large radius stays above chance": shown}
 
 
 def _percent(right: np.ndarray) -> str:

@@ -27,13 +27,13 @@ def of_network(network: nn.Module, *, constants: bool = False) -> str:
     state = network.state_dict()
     values = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]
     if network not in _known or _known[network][0] != values:
-        _known[network] = values, _hashed(sorted(state.items()))
+        _known[network] = values, of_tensors(sorted(state.items()))
     return _known[network][1]
 
 
 def of_images(images: Images) -> str:
     """A hash of pixels and labels, in order."""
-    return _hashed([("x", images.x), ("y", images.y)])
+    return of_tensors([("x", images.x), ("y", images.y)])
 
 
 @cache
@@ -48,7 +48,8 @@ def _plain(module: nn.Module) -> list[tuple[str, str]]:
     return sorted((name, repr(v)) for name, v in values.items() if isinstance(v, kinds) or is_dataclass(v))
 
 
-def _hashed(named: Iterable[tuple[str, Tensor]]) -> str:
+def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of tensors with their names, on any device and in any precision."""
     found = hashlib.sha256()
     for name, tensor in named:
         values = tensor.detach().cpu()

@@ -70,14 +70,14 @@ def attack(
         start: like the images, where the attack begins.
     """
     seed = config.seed if spec.seed is None else spec.seed
+    if asked_alone(model):  # draws of one gradient are calls of their own
+        max_batch = min(max_batch, len(images)) if is_random(model) else 1
     made = Attack(
         spec.attack,
         config.norm,
         config.eps,
         seed=seed_of(seed, ATTACK, place) % 2**31,
-        max_batch=min(max_batch, len(images))
-        if noise_of(model) == "call"
-        else images_per_call(model, images.x, max_batch),
+        max_batch=images_per_call(model, images.x, max_batch),
         **spec.budget(config),
     )
     if isinstance(model, Purified):
@@ -87,26 +87,26 @@ def attack(
     return made(model, images.x, images.y, start)
 
 
-def noise_of(model: nn.Module) -> str:
-    """What a model that is no `Purified` says of its noise, by its attribute `noise`.
+def is_random(model: nn.Module) -> bool:
+    """Whether a model that is no `Purified` says by its attribute `random` that each call is another draw."""
+    return bool(getattr(model, "random", False))
 
-    "image": each image has noise of its own; "call": the images of a call may share it; "none", also of what
-    says nothing: there is none.
-    """
-    return getattr(model, "noise", "none")
+
+def asked_alone(model: nn.Module) -> bool:
+    """Whether a model says by its attribute `alone` that images of one call share noise, or are mixed up."""
+    return bool(getattr(model, "alone", False))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tensor:
     """Logits (n, draws, K) of images x (n, C, H, W), a draw of the defence's noise per seed (n, draws).
 
-    A model that is no `Purified` draws from torch's own generator, which gets the first image's seeds. Where
-    the images of a call may share their noise (`noise_of`), each has a call of its own: independent draws.
+    A model that is no `Purified` draws from torch's own generator, which gets the first image's seeds; one
+    that is to be `asked_alone` has a call for each image.
     """
     draws = seeds.shape[1]
     if not isinstance(model, Purified):
-        noise = noise_of(model)
-        size, many = 1 if noise == "call" else max_batch, 1 if noise == "none" else draws
+        size, many = 1 if asked_alone(model) else max_batch, draws if is_random(model) else 1
 
         def whole(seed: int) -> Tensor:
             torch.manual_seed(seed)
@@ -133,15 +133,20 @@ def outcomes_of(
         predict(model, images.x, image_seeds(config.seed, use, places, config.n_draws), max_batch)
         for use in (SELECT, REPORT)
     )
-    probabilities = selecting.softmax(2)
-    right = (probabilities.argmax(2) == images.y[:, None]).float().mean(1)
+    probabilities = selecting.softmax(2).nan_to_num(0.0)
+    right = (classes_of(selecting) == images.y[:, None]).float().mean(1)
     trust = probabilities[torch.arange(len(images), device=images.y.device), :, images.y].mean(1)
     return {
         "labels": images.y.tolist(),
-        "report": reporting.argmax(2).tolist(),
-        "average": reporting.mean(1).argmax(1).tolist(),
+        "report": classes_of(reporting).tolist(),
+        "average": classes_of(reporting.mean(1)).tolist(),
         "suspicion": (right + trust / 1000).tolist(),
     }
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """The decisions (...) on logits (..., K); -1, which is no class, where there is NaN among them."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
 def joined(parts: Sequence[Values]) -> Values:
@@ -200,7 +205,7 @@ class Batch:
             while True:
                 try:
                     return compute(place)
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not ran_out_of_memory(error) or self.most == 1:
                         raise
                 # Not in the except clause: there the traceback still holds what filled the memory.
@@ -211,9 +216,11 @@ class Batch:
         return fitted
 
 
-def ran_out_of_memory(error: RuntimeError) -> bool:
+def ran_out_of_memory(error: Exception) -> bool:
     """Whether this is a GPU's or the CPU's way of saying so."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+    known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    return known or any(text in str(error) for text in said)
 
 
 class Runner:

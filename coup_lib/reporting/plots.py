@@ -30,7 +30,9 @@ COLOURS = {
     "averaged": PALETTE[5],
 }
 MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D", "averaged": "p"}
-COLOURS_KEPT = 128  # in a PNG
+MOST_BYTES = 150_000  # of a PNG
+# In a PNG, and how they are chosen: as suits a photograph, or if that is too large as suits lines.
+COLOURS_KEPT = ((128, Image.Quantize.MEDIANCUT), (64, Image.Quantize.MAXCOVERAGE))
 
 
 def use_style() -> None:
@@ -58,13 +60,22 @@ def save(figure: Figure, profile: str, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
     figure.savefig(drawn, format="png")
-    # Of a photograph it takes close looking to tell; the file is a third of the size.
-    image = Image.open(drawn).convert("RGB").quantize(COLOURS_KEPT, dither=Image.Dither.NONE)
-    write_atomically(folder / f"{name}.png", partial(image.save, format="png", optimize=True))
+    write_atomically(folder / f"{name}.png", partial(_of_few_colours, Image.open(drawn).convert("RGB")))
     if os.environ.get(paths.PDF_VARIABLE):  # without a creation date: the same records give the same file
         write_pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
         write_atomically(folder / f"{name}.pdf", write_pdf)
     return publishing.note(folder / f"{name}.png")
+
+
+def _of_few_colours(image: Image.Image, path: Path) -> None:
+    """Write a PNG of as many of `COLOURS_KEPT` as `MOST_BYTES` allow.
+
+    Of a photograph it takes close looking to tell; the file is a third of the size.
+    """
+    for colours, method in COLOURS_KEPT:
+        image.quantize(colours, method, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
+        if path.stat().st_size <= MOST_BYTES:
+            return
 
 
 def estimates(axes: Axes, places: Any, found: Sequence[Any], *, sideways: bool = False, **look: Any) -> None:

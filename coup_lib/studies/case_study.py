@@ -473,15 +473,15 @@ def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
     parts = {"(a) rescued by guidance": saved, "(b) not rescued": ~saved}
     widths = [1 if chosen.any() else 0.42 for chosen in parts.values()]
     rows = max(1, int(saved.sum()), int((~saved).sum()))
-    figure = plt.figure(figsize=(6.4 * sum(widths), 0.7 + 2.6 * rows))
-    figure.set_layout_engine("constrained", h_pad=0.07)  # inches, between a label and the next title
+    figure = plt.figure(figsize=(4.6 * sum(widths), 0.5 + 1.9 * rows))
+    figure.set_layout_engine("constrained", h_pad=0.05)  # inches, between a label and the next title
     halves = np.atleast_1d(np.array(figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)))
     rescued = study.rescued("all") == 1
     totals = (int(rescued.sum()), int((~rescued).sum()))
     for half, total, (title, chosen) in zip(halves, totals, parts.items(), strict=True):
         places = np.flatnonzero(chosen).tolist()
         which = f": the first {len(places)} of {total} by index" if places else ":\nthere is no such case"
-        half.suptitle(f"{title}{which}", x=0.02, ha="left", fontsize=12)
+        half.suptitle(f"{title}{which}", x=0.02, ha="left", fontsize=9)
         if places:
             grid = half.subplots(2 * rows, study.strips["images"].shape[2], squeeze=False)
             for axes in grid.flat:
@@ -501,7 +501,7 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str
     for side, path in enumerate(PATHS):
         for column, title in enumerate(titles):
             if side == 0:
-                grid[0][column].set_title(title, fontsize=11, pad=3)
+                grid[0][column].set_title(title, fontsize=8, pad=2)
             if side == 0 or column > 1:  # both paths begin with the same two images
                 axes = grid[side][column]
                 _picture(axes, strips["images"][side, place, column])
@@ -522,4 +522,4 @@ def _picture(axes: Axes, image: np.ndarray) -> None:
 
 def _write(axes: Axes, x: float, y: float, text: str, **more: Any) -> None:
     """Text whose top is at (x, y) in units of the axes."""
-    axes.text(x, y, text, transform=axes.transAxes, va="top", fontsize=11, **more)
+    axes.text(x, y, text, transform=axes.transAxes, va="top", fontsize=8, **more)

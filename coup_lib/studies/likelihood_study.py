@@ -3,7 +3,6 @@
 from coup_lib.defences import LABELS, MAXIMISERS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Difference
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
 from coup_lib.reporting import paper, tables
@@ -17,20 +16,18 @@ WAYS = {
 }
 
 
-def sources(defence: str) -> dict[str, AttackSpec]:
-    """What each of the two faces: APGD-ce by the identity, as published, by the exact gradient, and moved."""
-    return {
-        "clean": CLEAN,
-        "bpda": against("apgd-ce", defence, "bpda"),
-        "adaptive": against("apgd-ce", defence),
-        "from_none": against("apgd-ce", "none"),
-        "from_reverse": against("apgd-ce", "reverse"),
-    }
-
-
 def attacks() -> dict[str, dict[str, AttackSpec]]:
-    """What both face: defence → column → attack."""
-    return {defence: sources(defence) for defence in MAXIMISERS}
+    """Defence → column → attack: APGD-ce by the identity, as published, by the exact gradient, and moved."""
+    return {
+        defence: {
+            "clean": CLEAN,
+            "bpda": against("apgd-ce", defence, "bpda"),
+            "adaptive": against("apgd-ce", defence),
+            "from_none": against("apgd-ce", "none"),
+            "from_reverse": against("apgd-ce", "reverse"),
+        }
+        for defence in MAXIMISERS
+    }
 
 
 def measure(config: Config) -> PerImage:
@@ -38,11 +35,6 @@ def measure(config: Config) -> PerImage:
     evaluation = Evaluation(config)
     columns = evaluation.predictions(attacks())
     return tables.per_image_accuracy(columns, evaluation.recorded(columns))
-
-
-def gain(results: PerImage, column: str) -> Difference:
-    """What guidance adds, on the same images and noise."""
-    return Difference.of(results[GUIDED][column], results[PLAIN][column])
 
 
 def claims(results: PerImage) -> str:

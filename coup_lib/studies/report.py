@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from coup_lib import paths
 from coup_lib.attacks import NORMS
 from coup_lib.checks import choice
-from coup_lib.defences import LABELS, PAPER
+from coup_lib.defences import LABELS, MAXIMISERS, PAPER
 from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
 from coup_lib.evaluation.profiles import PROFILES
@@ -22,7 +22,8 @@ from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import Missing, reading_only, record
 from coup_lib.files import write_atomically
 from coup_lib.reporting import paper, publishing, tables
-from coup_lib.reporting.plots import COLOURS
+from coup_lib.reporting.plots import COLOURS, estimates
+from coup_lib.reporting.tables import PerImage, Right
 from coup_lib.studies import ablation as clean
 from coup_lib.studies import adversarial_training as cross
 from coup_lib.studies import bpda, case_study, likelihood_study, sweeps, toy, toy_figures
@@ -65,11 +66,30 @@ class Gap:
     protocol: Difference
     worst: Difference | None
 
+    @classmethod
+    def of(cls, what: str, reported: float | None, better: Right, than: Right, protocol: str) -> "Gap":
+        """Of two defences by this column, and by the worst case on record where there is one of an attack."""
+        ours, worst = Difference.of(better[protocol], than[protocol]), None
+        if protocol != "clean" and "recorded" in better:
+            worst = Difference.of(better["recorded"], than["recorded"])
+        return cls(what, reported, ours, worst)
+
 
 def level(where: str, what: str, reported: float, share: np.ndarray, worst: np.ndarray | None = None) -> Line:
     """An accuracy of the paper beside ours; levels of other data and networks do not compare."""
     here, strongest = Accuracy.of(share), NOTHING if worst is None else str(Accuracy.of(worst))
     return Line(where, what, f"{reported:.2f}", str(here), here.n, LEVEL, strongest)
+
+
+def levels(where: str, reported: Mapping[str, paper.Reported], results: PerImage, robust: str) -> list[Line]:
+    """Accuracy and robustness of the paper's defences beside ours, a line each; robust: which column."""
+    lines = []
+    for name, row in reported.items():
+        found, label = results[name], LABELS[name]
+        lines.append(level(where, f"{label}: accuracy", row.accuracy, found["clean"]))
+        worst = found.get("recorded")
+        lines.append(level(where, f"{label}: robustness", row.robustness, found[robust], worst))
+    return lines
 
 
 def kept(where: str, what: str, reported: str, right: np.ndarray, own: np.ndarray) -> Line:
@@ -100,32 +120,16 @@ def autoattack(config: Config) -> tuple[list[Line], list[Gap]]:
     evaluation = Evaluation(config)
     columns = evaluation.columns(PAPER, autoattack=True)
     results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
-    lines, norm = quoted(where, paper.LITERATURE[config.norm]), NORM_NAMES[config.norm]
-    for name, row in paper.PURIFIERS[config.norm].items():
-        found = results[name]
-        lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
-        lines.append(
-            level(
-                where, f"{LABELS[name]}: robustness", row.robustness, found["autoattack"], found["recorded"]
-            )
-        )
-    ours, rival = paper.PURIFIERS[config.norm]["coup"], paper.PURIFIERS[config.norm]["diffpure"]
-
-    def gap(than: str, column: str, reported: float | None, what: str) -> Gap:
-        worst = None
-        if column != "clean":
-            worst = Difference.of(results["coup"]["recorded"], results[than]["recorded"])
-        return Gap(what, reported, Difference.of(results["coup"][column], results[than][column]), worst)
-
+    reported, norm = paper.PURIFIERS[config.norm], NORM_NAMES[config.norm]
+    lines = quoted(where, paper.LITERATURE[config.norm])
+    lines += levels(where, reported, results, "autoattack")
+    accuracy = reported["coup"].accuracy - reported["diffpure"].accuracy
+    robustness = reported["coup"].robustness - reported["diffpure"].robustness
+    coup, diffpure, reverse = (results[name] for name in ("coup", "diffpure", "reverse"))
     gaps = [
-        gap("diffpure", "clean", ours.accuracy - rival.accuracy, f"{norm}: COUP − DiffPure, accuracy"),
-        gap(
-            "diffpure",
-            "autoattack",
-            ours.robustness - rival.robustness,
-            f"{norm}: COUP − DiffPure, AutoAttack",
-        ),
-        gap("reverse", "autoattack", None, f"{norm}: COUP − {LABELS['reverse']}, AutoAttack"),
+        Gap.of(f"{norm}: COUP − DiffPure, accuracy", accuracy, coup, diffpure, "clean"),
+        Gap.of(f"{norm}: COUP − DiffPure, AutoAttack", robustness, coup, diffpure, "autoattack"),
+        Gap.of(f"{norm}: COUP − {LABELS['reverse']}, AutoAttack", None, coup, reverse, "autoattack"),
     ]
     return [*lines, *(claim(where, one) for one in gaps)], gaps
 
@@ -138,11 +142,8 @@ def ablation(config: Config, classifiers: Sequence[str], fig2b: Spending) -> tup
         columns = evaluation.columns(clean.PURIFIERS)
         results = tables.per_image_accuracy(columns, evaluation.recorded(columns))
         for than in ("reverse", "diffpure"):
-            pair = [
-                Difference.of(results["coup"][column], results[than][column])
-                for column in ("adaptive", "recorded")
-            ]
-            gaps.append(Gap(f"{place} classifier: COUP − {LABELS[than]}, APGD-ce", None, *pair))
+            what = f"{place} classifier: COUP − {LABELS[than]}, APGD-ce"
+            gaps.append(Gap.of(what, None, results["coup"], results[than], "adaptive"))
     return [claim("Fig. 2b", gap) for gap in gaps], gaps
 
 
@@ -166,14 +167,10 @@ def bpda_table(config: Config) -> tuple[list[Line], list[Gap]]:
     """Table 3, by the configuration of notebook 05: BPDA with the most EOT draws, a single purification."""
     where, most = "Table 3", bpda.column(max(bpda.checked_counts(None, config)))
     results = bpda.by_rule(bpda.experiment(config).predictions())["single"]
-    lines = quoted(where, paper.BPDA_LITERATURE)
-    for name, row in paper.BPDA.items():
-        found = results[name]
-        lines.append(level(where, f"{LABELS[name]}: accuracy", row.accuracy, found["clean"]))
-        lines.append(level(where, f"{LABELS[name]}: robustness", row.robustness, found[most]))
-    pair = results["coup"][most], results["diffpure"][most]
+    lines = quoted(where, paper.BPDA_LITERATURE) + levels(where, paper.BPDA, results, most)
     reported = paper.BPDA["coup"].robustness - paper.BPDA["diffpure"].robustness
-    gap = Gap("L∞: COUP − DiffPure, BPDA + EOT", reported, Difference.of(*pair), None)
+    what = "L∞: COUP − DiffPure, BPDA + EOT"
+    gap = Gap.of(what, reported, results["coup"], results["diffpure"], most)
     return [*lines, claim(where, gap)], [gap]
 
 
@@ -184,17 +181,15 @@ def combination(configs: dict[str, Config]) -> tuple[list[Line], list[Gap]]:
     for norm, panel in found.items():
         (other,) = set(found) - {norm}
         attack = f"attacked in {NORM_NAMES[norm]}"
-        own, crossed = panel[norm]["none"], panel[other]["none"]
-        pair = [Difference.of(own[column], crossed[column]) for column in cross.JUDGED]
         what = f"{attack}: trained for {NORM_NAMES[norm]} − trained for {NORM_NAMES[other]}"
-        lines.append(claim("Fig. 2c", Gap(what, None, *pair)))
+        gap = Gap.of(what, None, panel[norm]["none"], panel[other]["none"], "adaptive")
+        lines.append(claim("Fig. 2c", gap))
         for training in found:
             row, trained = panel[training], f"trained for {NORM_NAMES[training]}"
             what = f"{trained}, COUP against {NORM_NAMES[norm]}"
             lines.append(kept("Fig. 2c", what, NOTHING, row["coup"]["clean"], row["none"]["clean"]))
-            both = [Difference.of(row["coup"][column], row["none"][column]) for column in cross.JUDGED]
             what = f"{trained}, {attack}: COUP − alone"
-            gaps.append(Gap(what, behind - alone, *both))
+            gaps.append(Gap.of(what, behind - alone, row["coup"], row["none"], "adaptive"))
     return lines + [claim("Sec. 5.4.1", gap) for gap in gaps], gaps
 
 
@@ -228,17 +223,10 @@ def bad_cases(config: Config) -> list[Line]:
     n = len(study.rescued("all"))
     said = case_study.verdicts(study, "all")
     rescued = f"{Accuracy.of(study.rescued('all'))} % rescued" if n else NOTHING
+    papers = f"{case_study.PAPER_CASES} bad cases"
     return [
-        Line(
-            "Fig. 2a",
-            statement,
-            f"{case_study.PAPER_CASES} bad cases",
-            rescued if name == "3" else NOTHING,
-            n,
-            verdict,
-        )
+        Line("Fig. 2a", statement, papers, rescued if name == "3" else NOTHING, n, said[name])
         for name, statement in case_study.STATEMENTS.items()
-        for verdict in [said[name]]
     ]
 
 
@@ -255,17 +243,11 @@ def toy_claims() -> list[Line]:
     }
     flips, n = found["label_flips"], settings.n_runs
     opposite = {"holds": "does not hold", "does not hold": "holds", "is not decided": "is not decided"}
-
-    def versus_none(level: int) -> tuple[str, str]:
-        share, ends = toy_figures.shares(flips, "flipped", level)
-        here = f"{100 * share[0]:.2f} → {100 * share[-1]:.2f} % of runs at λ = {flips['weights'][-1]:g}"
-        apart = ends[-1][1] < ends[0][0], ends[-1][0] > ends[0][1]
-        return here, "holds" if apart[0] else "does not hold" if apart[1] else "is not decided"
-
     lines = []
     for index, noise in enumerate(flips["levels"]):
-        here, verdict = versus_none(index)
-        reported = "helpful under small or no noise"
+        share, intervals = toy_figures.shares(flips, "flipped", index)
+        here = f"{100 * share[0]:.2f} → {100 * share[-1]:.2f} % of runs at λ = {flips['weights'][-1]:g}"
+        reported, verdict = "helpful under small or no noise", toy_figures.rarer(intervals)
         if noise > 1:  # the paper draws no line between small and high noise
             last = noise == flips["levels"][-1]
             reported, verdict = "untrustworthy when noise is high", opposite[verdict] if last else NOTHING
@@ -287,15 +269,14 @@ def toy_claims() -> list[Line]:
 def likelihood(config: Config) -> tuple[list[Line], list[Gap]]:
     """Sec. 5.2.1, by the second configuration of notebook 04."""
     where, results = "Sec. 5.2.1", likelihood_study.measure(config)
-    rows = [(name, paper.LIKELIHOOD[name].robustness) for name in results]
+    reported = {name: row.robustness for name, row in paper.LIKELIHOOD.items()}
     lines = [
-        level(
-            where, f"{LABELS[name]}: robustness", reported, results[name]["bpda"], results[name]["recorded"]
-        )
-        for name, reported in rows
+        level(where, f"{LABELS[name]}: robustness", reported[name], row["bpda"], row["recorded"])
+        for name, row in results.items()
     ]
-    gains = [likelihood_study.gain(results, column) for column in ("bpda", "recorded")]
-    gap = Gap("likelihood maximisation: guided − plain, APGD-ce", rows[1][1] - rows[0][1], *gains)
+    plain, guided = MAXIMISERS
+    what = "likelihood maximisation: guided − plain, APGD-ce"
+    gap = Gap.of(what, reported[guided] - reported[plain], results[guided], results[plain], "bpda")
     return [*lines, claim(where, gap)], [gap]
 
 
@@ -369,16 +350,7 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
     lines = sorted(lines, key=lambda line: line.verdict == QUOTED)
     frame = pd.DataFrame([asdict(line) for line in lines])
     frame["n"] = [NOTHING if line.n is None else f"{line.n:,}" for line in lines]
-    frame.columns = [
-        "Where",
-        "What",
-        "Paper",
-        PROTOCOL,
-        "n",
-        "Verdict",
-        WORST,
-        "Verdict under it",
-    ]
+    frame.columns = ["Where", "What", "Paper", PROTOCOL, "n", "Verdict", WORST, "Verdict under it"]
     return frame.set_index("Where")
 
 
@@ -467,15 +439,10 @@ def figure(gaps: Sequence[Gap]) -> Figure:
         ("here, worst case on record", -0.13, "s", "black", [gap.worst for gap in gaps]),
     )
     for label, shift, marker, colour, differences in ways:
-        rows = [(place, one) for place, one in zip(places, differences, strict=True) if one]
-        if not rows:
-            continue
-        values = np.array([one.value for _, one in rows])
-        ends = np.abs(np.array([[one.low, one.high] for _, one in rows]).T - values)
-        heights = [place + shift for place, _ in rows]
-        axes.errorbar(
-            values, heights, xerr=ends, fmt=marker, color=colour, label=label, markersize=5, capsize=2.5
-        )
+        rows = [(place + shift, one) for place, one in zip(places, differences, strict=True) if one]
+        if rows:
+            look: dict[str, Any] = {"fmt": marker, "color": colour, "label": label, "linewidth": None}
+            estimates(axes, *zip(*rows, strict=True), sideways=True, capsize=2.5, **look)
     reported = [(gap.reported, place) for gap, place in zip(gaps, places, strict=True) if gap.reported]
     if reported:
         axes.plot(*np.array(reported).T, "D", color=COLOURS["diffpure"], label="the paper")

@@ -65,10 +65,7 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
         "first_order": ("APGD-ce, first-order", apgd("first_order")),
         "adjoint": ("APGD-ce, adjoint", apgd("adjoint", n_iter=half)),
         "bpda": ("APGD-ce, BPDA", apgd("bpda", n_iter=half)),
-        "coarse": (
-            "APGD-ce through half of the steps",
-            apgd(n_iter=half, n_steps=coarse),
-        ),
+        "coarse": ("APGD-ce through half of the steps", apgd(n_iter=half, n_steps=coarse)),
         "restart": ("APGD-ce, exact, another seed", apgd(seed=config.seed + 1)),
     }
     for place, eot in enumerate(counts, start=1):
@@ -165,16 +162,14 @@ def decisions_table(columns: Columns, config: Config) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis(f"Defence, {config.n_draws} draws (%)")
 
 
-def difference_table(
-    results: PerImage, config: Config, better: str = "coup", than: str = "reverse"
-) -> pd.DataFrame:
-    """The paired difference of two defences under every source, and what it says of the claim."""
-    lines = {}
+def difference_table(results: PerImage, config: Config) -> pd.DataFrame:
+    """The paired difference of COUP and the reverse SDE under every source, and what it says of the claim."""
+    coup, reverse, lines = results["coup"], results["reverse"], {}
     for name, label in labels(config).items():
-        if name in results[better] and name in results[than]:
-            difference = Difference.of(results[better][name], results[than][name])
+        if name in coup and name in reverse:
+            difference = Difference.of(coup[name], reverse[name])
             lines[label] = [str(difference), difference.verdict]
-    head = [f"{LABELS[better]} − {LABELS[than]}", "The claim"]
+    head = [f"{LABELS['coup']} − {LABELS['reverse']}", "The claim"]
     return pd.DataFrame.from_dict(lines, orient="index", columns=head).rename_axis("Under")
 
 
@@ -213,14 +208,14 @@ CHEAPER = {  # what knows less of the defence than the exact attack, and what it
 }
 
 
-def eps_series(config: Config, *, verbose: bool = True) -> dict[str, dict[float, np.ndarray]]:
+def eps_series(config: Config) -> dict[str, dict[float, np.ndarray]]:
     """Defence → factor of eps → share of right draws (n,), under APGD-ce with the exact gradient.
 
     Half of the images and half of the iterations; factor 0 is the clean images.
     """
     found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
     for factor, one in eps_experiments(config).items():
-        for name, row in one.predictions(verbose=verbose).items():
+        for name, row in one.predictions().items():
             found[name][factor] = row["it"].right
     return found
 

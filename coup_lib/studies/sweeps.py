@@ -102,14 +102,11 @@ def simultaneous(right: np.ndarray, reference: np.ndarray, comparisons: int) -> 
     return Difference.of(right, reference, 1 - (1 - LEVEL) / comparisons)
 
 
-def falls(found: Sweep, column: str = "clean") -> tuple[str, str]:
-    """(verdict, evidence) on: the column falls from the first value to the last and never rises."""
-    values = list(found)
-    steps = [
-        simultaneous(found[after][column], found[before][column], len(values) - 1)
-        for before, after in pairwise(values)
-    ]
-    verdict, evidence = is_above(found, column, values[0], values[-1])
+def falls(found: Sweep) -> tuple[str, str]:
+    """(verdict, evidence) on: clean accuracy falls from the first value to the last and never rises."""
+    values, clean = list(found), [right["clean"] for right in found.values()]
+    steps = [simultaneous(after, before, len(values) - 1) for before, after in pairwise(clean)]
+    verdict, evidence = is_above(found, "clean", values[0], values[-1])
     return "does not hold" if any(step.low > 0 for step in steps) else verdict, evidence
 
 
@@ -195,10 +192,9 @@ def confirmation_table(confirmed: Sequence[tables.Row]) -> pd.DataFrame:
     papers, names = confirmed[0], tables.headings(SHOWN, confirmed[0].config)
     frame = tables.accuracies(confirmed, names, "Setting (accuracies in %)")
     for name in JUDGED:
-        differences = [Difference.of(row.right[name], papers.right[name]) for row in confirmed]
         frame[f"Minus the paper's: {names[name]}"] = [
-            "–" if row.config == papers.config else str(difference)
-            for row, difference in zip(confirmed, differences, strict=True)
+            "–" if row.config == papers.config else str(Difference.of(row.right[name], papers.right[name]))
+            for row in confirmed
         ]
     return frame
 

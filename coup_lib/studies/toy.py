@@ -25,6 +25,7 @@ SMOKE_RUNS = 2_000
 CHUNK_ELEMENTS = 32_768
 # p(x) < 1e-5 out here: a path that ends beyond was thrown by a pole of the noisy classifier.
 FAR = 5.0
+X_MAX = 2.0  # of the check of Proposition 1
 QUANTILES = (0.05, 0.5, 0.99)  # of the distances and bounds of Proposition 2
 
 
@@ -267,19 +268,19 @@ def label_flips(data: TwoGaussians, settings: ToySettings) -> dict[str, Any]:
 # --- The propositions -------------------------------------------------------------------------------------
 
 
-def prop1_hypotheses(data: TwoGaussians, settings: ToySettings, x_max: float = 2.0) -> dict[str, Any]:
-    """Proposition 1's two hypotheses on a grid of x ∈ (0, x_max] and t ∈ [0, 1].
+def prop1_hypotheses(data: TwoGaussians, settings: ToySettings) -> dict[str, Any]:
+    """Proposition 1's two hypotheses on a grid of x ∈ (0, X_MAX] and t ∈ [0, 1].
 
     `slope` is the range of d f₀/dx in the direction of travel, `growth` the smallest 1 + Δt·df₀/dx on
     [0, t*]: if that is positive an Euler step keeps the order of two paths, which the conclusion needs.
-    `push_share` is the share of x ∈ (0, x_max] with f₁ > f₀ for λ > 0, one per level c.
+    `push_share` is the share of x ∈ (0, X_MAX] with f₁ > f₀ for λ > 0, one per level c.
     """
-    x = torch.linspace(0, x_max, 6001, dtype=DTYPE)[1:]
+    x = torch.linspace(0, X_MAX, 6001, dtype=DTYPE)[1:]
     slopes = [data.unguided_slope(x, t) for t in torch.linspace(0, 1, 101, dtype=DTYPE)]
     early = [data.unguided_slope(x, t) for t in time_grid(settings.t_star, settings.n_steps)]
     levels = [torch.tensor(level, dtype=DTYPE) for level in settings.levels]
     return {
-        "x_max": x_max,
+        "x_max": X_MAX,
         "slope": [float(min(s.min() for s in slopes)), float(max(s.max() for s in slopes))],
         "growth": 1 + settings.step * float(min(s.min() for s in early)),
         "push_share": [float((data.guidance(x, c)[0] > 0).double().mean()) for c in levels],

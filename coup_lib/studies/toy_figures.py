@@ -132,6 +132,12 @@ def shares(result: dict[str, Any], key: str, level: int) -> tuple[list[float], l
     ]
 
 
+def rarer(intervals: Sequence[tuple[float, float]]) -> str:
+    """What the intervals per λ say of: the event is rarer at the largest λ than at λ = 0."""
+    (low, high), (last_low, last_high) = intervals[0], intervals[-1]
+    return "holds" if last_high < low else "does not hold" if last_low > high else "is not decided"
+
+
 def _share_lines(axes: Axes, result: dict[str, Any], key: str) -> None:
     """A line with error bars per noise level, labelled at its right end."""
     weights = result["weights"]
@@ -210,10 +216,7 @@ def flip_table(result: dict[str, Any]) -> pd.DataFrame:
             line[f"{label}, λ = 0"] = _percent(share[0], intervals[0])
             line[f"{label}, best λ"] = f"{100 * share[best]:.2f} % (λ = {weights[best]:g})"
             line[f"{label}, λ = {weights[-1]:g}"] = _percent(share[-1], intervals[-1])
-            rarer, more = intervals[-1][1] < intervals[0][0], intervals[-1][0] > intervals[0][1]
-            line[f"{label}: rarer with guidance"] = (
-                "holds" if rarer else "does not hold" if more else "is not decided"
-            )
+            line[f"{label}: rarer with guidance"] = rarer(intervals)
         for key, label in (
             ("outside", "Confidence left (0, 1)"),
             ("far", f"Ends at &#124;x&#124; > {FAR:g}"),
