@@ -396,6 +396,17 @@ def test_what_a_defence_refers_to_is_part_of_it(held, digits, net):
     assert one == same != other
 
 
+def test_what_is_nested_deeply_is_looked_through(digits, net):
+    found = []
+    for core in (1, 2):
+        model = Changed(fresh_noise, net)
+        model.config = ["x", core]
+        for _ in range(100):
+            model.config = ["x", model.config]
+        found.append(fingerprint(model, digits.x))
+    assert found[0] != found[1]
+
+
 # --- what it does ---
 
 

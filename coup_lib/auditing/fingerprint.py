@@ -1,7 +1,7 @@
 """What a defence is, for the names of its records: all that it holds, the code of it, and its answers."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -38,7 +38,7 @@ def fingerprint(model: nn.Module, x: Tensor) -> str:
 
 
 def _content(value: Any, seen: dict[int, Any]) -> str:
-    """What a value is, in text that no address is part of; what was seen before is not looked at again."""
+    """What a value is, in a short text without any address; what was seen before is not looked at again."""
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, np.generic | np.ndarray) and value.dtype != object:
@@ -49,11 +49,8 @@ def _content(value: Any, seen: dict[int, Any]) -> str:
     if id(value) in seen:
         return name
     seen[id(value)] = value  # held, so that its address stays its own
-    return f"{name} {_all(_parts(value), seen)}"
-
-
-def _all(parts: Iterable[Any], seen: dict[int, Any]) -> list[str]:
-    return [_content(part, seen) for part in parts]
+    content = "\n".join([name, *(_content(part, seen) for part in _parts(value))])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _parts(value: Any) -> list[Any]:
