@@ -108,6 +108,11 @@ def setup(app):
 
     app.add_html_math_renderer("mathml", (inline, None), (display, None))
 
+    def included(app, path, docname, content):
+        """The README's links, as seen from the pages that include it."""
+        if path.name == "README.md":
+            content[0] = re.sub(r"\]\((?!https?:|#)", "](../", content[0])
+
     def unbroken(app, doctree):
         """An interval in a table stays on one line."""
         for cell in doctree.findall(nodes.entry):
@@ -116,5 +121,6 @@ def setup(app):
                 text.parent.replace(text, nodes.Text(kept))
 
     app.connect("source-read", titled)
+    app.connect("include-read", included)
     app.connect("doctree-read", unbroken)
     app.connect("autodoc-process-docstring", docstring, priority=100)  # before napoleon

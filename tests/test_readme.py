@@ -190,6 +190,7 @@ VERDICT = (
     "digits/table1_counts_claims",
     "digits/table1_claims",
     "digits/table1_all_attacks",
+    "digits/table1_counts_claims",
     "digits/table3_linf_claims",
     "side_by_side",
     "cifar10-small/fig2b_linf_resnet20",
