@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coup_lib.attacks import margin
+from coup_lib.ascent import margin
 from coup_lib.checks import check_images, check_logits, check_module, described
 from coup_lib.evaluation.identity import of_network
 from coup_lib.evaluation.run import ran_out_of_memory
