@@ -1,24 +1,40 @@
-"""Attacks by name: AutoAttack's through one adapter, with EOT's noise draws batched, and plain PGD."""
+"""Attacks by name: AutoAttack's through one adapter, plain PGD, and those made for random defences."""
 
 import inspect
+import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coup_lib.ascent import (
+    NORM_LABELS,
+    NORMS,
+    BatchedEOT,
+    InParts,
+    Keeping,
+    Kept,
+    Loss,
+    LowFrequency,
+    Selective,
+    cross_entropy,
+    in_parts,
+    low_frequencies,
+    margin,
+    norm_label,
+    project,
+    steepest,
+)
 from coup_lib.checks import (
     ROUNDING,
     check_alike,
     check_images,
     check_labels,
-    check_logits,
     check_module,
     check_network,
     choice,
@@ -27,16 +43,18 @@ from coup_lib.checks import (
 )
 from coup_lib.sde import per_image
 
-NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
-NORMS = tuple(NORM_LABELS)
-STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand")  # those that begin where they are told
+__all__ = ["ATTACKS", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
+
+BY_DRAWS = ("kept", "worst-draw", "em")  # that look at every draw of a random model
+# Those that begin where they are told:
+STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", *BY_DRAWS, "low-frequency")
 SUITES = ("square", "standard")  # run by AutoAttack's own object
 ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
+RESTARTS = ("margin", "ce", "dlr")  # the losses of "em", one after the other
+UNDECIDED = {"margin": 0.0, "ce": math.log(2), "dlr": 0.0}  # what they are where a decision is
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the fewest that a loss compares, where they are more than two
 PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
-
-Loss = Callable[..., Tensor]  # logits (n, K), labels (n,), targets (n,) if there are any → (n,), to be raised
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class AttackResult:
 
     x_adv: (n, C, H, W) in [0, 1], within eps of the images.
     robust: (n,) bool, AutoAttack's own count: right in one clean draw, and in one draw after the attack, or
-        after each of the attacks that "rand" and "standard" consist of.
+        after each of the attacks that "rand" and "standard" consist of; of "worst-draw" in all its draws.
     warnings: what AutoAttack and we said about the model, in order, each once.
     judged: (n,) bool, the same count without the clean draw, for an attack that comes after another one. None
         for `SUITES`, which leave out what the clean draw has lost.
@@ -63,7 +81,13 @@ class Attack:
 
     name: "clean" (no perturbation), "noise" (random, on the surface of the ball), "fgsm" (one step),
         "pgd" (fixed steps of `PGD_STEP`·eps), "apgd-ce", "apgd-dlr", "apgd-margin" (APGD on three losses),
-        "rand" (AutoAttack's: apgd-ce, then apgd-dlr), all with `eot` draws per gradient; "square" (black box)
+        "rand" (AutoAttack's: apgd-ce, then apgd-dlr), all with `eot` draws per gradient; those that look at
+        every one of these draws: "kept" (apgd-ce's climb; the point that the fewest draws got right, see
+        `ascent.Kept`), "worst-draw" (the same images, and its own count: right in every draw at every point,
+        as of an attacker who may submit again; its control is the same count at a tiny eps) and "em" (the
+        gradient of the draws that can be broken together, see `ascent.selected`; a third of n_iter on each of
+        the losses `RESTARTS`, images that are wrong in every draw left out, best point kept);
+        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "square" (black box)
         and "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
         that begins anew with the same noise are judged on the same noise; those in "rand" are not.
     norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
@@ -136,7 +160,8 @@ class Attack:
                 right, judged = predicted == y, None
             else:
                 clean = logits.argmax(1) == y
-                x_adv, judged = self._by_parts(task, clean)
+                counts = _worst_draw(self, task) if self.name == "worst-draw" else None
+                x_adv, judged = counts or self._by_parts(task, clean)
                 right = clean & judged
         return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(said)), judged)
 
@@ -180,13 +205,20 @@ class Attack:
             x_adv = x.clone()
         elif name == "noise":
             shift = torch.randn_like(x)
-            x_adv = (x + self.eps * (shift.sign() if self.norm == "Linf" else _unit(shift))).clamp(0, 1)
+            x_adv = (x + self.eps * steepest(shift, self.norm)).clamp(0, 1)
         elif name == "fgsm":
             x_adv = self._climb(x, self._gradient(task).mean_gradient(x, task.y)[0], x, self.eps)
         elif name == "pgd":
             x_adv = self._pgd(task)
+        elif name == "kept":
+            x_adv = _kept(self, task).x
+        elif name == "em":
+            x_adv = _em(self, task)
+        elif name == "low-frequency":
+            return _low_frequency(self, task)
         else:
-            return _apgd(self, name.removeprefix("apgd-"), task)
+            loss = _loss(self, task, name.removeprefix("apgd-"))
+            return _apgd(self, task, BatchedEOT(task.model, self.eot, self.max_batch, loss))
         return x_adv, x_adv
 
     def _pgd(self, task: "_Task") -> Tensor:
@@ -208,23 +240,81 @@ class Attack:
 
     def _climb(self, x_adv: Tensor, slope: Tensor, x: Tensor, step: float) -> Tensor:
         """A step along the sign of the slope (L2: its unit vector), kept in the ball around x."""
-        direction = slope.sign() if self.norm == "Linf" else _unit(slope)
-        return project(x_adv + step * direction, x, self.norm, self.eps)
+        return project(x_adv + step * steepest(slope, self.norm), x, self.norm, self.eps)
 
 
-def _apgd(attack: Attack, loss: str, task: "_Task") -> tuple[Tensor, Tensor]:
+def _apgd(attack: Attack, task: "_Task", draws: BatchedEOT) -> tuple[Tensor, Tensor]:
     """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
 
     The first is kept: images never seen misclassified would otherwise come back clean, and could not be
     used against another defence or on other noise. AutoAttack judges by the second.
     """
-    theirs = _suite(attack, task).apgd
-    raised = {"ce": cross_entropy, "dlr": theirs.dlr_loss, "margin": margin}[loss]
-    apgd = _batched(attack, theirs, task, raised, attack.eot)
-    apgd.loss = "dlr" if loss == "dlr" else "ce"  # with "dlr" it warns of zero gradients
+    apgd = _batched(attack, _suite(attack, task).apgd, task, draws)
+    apgd.loss = "dlr" if attack.name == "apgd-dlr" else "ce"  # with "dlr" it warns of zero gradients
     apgd.init_hyperparam(task.x)
     best, right, _, wrong = apgd.attack_single_run(task.x, task.y, x_init=task.start)
     return best, torch.where(per_image(right, wrong), task.x, wrong)
+
+
+def _loss(attack: Attack, task: "_Task", name: str) -> Loss:
+    """APGD's loss of this name: "ce", "dlr" or "margin"."""
+    return {"ce": cross_entropy, "dlr": _suite(attack, task).apgd.dlr_loss, "margin": margin}[name]
+
+
+def _kept(attack: Attack, task: "_Task") -> Kept:
+    """What the climb of apgd-ce leaves, if every draw of every gradient is looked at."""
+    kept = Kept(task.x)
+    draws = Keeping(task.model, attack.eot, attack.max_batch, cross_entropy, kept)
+    _apgd(attack, task, draws)
+    _say_alike(attack, task, draws)
+    return kept
+
+
+def _worst_draw(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
+    """(the images of `_kept`, which of them no draw at any point got wrong).
+
+    An image that is lost anywhere is kept from a point where it is (DiffBreak, NeurIPS 2025; DiffHammer).
+    """
+    kept = _kept(attack, task)
+    return kept.x, kept.right == 1
+
+
+def _em(attack: Attack, task: "_Task") -> Tensor:
+    """The best point for each image of restarts by several losses (Wang et al.'s DiffHammer, NeurIPS 2024).
+
+    They start anew at random, and leave out the images that were wrong in every draw at some point before.
+    """
+    kept, left = Kept(task.x), torch.arange(len(task.x), device=task.x.device)
+    possible = [loss for loss in RESTARTS if task.classes >= CLASSES.get(f"apgd-{loss}", 2)]
+    few = [f"{loss} compares {CLASSES[f'apgd-{loss}']} classes" for loss in RESTARTS if loss not in possible]
+    task.said.extend([f"left out, as the model has {task.classes} classes: {', '.join(few)}"] if few else [])
+    short = replace(attack, n_iter=max(1, attack.n_iter // len(possible)))
+    part = task
+    for loss in possible:
+        given = task.model, attack.eot, attack.max_batch, _loss(attack, task, loss), kept, left
+        draws = Selective(*given, undecided=UNDECIDED[loss], norm=attack.norm, eps=attack.eps)
+        _apgd(short, part, draws)
+        left = (kept.right > 0).nonzero()[:, 0]
+        if not len(left):
+            break
+        part = replace(task, x=task.x[left], y=task.y[left], start=None)
+    _say_alike(attack, task, draws)
+    return kept.x
+
+
+def _low_frequency(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
+    """As `_apgd`, by the cross-entropy's low frequencies; also the random start has no others."""
+    noise = low_frequencies(torch.randn_like(task.x))
+    start = attack._climb(task.x, noise, task.x, attack.eps) if task.start is None else task.start
+    if max(task.x.shape[2:]) == 1:
+        task.said.append("low-frequency: images of one pixel have no high frequencies to leave out")
+    draws = LowFrequency(task.model, attack.eot, attack.max_batch, cross_entropy)
+    return _apgd(attack, replace(task, start=start), draws)
+
+
+def _say_alike(attack: Attack, task: "_Task", draws: Keeping) -> None:
+    if attack.eot > 1 and draws.alike:
+        task.said.append(f"{attack.name}: the model's draws are all alike, so that one would do")
 
 
 def _suite(attack: Attack, task: "_Task") -> Any:
@@ -242,8 +332,11 @@ def _suite(attack: Attack, task: "_Task") -> Any:
         targeted.y_target = target  # where AutoAttack's loss looks for it
         return targeted.dlr_loss_targeted(logits, y)
 
-    suite.apgd = _batched(attack, suite.apgd, task, cross_entropy)
-    suite.apgd_targeted = _batched(attack, targeted, task, targeted_loss, n_target_classes=targets)
+    single, aimed = (
+        BatchedEOT(task.model, 1, attack.max_batch, loss) for loss in (cross_entropy, targeted_loss)
+    )
+    suite.apgd = _batched(attack, suite.apgd, task, single)
+    suite.apgd_targeted = _batched(attack, targeted, task, aimed, n_target_classes=targets)
     fab.n_iter, fab.n_target_classes = attack.n_iter, targets
     slopes = fab.get_diff_logits_grads_batch_targeted
     fab.get_diff_logits_grads_batch_targeted = partial(in_parts, slopes, attack.max_batch)
@@ -252,120 +345,10 @@ def _suite(attack: Attack, task: "_Task") -> Any:
     return suite
 
 
-def _batched(attack: Attack, apgd: Any, task: "_Task", loss: Loss, eot: int = 1, **more: Any) -> Any:
-    """The same APGD anew, on `BatchedEOT`: its schedule follows from n_iter when it is made."""
-    batched = BatchedEOT(task.model, eot, attack.max_batch, loss)
+def _batched(attack: Attack, apgd: Any, task: "_Task", draws: BatchedEOT, **more: Any) -> Any:
+    """The same APGD anew, on our draws: its schedule follows from n_iter when it is made."""
     ours = {"n_iter": attack.n_iter, "norm": attack.norm, "eps": attack.eps, "seed": attack.seed} | more
-    return type(apgd)(batched, device=apgd.device, logger=_logger(task.said), is_tf_model=True, **ours)
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """(n,) from logits (n, K) and labels (n,)."""
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The highest other logit minus the true one, (n,): Carlini and Wagner's difference of logits."""
-    true = F.one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
-
-
-def norm_label(norm: str) -> str:
-    """The norm as AutoAttack spells it, from a name in any case; ValueError for an unknown one."""
-    return NORM_LABELS[choice("norm", str(norm).lower(), NORMS)]
-
-
-def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
-    """x_adv (n, C, H, W) moved into the eps-ball around x, and into [0, 1]."""
-    shift = x_adv - x
-    if norm_label(norm) == "Linf":
-        return (x + shift.clamp(-eps, eps)).clamp(0, 1)
-    length = per_image(shift.flatten(1).norm(dim=1), x)
-    return (x + shift * (eps / length.clamp_min(eps))).clamp(0, 1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Each image of x (n, C, H, W) divided by its L2 norm; a zero image stays zero."""
-    return x / per_image(x.flatten(1).norm(dim=1).clamp_min(1e-30), x)
-
-
-def in_parts(function: Callable[..., Sequence[Tensor]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(*rows), rows of n images each, called on `size` at most; its results put together."""
-    parts = zip(*(values.split(size) for values in rows), strict=True)
-    return tuple(map(torch.cat, zip(*(function(*part) for part in parts), strict=True)))
-
-
-class InParts(nn.Module):
-    """A model that is called with max_batch images at most, whatever it is asked."""
-
-    def __init__(self, model: nn.Module, max_batch: int) -> None:
-        super().__init__()
-        self.model, self.max_batch, self.classes = model, max_batch, 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, K) of x (n, C, H, W); of no images too, which Square asks for where logits are tied."""
-        if not len(x):
-            return x.new_zeros(0, self.classes)
-        logits = torch.cat([check_logits(self.model(part), part) for part in x.split(self.max_batch)])
-        self.classes = logits.shape[1]
-        return logits
-
-
-class BatchedEOT:
-    """A model's loss and gradient averaged over noise draws, all draws in one call.
-
-    AutoAttack's APGD asks the model for one draw after the other. Its interface for models that bring their
-    own gradients (made for TensorFlow) lets us answer at once: same average, one batch. As in AutoAttack,
-    the logits and the loss that APGD sees are those of the last draw.
-
-    At most max_batch images are differentiated at once. The noise is drawn in the same order whatever that
-    is: draw after draw of all images.
-    """
-
-    def __init__(self, model: nn.Module, eot: int, max_batch: int, loss: Loss) -> None:
-        self.model, self.loss = model, loss
-        self.eot, self.max_batch = count("eot", eot), count("max_batch", max_batch)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Logits (n, K) of one draw."""
-        with torch.no_grad():
-            return InParts(self.model, self.max_batch)(x)
-
-    def get_logits_loss_grad_xent(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (n, K), loss (n,) and its mean gradient, like x, under the name that APGD calls for "ce".
-
-        labels: (n,) each, what the loss takes beside the logits.
-        """
-        logits, losses, gradient = self._draws(x, *labels)
-        return logits, losses[-1], gradient
-
-    get_logits_loss_grad_dlr = get_logits_loss_grad_target = get_logits_loss_grad_xent
-
-    def mean_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, like x, and the loss (n,), both averaged over the draws."""
-        _, losses, gradient = self._draws(x, y)
-        return gradient, losses.mean(0)
-
-    def _draws(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits (n, K) of the last draw, losses (eot, n), the mean gradient)."""
-        total, losses = torch.zeros_like(x), []
-        draws_at_once = max(1, self.max_batch // len(x))
-        for first in range(0, self.eot, draws_at_once):
-            draws = min(draws_at_once, self.eot - first)
-            rows = x.detach().repeat(draws, 1, 1, 1), *(values.repeat(draws) for values in labels)
-            logits, loss, gradient = in_parts(self._one, self.max_batch, *rows)
-            total += gradient.reshape(draws, *x.shape).sum(0)
-            losses.append(loss.reshape(draws, -1))
-        return logits[-len(x) :], torch.cat(losses), total / self.eot
-
-    def _one(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, losses, gradient) of one draw for each x, in one call."""
-        with torch.enable_grad():
-            x = x.requires_grad_()
-            logits = self.model(x)
-            loss = self.loss(logits, *labels)
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-        return logits.detach(), loss.detach(), gradient
+    return type(apgd)(draws, device=apgd.device, logger=_logger(task.said), is_tf_model=True, **ours)
 
 
 def autoattack_class() -> type:

@@ -1,5 +1,6 @@
 """Purifiers as wrappers: around a score, and around a classifier (Algorithm 1)."""
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import Callback, solve, time_grid
 
 STRIDE = 0x9E3779B1  # between the seeds of one image's purifications
+VOTES = ("probabilities", "logits")  # what `Vote` averages
 
 
 class StochasticPurifier(nn.Module):
@@ -208,12 +210,51 @@ class Averaged(Purified):
         """Mean logits (B, K); an image's seed (B,) fixes all of its purifications."""
         check_images(x, self.purifier.margin)
         if seeds is not None:
-            check_seeds(seeds, x)
-            # An odd stride: of a seed, torch's generator on the CPU takes the low 32 bits only.
-            places = torch.arange(self.draws, device=seeds.device)
-            seeds = ((seeds[:, None] + places * STRIDE) % 2**62).flatten()
+            seeds = _spread(seeds, self.draws, x).flatten()
         logits = super().forward(x.repeat_interleave(self.draws, dim=0), seeds)
         return logits.unflatten(0, (len(x), self.draws)).mean(1)
+
+
+def _spread(seeds: Tensor, draws: int, x: Tensor) -> Tensor:
+    """(B, draws), the seeds of several purifications of each image of x from one seed (B,) each."""
+    check_seeds(seeds, x)
+    # An odd stride: of a seed, torch's generator on the CPU takes the low 32 bits only.
+    places = torch.arange(draws, device=seeds.device)
+    return (seeds[:, None] + places * STRIDE) % 2**62
+
+
+class Vote(nn.Module):
+    """Decides by several draws of any random module, so that an attack can aim at a defender who votes.
+
+    Every draw is a call of its own, for a module whose images of a call share their noise.
+
+    Args:
+        model: images in, logits (B, K) out, on noise that it draws itself.
+        draws: N, behind each decision.
+        by: "probabilities", whose mean is a majority with a gradient, or "logits", as `Averaged`.
+
+    Raises:
+        ValueError: for what is no module, an unknown rule, or no whole number of draws.
+    """
+
+    def __init__(self, model: nn.Module, draws: int, by: str = "probabilities") -> None:
+        super().__init__()
+        check_module("model", model)
+        self.model, self.draws, self.by = model, count("draws", draws), choice("by", by, VOTES)
+        self.training = False  # the model's own mode is its own affair: some draw their noise in train mode
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """The mean logits (B, K), or the logarithm of the mean probabilities.
+
+        seeds: (B,), if the model takes any: an image's fixes all of its draws.
+        """
+        given = (
+            [()] * self.draws if seeds is None else [(s,) for s in _spread(seeds, self.draws, x).unbind(1)]
+        )
+        logits = torch.stack([check_logits(self.model(x, *seed), x) for seed in given])
+        if self.by == "logits":
+            return logits.mean(0)
+        return logits.log_softmax(2).logsumexp(0) - math.log(self.draws)
 
 
 class FixedNoise(nn.Module):

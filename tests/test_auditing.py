@@ -413,7 +413,7 @@ def test_what_is_nested_deeply_is_looked_through(digits, net):
 def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_others(digits, net, tmp_path):
     found = smoke({"mine": (nn.Identity(), net), "plain": net}, digits.x, digits.y, tmp_path)
     mine, plain = (found.measured.rows[name] for name in ("mine", "plain"))
-    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "standard", "square"}
+    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "low", "standard", "square"}
     assert {key for key in plain if isinstance(key, str)} == own
     assert {key for key in mine if isinstance(key, str)} == own | {"bpda-ce", "bpda-margin"}
     assert {key.column for key in mine if isinstance(key, Transfer)} == {
@@ -421,9 +421,18 @@ def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_other
         "long",
         "dlr",
         "margin",
+        "low",
         "square",
     }
     assert {*found.measured.eps["mine"]} == {0.0, EPS, 0.3, 0.5}
+
+
+def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_path):
+    plain = probe(net, digits.x, digits.y)
+    settings = protocol.AuditSettings("it", "linf", EPS, 8, 2, 2, 1, 5, 2, torch.device("cpu"), 64, 0)
+    rows = [protocol.attacks("it", [], replace(plain, noise=noise), settings) for noise in ("none", "image")]
+    assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em"}
+    assert rows[1]["em"][1].eot is None and rows[0]["low"][1].eot == 1
 
 
 def test_a_defences_other_gradients_by_name(digits, net, tmp_path):
@@ -614,6 +623,7 @@ HONEST = {
         ({"fgsm": 0.2}, "an attack that sees less is stronger"),
         ({"long": 0.3}, "more iterations still find something"),
         ({"margin": 0.3}, "another loss is stronger than the cross-entropy"),
+        ({"em": 0.2, "kept": 0.2, "low": 0.2, "bpda-ce": 0.2}, None),
         ({"single": 0.6}, "its noise hides the gradient"),
         (dict.fromkeys(("ce", "long", "dlr", "margin", "fgsm", "square"), 0.94) | {"bpda-ce": 0.1},
          "random noise does as much as the gradient"),

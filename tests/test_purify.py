@@ -5,14 +5,17 @@ import torch
 from closed_forms import small_problem
 from torch import nn
 
+from coup_lib.attacks import Attack
 from coup_lib.checks import ROUNDING
 from coup_lib.guidance import Guided, to_state
 from coup_lib.purify import (
     STRIDE,
+    VOTES,
     Averaged,
     FixedNoise,
     Purified,
     Purifier,
+    Vote,
     coup,
     diffpure,
     reverse_only,
@@ -241,6 +244,59 @@ def test_averaged_draws_fresh_noise_for_every_purification():
     singles = classifier(averaged.purifier(x.repeat_interleave(3, dim=0)))
     torch.testing.assert_close(logits, singles.reshape(5, 3, 3).mean(1))
     assert singles.reshape(5, 3, 3).std(1).min() > 0
+
+
+@pytest.mark.parametrize("by", VOTES)
+def test_a_vote_is_the_mean_of_its_draws(by):
+    """Of logits or of probabilities, with its gradient; of logits it is `Averaged`, seed for seed."""
+    score, classifier, x = small_problem()
+    averaged = Averaged(classifier, Purifier(Guided(score, classifier), n_steps=4), draws=3)
+    single, seeds = Purified(averaged.classifier, averaged.purifier), torch.tensor([5, 2**62 - 1, 7, 0, 5])
+    vote, x = Vote(single, 3, by), x.requires_grad_()
+    if by == "logits":
+        expected = averaged(x, seeds)
+    else:
+        draws = [single(x, (seeds + k * STRIDE) % 2**62).softmax(1) for k in range(3)]
+        expected = (sum(draws) / 3).log()
+    torch.testing.assert_close(vote(x, seeds), expected, rtol=0, atol=1e-13)
+    slopes = [torch.autograd.grad(logits[:, 0].sum(), x)[0] for logits in (vote(x, seeds), expected)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-12)
+    assert not torch.equal(vote(x), vote(x))  # without seeds fresh noise
+
+
+class Coin(nn.Module):
+    """Surely right in a call with probability 0.7, of all images at once, else surely wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        right = torch.rand(1, generator=self.generator) < 0.7
+        logits = torch.tensor([[50.0, 0.0]] if right else [[0.0, 50.0]])
+        return logits.expand(len(x), 2) + 0 * x.flatten(1)[:, :2]
+
+
+def test_a_vote_by_probabilities_is_a_majority():
+    """Right with the probability that three or more of five are, 0.83692; every draw is a call of its own."""
+    vote, x = Vote(Coin(), 5), torch.rand(2, 1, 2, 2)
+    right = torch.stack([vote(x).argmax(1) == 0 for _ in range(2000)]).double()
+    assert abs(float(right[:, 0].mean()) - 0.83692) < 4 * (0.837 * 0.163 / 2000) ** 0.5
+    found = Attack("apgd-ce", "Linf", 0.1, n_iter=2, eot=2)(Vote(Coin().eval(), 5), x, torch.zeros(2).long())
+    assert found.x_adv.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.relu, 3), "model: expected a torch.nn.Module"),
+        ((Coin(), 0), "draws: expected a number greater than 0; got 0"),
+        ((Coin(), 3, "hands"), "by: expected one of probabilities, logits; got 'hands'"),
+    ],
+)
+def test_a_vote_that_cannot_be_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Vote(*given)
 
 
 @pytest.mark.parametrize("seeded", [True, False])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coup_lib.attacks import margin
+from coup_lib.ascent import margin
 from coup_lib.auditing.defence import CALLS, logits_of
 from coup_lib.evaluation.run import ran_out_of_memory
 from coup_lib.gradients import generators, restored

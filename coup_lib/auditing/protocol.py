@@ -136,6 +136,9 @@ def attacks(
             row[loss] = f"APGD-{loss}", spec
         if found.random:
             row["single"] = "APGD-ce, one draw a gradient", AttackSpec("apgd-ce", name, eot=1)
+            row["kept"] = "APGD-ce, kept by all draws", AttackSpec("kept", name)
+            row["em"] = "EM selection of draws", AttackSpec("em", name)
+        row["low"] = "APGD-ce, low frequencies", AttackSpec("low-frequency", name, **more)
         row["standard"] = "AutoAttack standard", AttackSpec("standard", name)
     for gradient in gradients:
         label = gradient.replace("_", "-") if gradient != "bpda" else "BPDA"

@@ -40,20 +40,30 @@ TOLERANCE = 2.0  # points that a larger effort may still win
 NOISE_TOLERANCE = 5.0  # points that random noise of size eps may cost
 
 # What is tried on the other defences, too: what spent the whole number of iterations, and other losses.
-TRANSFERRED = ("exact", "first_order", "restart", "dlr", "margin", "pgd", "pgd_first_order")
+TRANSFERRED = (
+    *("exact", "first_order", "restart", "dlr", "margin", "pgd", "pgd_first_order"),
+    *("kept", "kept_first_order", "em", "em_first_order"),
+)
 # What does not suit an undefended classifier, which has one gradient and no noise.
-FOR_PURIFIERS = ("first_order", "adjoint", "bpda", "coarse", "eot", "pgd_first_order", "warm", "fixed")
+FOR_PURIFIERS = (
+    *("first_order", "adjoint", "bpda", "coarse", "eot", "pgd_first_order", "warm", "fixed"),
+    *("kept", "em", "low_first_order"),
+)
+# What each attack on these columns counted itself: images that no draw at any point got wrong.
+COUNTED = {"kept": "any_draw", "kept_first_order": "any_draw_first_order"}
 
 
 def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | None]]:
     """Name → (label, source) of everything that a defence faces; what sees less of the defence comes last.
 
-    Exact, first-order, the restart and the fixed noise take all of the configuration's iterations, PGD takes
-    `PGD_FACTOR` times as many, the rest of APGD half: the convergence check shows what that half is worth.
+    Exact, first-order, the restart, the fixed noise, what all draws keep and what EM selects take all of the
+    configuration's iterations, PGD takes `PGD_FACTOR` times as many, the rest half: the convergence check
+    shows what that half is worth. "worst-draw" leaves the images that "kept" leaves, and counts besides.
     Its shorter runs have no label. Labels without a source belong to what `per_image_accuracy` adds.
     """
     half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
     many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
+    looks = (config.n_iter + 1) * config.eot
 
     def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
         return against(f"apgd-{loss}", target, gradient, **more)
@@ -77,6 +87,20 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
         "pgd": (f"PGD-{many}, exact", against("pgd", target, n_iter=many)),
         "pgd_first_order": (f"PGD-{many}, first-order", against("pgd", target, "first_order", n_iter=many)),
     }
+    for suffix, gradient in (("", "exact"), ("_first_order", "first_order")):
+        name = gradient.replace("_", "-")
+        found |= {
+            f"kept{suffix}": (
+                f"APGD-ce, {name}, kept by all draws",
+                against("worst-draw", target, gradient),
+            ),
+            f"any_draw{suffix}": (f"APGD-ce, {name}, lost once any of {looks} draws is wrong", None),
+            f"em{suffix}": (f"EM selection of draws, {name}", against("em", target, gradient)),
+            f"low{suffix}": (
+                f"APGD-ce, {name}, low frequencies",
+                against("low-frequency", target, gradient, n_iter=half),
+            ),
+        }
     surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
     for name in ("none", "reverse"):
         start = against("apgd-ce", name)
@@ -124,14 +148,15 @@ def per_image_accuracy(columns: Columns, recorded: Mapping[str, WorstCase]) -> P
     """Defence → name → share of right draws of each image, (n,).
 
     Added are "recorded", the worst case on record; "transferred", the worst of the attacks on other defences
-    that have no name of their own; "two_runs", the worse of the exact attack and its restart; and
-    "fixed_own", the fixed-noise attack judged on the very noise that it was made for.
+    that have no name of their own; "two_runs", the worse of the exact attack and its restart; "fixed_own",
+    the fixed-noise attack judged on the very noise that it was made for; and the counts of `COUNTED`.
     """
     found: PerImage = {}
     for defence, row in columns.items():
         found[defence] = {name: score.right for name, score in direct(row).items()}
         if "fixed" in row:
             found[defence]["fixed_own"] = row["fixed"].counted
+        found[defence] |= {count: row[name].counted for name, count in COUNTED.items() if name in row}
         found[defence]["two_runs"] = worst_of([row["exact"], row["restart"]])
         found[defence]["transferred"] = worst_of([*transferred(row).values()])
         found[defence]["recorded"] = recorded[defence].right
