@@ -430,7 +430,7 @@ def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_other
 def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_path):
     plain = probe(net, digits.x, digits.y)
     settings = protocol.AuditSettings("it", "linf", EPS, 8, 2, 2, 1, 5, 2, torch.device("cpu"), 64, 0)
-    rows = [protocol.attacks("it", [], replace(plain, noise=noise), settings) for noise in ("none", "image")]
+    rows = [protocol.attacks("it", [], replace(plain, random=random), settings) for random in (False, True)]
     assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em"}
     assert rows[1]["em"][1].eot is None and rows[0]["low"][1].eot == 1
 
