@@ -187,7 +187,6 @@ def test_every_number_of_the_verdict_stands_in_a_committed_table():
 
 
 VERDICT = (
-    "digits/table1_counts_claims",
     "digits/table1_claims",
     "digits/table1_all_attacks",
     "digits/table1_counts_claims",
