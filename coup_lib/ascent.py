@@ -196,7 +196,7 @@ class Keeping(BatchedEOT):
 class Selective(Keeping):
     """The gradient of those draws that a common direction can break, see `selected`.
 
-    undecided: what the loss is where a decision is. norm, eps: of the ball.
+    undecided: the loss at the edge of a wrong decision. norm, eps: of the ball.
     """
 
     def __init__(self, *given: Any, undecided: float, norm: str, eps: float) -> None:

@@ -52,7 +52,11 @@ SUITES = ("square", "standard")  # run by AutoAttack's own object
 ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
 RESTARTS = ("margin", "ce", "dlr")  # the losses of "em", one after the other
-UNDECIDED = {"margin": 0.0, "ce": math.log(2), "dlr": 0.0}  # what they are where a decision is
+UNDECIDED = {
+    "margin": 0.0,
+    "ce": math.log(2),
+    "dlr": 0.0,
+}  # their values at the edge of a wrong decision; of ce at probability 1/2
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the fewest that a loss compares, where they are more than two
 PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
 
@@ -287,7 +291,8 @@ def _em(attack: Attack, task: "_Task") -> Tensor:
     kept, left = Kept(task.x), torch.arange(len(task.x), device=task.x.device)
     possible = [loss for loss in RESTARTS if task.classes >= CLASSES.get(f"apgd-{loss}", 2)]
     few = [f"{loss} compares {CLASSES[f'apgd-{loss}']} classes" for loss in RESTARTS if loss not in possible]
-    task.said.extend([f"left out, as the model has {task.classes} classes: {', '.join(few)}"] if few else [])
+    if few:
+        task.said.append(f"left out, as the model has {task.classes} classes: {', '.join(few)}")
     short = replace(attack, n_iter=max(1, attack.n_iter // len(possible)))
     part = task
     for loss in possible:
