@@ -49,7 +49,9 @@ def test_what_is_published_are_the_tables_and_the_records_of_the_run(checkout, c
     run(512)
     assert there(checkout) == ["measured.json", "table1.csv", "table1.md"]
     assert len(store.published(checkout / "results" / "digits")) == 1
-    assert "published: 2 figures and tables" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "published: 2 figures and tables" in said
+    assert str(paths.ROOT) not in said  # it is committed with a notebook's output
 
 
 def test_attacked_images_are_not_published(checkout):

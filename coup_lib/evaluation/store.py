@@ -198,4 +198,4 @@ def move(records: Iterable[Path], results: Path) -> None:
         publish(there, [json.loads(path.read_text()) for path in files])
         for path in files:
             path.unlink()
-        print(f"{there}: {len(files)} records published; {len(published(there))} there are")
+        print(f"results/{there.name}: {len(files)} records published; {len(published(there))} there are")

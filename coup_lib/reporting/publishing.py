@@ -69,7 +69,7 @@ def _publish(written: Iterable[Path], made: Iterable[Path]) -> None:
         write_atomically(there, partial(shutil.copy, path))
         if settings := _measured(path.parent).get(path.name):
             _remember(there.parent, {path.name: settings})
-    print(f"published: {len(written)} figures and tables in {paths.ROOT / 'figures'}, and their records")
+    print(f"published: {len(written)} figures and tables in figures/, and their records in results/")
 
 
 def _published(path: Path) -> Path:
