@@ -21,7 +21,15 @@ from coup_lib.evaluation import run as evaluate
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.noise import image_seeds
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_case, worst_of
+from coup_lib.evaluation.outcomes import (
+    Accuracy,
+    Difference,
+    Predictions,
+    Transfer,
+    most_frequent,
+    worst_case,
+    worst_of,
+)
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.specs import CLEAN
@@ -56,6 +64,8 @@ def test_ways_of_counting():
     assert found.decided("single").tolist() == [1, 0.75, 0.25]
     assert found.decided("worst_draw").tolist() == [1, 0, 0]
     assert found.decided("majority").tolist() == [1, 1, 0]
+    draws = np.array([[2, 0, 0, 2], [-1, -1, 1, 1], [3, 3, 1, -1], [-1, -1, -1, 0]])  # -1 is no answer
+    assert most_frequent(draws).tolist() == [0, -1, 3, -1]
     assert found.decided("averaged").tolist() == [1, 0, 0]
     assert found.counted.tolist() == [1.0, 1.0, 0.0]
 

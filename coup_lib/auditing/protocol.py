@@ -13,7 +13,7 @@ from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import DECIDE, image_seeds
-from coup_lib.evaluation.outcomes import Predictions, worst_case
+from coup_lib.evaluation.outcomes import Predictions, most_frequent, worst_case
 from coup_lib.evaluation.run import Runner, classes_of, predict
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
 
@@ -243,16 +243,11 @@ def _decided(
             votes = np.array(drawn["classes"])[:, : max(counts) // n * n].reshape(len(y), -1, n)
             ruled = {
                 "worst": (votes == y[:, None, None]).all(2),
-                "majority": _most_frequent(votes) == y[:, None],
+                "majority": most_frequent(votes) == y[:, None],
                 "average": np.array(drawn[f"average_{n}"]) == y[:, None],
             }
             found |= {(kind, rule, n): right.mean(1) for rule, right in ruled.items()}
     return found
-
-
-def _most_frequent(votes: np.ndarray) -> np.ndarray:
-    """(n, groups), the class that most of (n, groups, N) vote for; of tied ones the smallest."""
-    return (votes[..., None] == np.arange(max(votes.max(), 0) + 1)).sum(2).argmax(2)
 
 
 def _many_draws(runner: Runner, name: str, x: Tensor, counts: Sequence[int]) -> dict[str, Any]:

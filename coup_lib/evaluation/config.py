@@ -6,6 +6,7 @@ import difflib
 import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -197,9 +198,7 @@ class Config:
     num_shards: int = 1
 
     def __post_init__(self) -> None:
-        def fill(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
+        fill = partial(object.__setattr__, self)
         profile = PROFILES[choice("profile", self.profile, PROFILES)]
         choice("purpose", self.purpose, PURPOSES)
         choice("budget", self.budget, BUDGETS)

@@ -109,8 +109,8 @@ class Predictions:
             return self.right
         if rule == "worst_draw":
             return (self.right == 1).astype(float)
-        votes = np.array([np.bincount(row).argmax() for row in self.report])
-        return ((votes if rule == "majority" else self.average) == self.labels).astype(float)
+        decided = most_frequent(self.report) if rule == "majority" else self.average
+        return (decided == self.labels).astype(float)
 
 
 # Ways to decide an image from several draws; a tied majority goes to the smallest class index.
@@ -137,6 +137,11 @@ def direct(row: Mapping[Any, Predictions]) -> dict[str, Predictions]:
 def transferred(row: Mapping[Any, Predictions]) -> dict[Transfer, Predictions]:
     """What was made against other defences and has no column of its own in a target's row of scores."""
     return {key: score for key, score in row.items() if isinstance(key, Transfer)}
+
+
+def most_frequent(classes: np.ndarray) -> np.ndarray:
+    """The class that most of N draws (..., N) decide for, (...); of tied ones the smallest, -1 is none."""
+    return (classes[..., None] == np.arange(-1, classes.max() + 1)).sum(-2).argmax(-1) - 1
 
 
 def right_draws(report: Any, labels: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One digit, attacked and purified with and without guidance (notebook 11)."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,7 @@ class Choice:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def fill(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
+        fill = partial(object.__setattr__, self)
         fill("index", count("index", self.index, split_size("digits", "test") - 1, low=0))
         fill("eps", number("eps", self.eps, -1e-9, 1))
         fill("t_star", number("t_star", self.t_star, 1e-3, 0.3))

@@ -8,6 +8,7 @@ paths, so two settings can be compared run by run.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -60,9 +61,7 @@ class ToySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def fill(name: str, value: float) -> None:
-            object.__setattr__(self, name, value)
-
+        fill = partial(object.__setattr__, self)
         for name in ("n_runs", "n_steps"):
             fill(name, count(name, getattr(self, name)))
         fill("seed", count("seed", self.seed, 2**31, low=0))

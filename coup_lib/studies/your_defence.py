@@ -1,6 +1,7 @@
 """What notebook 10 is asked for: an audit of a defence that is made in the notebook itself."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ class Parameters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def fill(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
+        fill = partial(object.__setattr__, self)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         fill("eps", number("eps", self.eps, 0))
         choice("budget", self.budget, EFFORTS)
