@@ -52,7 +52,9 @@ def experiment(
         bpda = {column(eot): against("pgd", defence, "bpda", n_iter=N_ITER, eot=eot) for eot in counts}
         exact = against("pgd", defence, n_iter=N_ITER, eot=config.eot)
         rows[defence] = {"clean": CLEAN} | bpda | {"exact": exact}
-    return Experiment(replace(config, n_draws=purifications or PURIFICATIONS[config.budget]), rows)
+    if purifications is None:
+        purifications = PURIFICATIONS[config.budget]
+    return Experiment(replace(config, n_draws=count("purifications", purifications)), rows)
 
 
 def column(eot: int) -> str:
