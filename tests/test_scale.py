@@ -204,14 +204,18 @@ def test_missing_networks_are_named_once_before_any_shard_starts(tmp_path):
     np.savez(tmp_path / "cifar10_exact_subset.npz", **images, idx_train=np.arange(40))
     environment = {name: value for name, value in os.environ.items() if name != "COUP_SMOKE"}
     environment |= {"COUP_DATA": str(tmp_path), "COUP_MODELS": str(tmp_path / "none")}
-    config = ["profile=cifar10", "shards=36", "runs=02_ablation", "parameters=-p subset first"]
+    given = "parameters=-p subset first -p norm l2"  # in which norm a robust classifier guides in 08
+    config = ["profile=cifar10", "shards=36", "runs=02_ablation 08_beyond", given]
     run = snakemake(
         tmp_path, "--cores", "2", "--retries", "2", "--keep-going", "--config", *config, env=environment
     )
     said = run.communicate(timeout=600)[0]
     assert run.returncode and "rule shard" not in said
     assert said.count("wrn-70-16-dropout.pt") == 1
-    assert all(name in said for name in ("cifar10/Linf/Standard.pt", "cifar10/score/checkpoint_8.pth"))
+    robust = "cifar10/L2/Wang2023Better_WRN-28-10.pt"
+    assert all(
+        name in said for name in ("cifar10/Linf/Standard.pt", "cifar10/score/checkpoint_8.pth", robust)
+    )
 
 
 def kill_one(group, results, line):
