@@ -1,5 +1,6 @@
 """What inputs have to be: every error names what was expected and what came."""
 
+import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -107,6 +108,17 @@ def check_logits(logits: Any, x: Tensor) -> Tensor:
         expected = f"logits ({len(x)}, K) of two classes or more"
         raise ValueError(f"classifier: expected {expected}; got {described(logits)}")
     return logits
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether what is to be logits (B, K) are probabilities."""
+    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all())
+
+
+def warn_of_probabilities(name: str, logits: Tensor, what: str) -> None:
+    """Warn of a classifier that gives probabilities; `what` says what comes of it."""
+    if are_probabilities(logits):
+        warnings.warn(f"the {name} returns probabilities, not logits: {what}", stacklevel=3)
 
 
 def check_like(name: str, answer: Any, x: Tensor) -> Tensor:

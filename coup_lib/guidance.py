@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coup_lib.checks import check_like, check_logits, count, number
+from coup_lib.checks import check_like, check_logits, count, number, warn_of_probabilities
 from coup_lib.hessian import frozen_layers
 from coup_lib.score import agreed_sde, sde_of
 from coup_lib.sde import VPSDE
@@ -17,6 +18,7 @@ WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance wi
 
 POWER = 2.0  # of the smoothed maximum
 
+_asked: WeakSet[nn.Module] = WeakSet()  # the guides that have answered, of which one warning is enough
 _constant = ContextVar("guidance is a constant", default=False)
 
 
@@ -32,7 +34,11 @@ def to_state(image: Tensor) -> Tensor:
 
 def log_confidence(classifier: nn.Module, x: Tensor) -> Tensor:
     """log max_y p(y|x), (B,), at the state x (B, C, H, W) in [-1, 1]; the classifier sees it in [0, 1]."""
-    return F.log_softmax(check_logits(classifier(to_image(x)), x), dim=1).amax(dim=1)
+    logits = check_logits(classifier(to_image(x)), x)
+    if classifier not in _asked:
+        _asked.add(classifier)
+        warn_of_probabilities("guide", logits, "guidance by them is weak")
+    return F.log_softmax(logits, dim=1).amax(dim=1)
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -164,8 +170,8 @@ class GuidanceInterval(Guided):
 
     def __init__(self, guided: Guided, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__(guided.score, guided.classifier, guided.weight)
-        if not low <= high:
-            raise ValueError(f"low, high: expected low <= high; got {low} and {high}")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"low, high: expected 0 <= low <= high <= 1; got {low} and {high}")
         self.guided, self.low, self.high = guided, low, high
 
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:

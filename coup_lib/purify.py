@@ -16,6 +16,7 @@ from coup_lib.checks import (
     choice,
     count,
     number,
+    warn_of_probabilities,
 )
 from coup_lib.gradients import GRADIENTS, THROUGH_STEPS, check_compiled, images_kept, solve_with_gradient
 from coup_lib.guidance import Guided, to_image, to_state
@@ -252,6 +253,7 @@ class Vote(nn.Module):
             [()] * self.draws if seeds is None else [(s,) for s in _spread(seeds, self.draws, x).unbind(1)]
         )
         logits = torch.stack([check_logits(self.model(x, *seed), x) for seed in given])
+        warn_of_probabilities("model of a Vote", logits[0], "it votes by them as if they were")
         if self.by == "logits":
             return logits.mean(0)
         return logits.log_softmax(2).logsumexp(0) - math.log(self.draws)

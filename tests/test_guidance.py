@@ -32,7 +32,7 @@ from coup_lib.guidance import (
     to_state,
 )
 from coup_lib.likelihood import likelihood
-from coup_lib.purify import Averaged, DiffPurePurifier, Purifier
+from coup_lib.purify import Averaged, DiffPurePurifier, Purifier, coup
 from coup_lib.score import ScoreDenoiser
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, step_times, time_grid
@@ -199,14 +199,27 @@ def test_no_weight_is_no_guidance(name):
 
 def test_settings_of_candidates_are_checked():
     score, classifier, _ = small_problem()
-    with pytest.raises(ValueError, match=r"low, high: expected low <= high; got 0\.5 and 0\.1"):
-        GuidanceInterval(Guided(score, classifier), 0.5, 0.1)
+    for times in ((0.5, 0.1), (-0.1, 0.1), (0, 30), (30, 100)):  # the last in DiffPure's unit
+        with pytest.raises(ValueError, match=r"low, high: expected 0 <= low <= high <= 1; got"):
+            GuidanceInterval(Guided(score, classifier), *times)
     for make in (
         lambda: Smoothed(classifier, 0.1, draws=0),
         lambda: Averaged(classifier, Purifier(score), 0),
     ):
         with pytest.raises(ValueError, match="draws: expected a number greater than 0; got 0"):
             make()
+
+
+@pytest.mark.parametrize("way", [coup, likelihood])
+def test_a_guide_that_gives_probabilities_is_told_of_once(way, recwarn):
+    score, classifier, x = small_problem()
+    guide = nn.Sequential(classifier, nn.Softmax(1))
+    defence = way(guide, score if way is coup else ScoreDenoiser(score), 1.0, n_steps=2)
+    for _ in range(2):
+        defence(x)
+    assert [str(one.message) for one in recwarn] == [
+        "the guide returns probabilities, not logits: guidance by them is weak"
+    ]
 
 
 def test_denoised_guidance_is_by_the_denoised_image():

@@ -286,6 +286,12 @@ def test_a_vote_by_probabilities_is_a_majority():
     assert found.x_adv.shape == x.shape
 
 
+def test_a_vote_by_probabilities_taken_for_logits_is_told_of():
+    _, classifier, x = small_problem()
+    with pytest.warns(UserWarning, match="the model of a Vote returns probabilities, not logits"):
+        Vote(nn.Sequential(classifier, nn.Softmax(1)).eval(), 2)(x)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
