@@ -32,6 +32,7 @@ from coup_lib.ascent import (
 )
 from coup_lib.checks import (
     ROUNDING,
+    are_probabilities,
     check_alike,
     check_images,
     check_labels,
@@ -143,13 +144,14 @@ class Attack:
         # One pass over all of x comes first. It shows what the model gives, and is the clean draw of every
         # attack but AutoAttack's suites, which draw their own. Those make this pass, too, without counting
         # it: a defence draws its noise call by call, and the records that there are were made after this one.
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self.seed + 1)  # not the first draw of the attack again
             logits = whole(x)
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("NaN or infinity from the model")
         check_labels(y, classes := logits.shape[1])
         parts, said = self._possible_parts(classes)
-        if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()):
+        if are_probabilities(logits):
             said.append("the model returns probabilities, not logits: gradients through them are weak")
         if start is not None and self.name not in STARTED:
             said.append(f"{self.name} takes no start: what was given is not used")

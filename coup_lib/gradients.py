@@ -6,8 +6,7 @@ adjoint      the paper's augmented SDE (Sec. 4.2.1) by torchsde, on the same Bro
 bpda         the identity (in `purify.Purifier`: it skips the forward noise and the scaling too)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from coup_lib.checks import choice
 from coup_lib.guidance import FirstOrder, Guided
+from coup_lib.randomness import Source, States, restored, sources
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, euler_step, solve, step_times
 
@@ -28,7 +28,7 @@ THROUGH_STEPS = ("exact", "first_order")  # gradients that autograd takes step b
 # Of one step of one image, by score: an attack asks thousands of times.
 _step_bytes: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
-Randomness = Sequence[Sequence[Tensor]]  # the states of some generators, before every step and at the end
+Randomness = Sequence[States]  # of some sources, before every step and at the end
 PullBack = Callable[[tuple[Tensor, ...], Randomness, Tensor], Tensor]
 Step = Callable[[int, Tensor], Tensor]  # (index, state) → next state
 
@@ -70,7 +70,7 @@ def solve_with_gradient(
                 raise ValueError("gradient: the score draws random numbers, which adjoint cannot draw again")
             return adjoint(followed, sde, states, times, noise, v)
 
-        return _Path.apply(x, run, pull_back, generators(score, x.device))
+        return _Path.apply(x, run, pull_back, sources(score, x.device))
     if len(x) <= images_kept(gradient, score, sde, x, times, activation_budget):
         return run(x)
     steps = step_times(times, x.dtype, x.device)
@@ -90,7 +90,7 @@ def images_kept(
     kind = gradient, x.shape[1:], x.dtype, x.device, tuple(times.tolist())
     if kind not in measured:
         followed = _followed(score, gradient)
-        with restored(generators(score, x.device)):
+        with restored(sources(score, x.device)):
             if gradient == "first_order":  # at every time, as guidance may come later
                 with torch.enable_grad(), _NoSecondDerivative():
                     for t, dt in step_times(times, x.dtype, x.device):
@@ -157,7 +157,7 @@ def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Modu
         step: (index, state) → next state.
         network: what `run` and `step` ask.
     """
-    drawn_from = generators(network, x.device)
+    drawn_from = sources(network, x.device)
 
     def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
         for index in reversed(range(len(states))):
@@ -178,14 +178,14 @@ class _Path(torch.autograd.Function):
         x: Tensor,
         run: Callable[..., Tensor],
         pull_back: PullBack,
-        drawn_from: Sequence[torch.Generator],
+        drawn_from: Sequence[Source],
     ) -> Tensor:
         states: list[Tensor] = []
         randomness: list[list[Tensor]] = []
 
         def keep(index: int, t: float, state: Tensor) -> None:
             states.append(state)
-            randomness.append([generator.get_state() for generator in drawn_from])
+            randomness.append([source.get_state() for source in drawn_from])
 
         result = run(x, keep)
         ctx.pull_back, ctx.randomness = pull_back, randomness
@@ -196,24 +196,3 @@ class _Path(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.pull_back(ctx.saved_tensors, ctx.randomness, v), None, None, None
-
-
-def generators(network: nn.Module, device: torch.device) -> list[torch.Generator]:
-    """What a network on the device may draw from: torch's own generators, and those that its modules have."""
-    values = (value for module in network.modules() for value in vars(module).values())
-    own = [value for value in values if isinstance(value, torch.Generator)]
-    gpu = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
-    return [torch.default_generator, *gpu, *own]
-
-
-@contextmanager
-def restored(drawn_from: Sequence[torch.Generator], states: Sequence[Tensor] | None = None) -> Iterator[None]:
-    """In here generators are in these states (None: as they are), afterwards as they were before."""
-    before = [generator.get_state() for generator in drawn_from]
-    try:
-        for generator, state in zip(drawn_from, states or before, strict=True):
-            generator.set_state(state)
-        yield
-    finally:
-        for generator, state in zip(drawn_from, before, strict=True):
-            generator.set_state(state)

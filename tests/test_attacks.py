@@ -399,6 +399,24 @@ def test_an_attack_repeats_with_its_seeds_whatever_was_drawn_before(digits, clas
     assert torch.equal(results[0].robust, results[1].robust)
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_model_that_draws_from_torchs_generator_repeats_too_and_leaves_it_alone(name, digits, classifier):
+    """The clean draw as well: it is part of the count."""
+
+    class Dropping(nn.Module):
+        def forward(self, x):
+            return classifier(F.dropout(x, 0.5, training=True))
+
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(attack(name, n_iter=2)(Dropping().eval(), digits.x, digits.y))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found[0].robust, found[1].robust)
+    assert torch.equal(found[0].x_adv, found[1].x_adv)
+
+
 @pytest.mark.parametrize("name", ["noise", *STARTED])
 def test_another_seed_is_another_attack(digits, classifier, name):
     one, other = (attack(name, seed=seed)(classifier, digits.x, digits.y).x_adv for seed in (1, 2))

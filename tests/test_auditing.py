@@ -15,16 +15,23 @@ from coup_lib.auditing import protocol
 from coup_lib.auditing.defence import (
     Audited,
     StraightThrough,
+    as_module,
     as_planes,
     inner_classifiers,
     own_gradients,
 )
 from coup_lib.auditing.fingerprint import fingerprint
 from coup_lib.auditing.probe import probe
-from coup_lib.auditing.signs import HARMLESS, signs
+from coup_lib.auditing.signs import HARMLESS, signs, strongest_of
 from coup_lib.data import load_split
+from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Predictions, Transfer
-from coup_lib.evaluation.run import predict
+from coup_lib.evaluation.run import attack, predict
+from coup_lib.evaluation.specs import AttackSpec
+from coup_lib.guidance import Guided
+from coup_lib.likelihood import likelihood
+from coup_lib.purify import Purified, Purifier, Vote
+from coup_lib.score import ScoreDenoiser
 
 EPS = 0.15
 
@@ -321,6 +328,46 @@ def test_the_papers_defences_have_their_gradients_by_name(digits, net):
         "bpda": "bpda",
     }
     assert defence.purifier.gradient == "exact"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net, purifier: (purifier, net),
+        lambda net, purifier: Vote(Purified(net, purifier), 2),
+        lambda net, purifier: nn.Sequential(Purified(net, purifier)).eval(),
+    ],
+    ids=["pair", "vote", "sequence"],
+)
+def test_the_papers_purifiers_keep_their_gradients_and_seeds_in_other_modules(wrap, digits, net):
+    found = []
+    for _ in range(2):  # purifiers that draw fresh entropy, unless they are told
+        purifier = Purifier(Guided(load_score("digits", "score"), net), n_steps=2)
+        defence = Audited(as_module("it", wrap(net, purifier)), digits.x.shape[1:])
+        assert [*own_gradients(defence.model, digits.x)] == ["first_order", "bpda"]
+        defence.random = True
+        config = Config(n_images=8, n_iter=2, eot=2)
+        made = attack(defence, digits, AttackSpec("apgd-ce", "it"), config, place=0, max_batch=64)
+        found.append([made.x_adv, made.robust, predict(defence, digits.x, torch.zeros(8, 2).long(), 64)])
+    assert all(map(torch.equal, *found))
+
+
+def test_by_its_first_order_gradient_a_pair_is_the_papers_defence(digits, net):
+    purifier = Purifier(Guided(load_score("digits", "score"), net), n_steps=2)
+    by_gradient = own_gradients(as_module("it", (purifier, net)), digits.x)["first_order"]
+    gradients = []
+    for model in (by_gradient, coup(net, load_score("digits", "score"), n_steps=2, gradient="first_order")):
+        x = digits.x.clone().requires_grad_()
+        (purifier if model is by_gradient else model.purifier).reseed(0)
+        gradients.append(torch.autograd.grad(model(x)[:, 0].sum(), x)[0])
+    assert purifier.gradient == "exact"
+    torch.testing.assert_close(*gradients)
+
+
+def test_guided_likelihood_maximisation_has_a_first_order_gradient(digits, net):
+    denoiser = ScoreDenoiser(load_score("digits", "score"))
+    guided, plain = (own_gradients(likelihood(net, denoiser, weight), digits.x) for weight in (1.0, 0.0))
+    assert [*guided] == ["first_order", "bpda"] and [*plain] == ["bpda"]
 
 
 # --- whose record it is ---
@@ -635,6 +682,12 @@ def test_a_sign_is_named_where_an_attack_that_should_be_weaker_is_stronger(chang
     found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, {})
     assert not found if name is None else name in {sign.name for sign in found}
     assert all(sign.masking != (sign.name in HARMLESS) for sign in found)
+
+
+def test_which_attack_is_the_strongest_is_seen_by_other_draws_than_those_reported():
+    lucky, strong = made_up(0.4), made_up(0.5)
+    lucky = replace(lucky, suspicion=np.full(N, 0.6))
+    assert strongest_of({"lucky": lucky, "strong": strong}) == "strong"
 
 
 def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):

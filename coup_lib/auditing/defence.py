@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from coup_lib.checks import check_images, check_logits, check_module, described
 from coup_lib.guidance import Guided
-from coup_lib.purify import Purified
+from coup_lib.purify import Purified, StochasticPurifier
 
 Model = nn.Module | tuple[nn.Module, nn.Module]
 TINY = 1e-30  # of probabilities, before their logarithm is taken
@@ -107,6 +107,29 @@ class StraightThrough(nn.Module):
         return torch.stack(found).mean(0) if found else logits
 
 
+class ByGradient(nn.Module):
+    """A defence whose purifiers are differentiated by another gradient than their own.
+
+    purifiers: parts of the model. gradient: one of `gradients.GRADIENTS`.
+    """
+
+    def __init__(self, model: nn.Module, purifiers: Sequence[StochasticPurifier], gradient: str) -> None:
+        super().__init__()
+        self._held, self.gradient, self.training = (model, tuple(purifiers)), gradient, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, K) of images x as the defence takes them."""
+        model, purifiers = self._held
+        before = [purifier.gradient for purifier in purifiers]
+        try:
+            for purifier in purifiers:
+                purifier.gradient = self.gradient
+            return logits_of(model, x)
+        finally:
+            for purifier, gradient in zip(purifiers, before, strict=True):
+                purifier.gradient = gradient
+
+
 def _followed(images: Tensor, x: Tensor) -> Tensor:
     """The images that a classifier was given, with the gradient of x, whatever their size and colours."""
     if images.shape[2:] != x.shape[2:]:
@@ -175,11 +198,21 @@ def own_gradients(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
         x: a few images as the defence takes them.
     """
     if isinstance(model, Purified):
-        guided = any(isinstance(part, Guided) for part in model.modules())
-        names = ["first_order"] * guided + ["bpda"]
+        names = ["first_order"] * _is_guided(model.purifier) + ["bpda"]
         return {name: _with_gradient(model, name) for name in names}
+    found: dict[str, nn.Module] = {}
+    purifiers = [part for part in model.modules() if isinstance(part, StochasticPurifier)]
+    if any(map(_is_guided, purifiers)):
+        found["first_order"] = ByGradient(model, purifiers, "first_order")
     inner = inner_classifiers(model, x)
-    return {"bpda": StraightThrough(model, inner)} if inner else {}
+    return found | ({"bpda": StraightThrough(model, inner)} if inner else {})
+
+
+def _is_guided(purifier: nn.Module) -> bool:
+    """Whether there is guidance, and with it a second-order term."""
+    return any(isinstance(part, Guided) for part in purifier.modules()) or bool(
+        getattr(purifier, "guide", None)
+    )
 
 
 def _with_gradient(model: Purified, gradient: str) -> Purified:

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coup_lib.ascent import margin
 from coup_lib.auditing.defence import CALLS, logits_of
+from coup_lib.checks import are_probabilities
 from coup_lib.evaluation.run import ran_out_of_memory
-from coup_lib.gradients import generators, restored
+from coup_lib.randomness import restored, sources
 
 PROBED = 32  # images that a defence is asked about
 NEAR = 1e-3  # a step after which a gradient should not have turned
@@ -93,7 +94,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
         random=changes,
         alone=shares or (not changes and not alike(*_together_and_alone(model, x))),
         frozen=bool(sums[0]) and not changes,
-        probabilities=bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()),
+        probabilities=are_probabilities(logits),
         batch_statistics=tuple(normalising),
         dropping=tuple(name for name, part in training.items() if isinstance(part, _DropoutNd)),
         error="" if slopes else errors[0],
@@ -161,8 +162,8 @@ def _together_and_alone(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _repeats(model: nn.Module, x: Tensor) -> bool:
     """Whether a defence answers alike on the same noise, as far as its generators can be set back."""
-    known = generators(model, x.device)
-    states, again = [generator.get_state() for generator in known], []
+    known = sources(model, x.device)
+    states, again = [source.get_state() for source in known], []
     for _ in range(2):
         with seeded(0), restored(known[1:], states[1:]):
             again.append(logits_of(model, x))
@@ -173,7 +174,7 @@ def _repeats(model: nn.Module, x: Tensor) -> bool:
 def _grows(model: nn.Module, x: Tensor, counts: Sequence[int]) -> bool:
     """Whether all that is drawn grows with the images: each has noise of its own."""
     half = len(x) // 2
-    with restored(generators(model, x.device)), _Drawn() as noted:
+    with restored(sources(model, x.device)), _Drawn() as noted:
         logits_of(model, x[:half])
     return bool(counts) and [count * len(x) // half for count in noted.counts] == [*counts]
 
@@ -196,8 +197,8 @@ def _slopes(model: nn.Module, x: Tensor, y: Tensor, calls: int) -> tuple[list[Te
 
 def _turned(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether gradients on the same noise, a step of `NEAR` apart, have nothing in common."""
-    known = generators(model, x.device)
-    states, slopes = [generator.get_state() for generator in known], []
+    known = sources(model, x.device)
+    states, slopes = [source.get_state() for source in known], []
     shift = NEAR * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign().to(x)
     for images in (x, x + shift, x - shift):
         with restored(known[1:], states[1:]):

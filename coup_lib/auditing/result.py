@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from coup_lib.auditing import page
 from coup_lib.auditing.probe import Probe
 from coup_lib.auditing.protocol import RULES, AuditSettings, Measured
-from coup_lib.auditing.signs import Sign, signs
+from coup_lib.auditing.signs import Sign, signs, strongest_of
 from coup_lib.checks import choice
 from coup_lib.evaluation.config import NORM_NAMES, radius
 from coup_lib.evaluation.outcomes import (
@@ -87,7 +87,7 @@ class Audit:
     def verdict(self, name: str) -> str:
         """What is known of a defence's robustness, in one or two sentences."""
         accuracy, row = Accuracy.of(self.worst[name].right), self.measured.rows[name]
-        best = min(row, key=lambda key: float(row[key].right.mean()))
+        best = strongest_of(row)
         text = (
             f"**{name}**: robust accuracy at most {accuracy.value:.1f} % [{accuracy.low:.1f}, "
             f"{accuracy.high:.1f}] ({self.threat}; the worst of {len(row) - 1} attacks on each image; the "

@@ -50,7 +50,7 @@ def signs(
     """
     shown = _asked(found)
     if not found.error:
-        shown |= _compared({key: score.right for key, score in row.items()}, label)
+        shown |= _compared(row, label)
         shown |= _at_large_radius(by_radius, row["clean"].labels)
         worst = worst_of([*row.values()])
         shown |= _like_noise(row["noise"].right, row["ce"].right, worst)
@@ -85,19 +85,20 @@ def _asked(found: Probe) -> dict[str, str]:
     return {name: text for name, text in shown.items() if text}
 
 
-def _compared(right: Mapping[Any, np.ndarray], label: Mapping[Any, str]) -> dict[str, str]:
+def _compared(row: Mapping[Any, Predictions], label: Mapping[Any, str]) -> dict[str, str]:
     """The signs that one attack gives beside another."""
-    exact = {key: right[key] for key in EXACT if key in right}
-    strongest = min(exact, key=lambda key: float(exact[key].mean()))
+    right = {key: score.right for key, score in row.items()}
+    exact = {key: row[key] for key in EXACT if key in row}
+    strongest = strongest_of(exact)
     others = [key for key in right if key not in (*EXACT, "clean", "single", "standard")]
     beaten = {
         key: right[key]
         for key in others
-        if _wins(right[key], exact[strongest], TOLERANCE, 1 - (1 - LEVEL) / len(others))
+        if _wins(right[key], right[strongest], TOLERANCE, 1 - (1 - LEVEL) / len(others))
     }
 
     def said(keys: list[Any], than: Any) -> str:
-        best = min(keys, key=lambda key: float(right[key].mean()))
+        best = strongest_of({key: row[key] for key in keys})
         return f"{label[best]} leaves {_percent(right[best])}, {label[than]} {_percent(right[than])}"
 
     borrowed = [key for key in beaten if isinstance(key, Transfer)]
@@ -118,6 +119,11 @@ def _compared(right: Mapping[Any, np.ndarray], label: Mapping[Any, str]) -> dict
     if _wins(right["long"], right["ce"], TOLERANCE, LEVEL):
         found["more iterations still find something"] = said(["long"], "ce")
     return found
+
+
+def strongest_of(scores: Mapping[Any, Predictions]) -> Any:
+    """The key of the attack that leaves least, by other draws than those that are reported."""
+    return min(scores, key=lambda key: float(scores[key].suspicion.mean()))
 
 
 def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float, level: float) -> bool:

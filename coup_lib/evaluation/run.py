@@ -23,6 +23,7 @@ from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_comp
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
 from coup_lib.purify import FixedNoise, Purified, images_per_call
+from coup_lib.randomness import begun
 
 T = TypeVar("T")
 Values = dict[str, Any]
@@ -84,7 +85,9 @@ def attack(
         noise = seed_of(seed, DEFENCE, place)
         model.purifier.reseed(noise)
         model = FixedNoise(model, noise) if spec.fixed_noise else model
-    return made(model, images.x, images.y, start)
+        return made(model, images.x, images.y, start)
+    with begun(model, images.x.device, seed_of(seed, DEFENCE, place)):
+        return made(model, images.x, images.y, start)
 
 
 def is_random(model: nn.Module) -> bool:
@@ -101,19 +104,18 @@ def asked_alone(model: nn.Module) -> bool:
 def predict(model: nn.Module, x: Tensor, seeds: Tensor, max_batch: int) -> Tensor:
     """Logits (n, draws, K) of images x (n, C, H, W), a draw of the defence's noise per seed (n, draws).
 
-    A model that is no `Purified` draws from torch's own generator, which gets the first image's seeds; one
-    that is to be `asked_alone` has a call for each image.
+    All that a model draws from which is no `Purified` begins at the first image's seeds; one that is to be
+    `asked_alone` has a call for each image.
     """
     draws = seeds.shape[1]
     if not isinstance(model, Purified):
         size, many = 1 if asked_alone(model) else max_batch, draws if is_random(model) else 1
 
         def whole(seed: int) -> Tensor:
-            torch.manual_seed(seed)
-            return torch.cat([model(part) for part in x.split(size)])
+            with begun(model, x.device, seed):
+                return torch.cat([model(part) for part in x.split(size)])
 
-        with torch.random.fork_rng():
-            found = [whole(seed) for seed in seeds[0, :many].tolist()]
+        found = [whole(seed) for seed in seeds[0, :many].tolist()]
         return torch.stack(found, 1).expand(-1, draws, -1)
     repeated, size = x.repeat_interleave(draws, dim=0), images_per_call(model, x, max_batch)
     parts = zip(repeated.split(size), seeds.flatten().split(size), strict=True)
