@@ -92,7 +92,7 @@ def images_kept(
         followed = _followed(score, gradient)
         with restored(sources(score, x.device)):
             if gradient == "first_order":  # at every time, as guidance may come later
-                with torch.enable_grad(), _NoSecondDerivative():
+                with torch.enable_grad(), NoSecondDerivative():
                     for t, dt in step_times(times, x.dtype, x.device):
                         euler_step(followed, sde, x[:1].detach().requires_grad_(), t, dt)
             measured[kind] = activation_bytes(followed, sde, x[:1], times[:2])
@@ -114,7 +114,7 @@ def check_compiled(gradient: str, score: nn.Module) -> None:
             )
 
 
-class _NoSecondDerivative(TorchFunctionMode):
+class NoSecondDerivative(TorchFunctionMode):
     """In here a gradient that can itself be differentiated is a ValueError: `FirstOrder` is to take none."""
 
     def __torch_function__(

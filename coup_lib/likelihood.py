@@ -1,12 +1,13 @@
 """Likelihood maximisation (Chen et al. 2024, arXiv 2305.15241), with and without guidance (Sec. 5.2.1)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coup_lib.checks import check_like, check_network, choice, count, number
-from coup_lib.gradients import replayed
+from coup_lib.gradients import NoSecondDerivative, replayed
 from coup_lib.guidance import WEIGHTS, Guided, gradient_of, log_confidence, to_image, to_state
 from coup_lib.purify import Purified, StochasticPurifier, freeze, standard_normal
 from coup_lib.sde import per_image
@@ -97,12 +98,18 @@ class LikelihoodMaximiser(StochasticPurifier):
     def slope(self, x: Tensor, noise: Tensor) -> Tensor:
         """∇ₓ of the objective at states x (B, C, H, W), for one step's noise (B, 1 + CHW) of `_draw`."""
         sigma, epsilon = self._level(noise[:, 0]), noise[:, 1:].reshape(x.shape)
-        slope = gradient_of(lambda x: denoising_error(self.denoiser, x, sigma, epsilon), x)
+        denoiser = self._without_second_derivatives if self.gradient == "first_order" else self.denoiser
+        slope = gradient_of(lambda x: denoising_error(denoiser, x, sigma, epsilon), x)
         if self.guide is None:
             return slope
         guide, weight = self.guide, self.guidance_weight / (PER_PIXEL * x[0].numel())
         x = x.detach() if self.gradient == "first_order" else x
         return slope - weight * gradient_of(lambda x: log_confidence(guide, x), x)
+
+    def _without_second_derivatives(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoiser's answer; ValueError where guidance that no module shows is in it."""
+        with NoSecondDerivative():
+            return self.denoiser(x, sigma)
 
     def _level(self, normal: Tensor) -> Tensor:
         """σ, uniform in its range: by the distribution function of the standard normal draw (B,)."""
@@ -145,7 +152,9 @@ def likelihood(
     )
 
 
-def denoising_error(denoiser: nn.Module, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+def denoising_error(
+    denoiser: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, noise: Tensor
+) -> Tensor:
     """(B,): the mean over pixels of (D(x + σε; σ) − x)², at states x (B, C, H, W), σ (B,) and ε like x."""
     denoised = check_like("denoiser", denoiser(x + per_image(sigma, x) * noise, sigma), x)
     return (denoised - x).square().flatten(1).mean(1)

@@ -6,7 +6,7 @@ from closed_forms import SmoothClassifier, small_problem
 from torch import nn
 
 from coup_lib import likelihood as module
-from coup_lib.guidance import Guided, log_confidence, to_image, to_state
+from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
 from coup_lib.likelihood import PER_PIXEL, LikelihoodMaximiser, adam_step, denoising_error, likelihood
 from coup_lib.purify import FixedNoise
 from coup_lib.score import ScoreDenoiser
@@ -251,6 +251,26 @@ def test_first_order_refuses_guidance_in_the_denoiser():
     assert LikelihoodMaximiser(denoiser).denoiser is denoiser
     with pytest.raises(ValueError, match="first_order holds the guide constant, not guidance in the denois"):
         LikelihoodMaximiser(denoiser, classifier, gradient="first_order")
+
+
+def test_first_order_refuses_guidance_in_the_denoiser_that_no_module_shows():
+    score, classifier, x = small_problem()
+
+    class Own(nn.Module):
+        """Takes a gradient of its own, and is no `Guided`."""
+
+        def forward(self, x, t):
+            return score(x, t) + gradient_of(lambda x: log_confidence(classifier, x), x)
+
+    denoiser = ScoreDenoiser(Own())
+    x.requires_grad_()
+    for gradient in ("exact", "first_order"):
+        purifier = LikelihoodMaximiser(denoiser, classifier, gradient=gradient, n_steps=2)
+        if gradient == "exact":
+            purifier(x)
+            continue
+        with pytest.raises(ValueError, match="first_order cannot tell guidance from score"):
+            purifier(x).sum().backward()
 
 
 @pytest.mark.parametrize("who", ["denoiser", "guide"])
