@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.tables import PerImage, Right, Row
 
@@ -40,8 +40,7 @@ def measure(configs: Mapping[str, Config]) -> Panels:
         for training, name in classifiers(config).items():
             plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
             evaluation = Evaluation(config, name, verbose=False)
-            columns = evaluation.columns(DEFENCES)
-            found[norm][training] = tables.per_image_accuracy(columns, evaluation.recorded(columns))
+            found[norm][training] = tables.measured(evaluation, paper_attacks(DEFENCES, config))
     return found
 
 

@@ -32,9 +32,7 @@ def attacks() -> dict[str, dict[str, AttackSpec]]:
 
 def measure(config: Config) -> PerImage:
     """Defence → column → share of right draws (n,), the worst case on record among them."""
-    evaluation = Evaluation(config)
-    columns = evaluation.predictions(attacks())
-    return tables.per_image_accuracy(columns, evaluation.recorded(columns))
+    return tables.measured(Evaluation(config), attacks())
 
 
 def claims(results: PerImage) -> str:

@@ -7,7 +7,7 @@ paths, so two settings can be compared run by run.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coup_lib.checks import count, number
 from coup_lib.evaluation.config import is_smoke
+from coup_lib.evaluation.records import record
 from coup_lib.sde import VPSDE
 
 DTYPE = torch.float64
@@ -355,3 +356,9 @@ def _prop2_entry(data: TwoGaussians, settings: ToySettings, t_star: float) -> di
         entry[f"held_{name}"] = float((runs["distance"] <= bound).double().mean())
         entry[f"tightest_{name}"] = float((runs["distance"] / bound).max())
     return entry
+
+
+def recorded(name: str, settings: ToySettings) -> dict[str, Any]:
+    """The result of "label_flips", "prop1" or "prop2", from its record or computed now."""
+    measure = {"label_flips": label_flips, "prop1": prop1_hypotheses, "prop2": prop2_check}[name]
+    return record("toy", name, asdict(settings), lambda: measure(TwoGaussians(), settings))["result"]
