@@ -7,7 +7,7 @@ one, E[∇ℓ] with the guidance differentiated, and the first-order one, with t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +27,7 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Measurement
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
-from coup_lib.evaluation.stats import student
+from coup_lib.evaluation.stats import Estimate, student
 from coup_lib.guidance import FirstOrder, to_image
 from coup_lib.purify import Purified, Purifier, images_per_call
 from coup_lib.reporting.plots import PALETTE, band, estimates, titles
@@ -397,14 +397,6 @@ def _record(
 
 
 # --- What the numbers say ---------------------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def predicted_over_measured(slope: Arrays, kind: str) -> Estimate:

@@ -227,10 +227,11 @@ def toy_claims() -> list[Line]:
     n, lines = settings.n_runs, []
     opposite = {"holds": "does not hold", "does not hold": "holds", "is not decided": "is not decided"}
     for index, noise in enumerate(flips["levels"]):
-        share, intervals = toy_figures.shares(flips, "flipped", index)
+        share = toy_figures.shares(flips, "flipped", index)
         what = f"guidance by a classifier of noise c = {noise:g}"
-        here = f"{100 * share[0]:.2f} → {100 * share[-1]:.2f} % of runs at λ = {flips['weights'][-1]:g}"
-        reported, verdict = "helpful under small or no noise", toy_figures.rarer(intervals)
+        free, guided = 100 * share[0].value, 100 * share[-1].value
+        here = f"{free:.2f} → {guided:.2f} % of runs at λ = {flips['weights'][-1]:g}"
+        reported, verdict = "helpful under small or no noise", toy_figures.rarer(share)
         if noise > 1:  # the paper draws no line between small and high noise
             last = noise == flips["levels"][-1]
             reported, verdict = "untrustworthy when noise is high", opposite[verdict] if last else NOTHING
