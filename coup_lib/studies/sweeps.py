@@ -15,7 +15,7 @@ from coup_lib.checks import number
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Difference, Transfer
+from coup_lib.evaluation.outcomes import Difference, Transfer, joint
 from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.evaluation.specs import AttackSpec
@@ -125,7 +125,7 @@ def peaks_inside(found: Sweep, column: str) -> tuple[str, str]:
     evidence = "; ".join(
         f"{peak:g} minus {end:g}: {difference}" for end, difference in zip((first, last), ends, strict=True)
     )
-    return _joint(ends), evidence
+    return joint(ends), evidence
 
 
 def is_best(found: Sweep, column: str, value: float) -> tuple[str, str]:
@@ -136,16 +136,7 @@ def is_best(found: Sweep, column: str, value: float) -> tuple[str, str]:
     }
     closest = min(rivals, key=lambda other: rivals[other].high)
     evidence = f"{value:g} minus its strongest rival, {closest:g}: {rivals[closest]}"
-    return _joint(list(rivals.values())), evidence
-
-
-def _joint(differences: Sequence[Difference]) -> str:
-    """The verdict on: all of them are positive."""
-    verdicts = {difference.verdict for difference in differences}
-    for verdict in ("does not hold", "is not decided"):
-        if verdict in verdicts:
-            return verdict
-    return "holds"
+    return joint(rivals.values()), evidence
 
 
 def claims(times: Sweep, weights: Sweep, config: Config) -> pd.DataFrame:
