@@ -99,9 +99,9 @@ def figure(found: Mapping[str, Sequence[Row]], names: Mapping[str, str]) -> Figu
     """One panel per rule: every defence under BPDA with each number of EOT draws, and the exact gradient."""
     whole, panels = plt.subplots(1, len(found), figsize=(11, 3.9), sharey=True)
     short = {name: text.replace(" gradient", "") for name, text in names.items()}
-    for letter, axes, rows in zip("abc", panels, found.values(), strict=True):
+    for axes, rows in zip(panels, found.values(), strict=True):
         plots.robustness_panel(axes, rows, short, width=7)
-        axes.set_title(f"({letter}) {rows[0].shown['Decided by']}", loc="left", fontsize="medium")
+    plots.titles(panels, [rows[0].shown["Decided by"] for rows in found.values()])
     handles, labels = panels[0].get_legend_handles_labels()
     whole.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return whole

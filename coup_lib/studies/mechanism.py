@@ -381,19 +381,25 @@ def _record(
     if attack:
         named["attack"] = evaluation.attack_settings(attack)[1]
     size = max(1, _at_once(evaluation.images.x) // draws)
-    work = ChunkedRecord(
-        config.profile,
-        f"mechanism-{name}-{target}-{attack_name}",
-        {**settings, **named, "draws": draws, "seed": config.seed},
-        [range(start, min(start + size, n)) for start in range(0, n, size)],
-        lambda places: {key: found.cpu().numpy() for key, found in compute(places).items()},
-        lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},
-        Worker(config.shard, config.num_shards),
-    )
-    to_do = not is_complete(work.path)
-    plan = Plan([float(to_do)], verbose=to_do)
-    plan.start(f"{name}, {target}")
-    return work.finish(plan.advance)["arrays"]
+    return chunked(
+        config,
+        f"{name}, {target}",
+        name=f"mechanism-{name}-{target}-{attack_name}",
+        settings={**settings, **named, "draws": draws, "seed": config.seed},
+        chunks=[range(start, min(start + size, n)) for start in range(0, n, size)],
+        compute=lambda places: {key: found.cpu().numpy() for key, found in compute(places).items()},
+        combine=lambda parts: {
+            key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]
+        },
+    )["arrays"]
+
+
+def chunked(config: Config, label: str, **about: Any) -> dict[str, Any]:
+    """The record of work on parts of the images, shared among processes; about: of `ChunkedRecord`."""
+    work = ChunkedRecord(config.profile, **about, worker=Worker(config.shard, config.num_shards))
+    plan = Plan([0.0 if is_complete(work.path) else 1.0], verbose=True)
+    plan.start(label)
+    return work.finish(plan.advance)
 
 
 # --- What the numbers say ---------------------------------------------------------------------------------
@@ -533,53 +539,51 @@ def sign_panel(axes: Axes, controls: Mapping[float | str, Arrays], at: float) ->
     axes.set(xlabel="guidance weight λ", ylabel="change against λ = 0 (points)")
 
 
-def alike_panel(axes: Axes, statistics: Arrays) -> None:
-    """Each image's cosine of the two gradients against the ratio of their lengths."""
-    axes.plot(statistics["ratio"], statistics["cosine"], "o", **IMAGES)
-    axes.axhline(1, **REFERENCE)
-    axes.axvline(1, **REFERENCE)
-    axes.set(xlabel="length, exact / first-order", ylabel="cosine, exact · first-order")
+def gradient_panels(panels: Sequence[Axes], statistics: Arrays, t_star: float) -> None:
+    """How alike the gradients are, what the second-order term adds, and which is noisier.
 
+    A point for each image, its cosine against the ratio of lengths; the term's size along the path, median
+    and 5–95 % of the images; a point for each image, its two ratios of signal to noise.
+    """
+    alike, term, noise = panels
+    alike.plot(statistics["ratio"], statistics["cosine"], "o", **IMAGES)
+    alike.axhline(1, **REFERENCE)
+    alike.axvline(1, **REFERENCE)
+    alike.set(xlabel="length, exact / first-order", ylabel="cosine, exact · first-order")
 
-def second_order_panel(axes: Axes, statistics: Arrays, t_star: float) -> None:
-    """Size of the second-order term along the path: median, and 5–95 % of the images."""
     shares = 100 * statistics["second_order"]
     times = t_star * (1 - np.arange(len(shares)) / len(shares))
     low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95], axis=1)
-    band(axes, times, middle, (low, high), "o-", PALETTE[4])
-    axes.set(xlabel="time t of the step", ylabel="second-order part (%)", ylim=(0, None))
-    axes.invert_xaxis()
+    band(term, times, middle, (low, high), "o-", PALETTE[4])
+    term.set(xlabel="time t of the step", ylabel="second-order part (%)", ylim=(0, None))
+    term.invert_xaxis()
 
-
-def noise_panel(axes: Axes, statistics: Arrays) -> None:
-    """Signal-to-noise ratio of a single draw, first-order against exact, one point per image."""
     exact, first = (statistics[f"snr_{kind}"] for kind in KINDS)
     top = 1.05 * max(exact.max(), first.max())
-    axes.plot((0, top), (0, top), **REFERENCE)
-    axes.plot(exact, first, "o", **IMAGES)
-    axes.set(xlabel="signal to noise, exact", ylabel="signal to noise, first-order")
+    noise.plot((0, top), (0, top), **REFERENCE)
+    noise.plot(exact, first, "o", **IMAGES)
+    noise.set(xlabel="signal to noise, exact", ylabel="signal to noise, first-order")
 
 
-def reached_panel(axes: Axes, losses: Mapping[str, Mapping[int, np.ndarray]]) -> None:
-    """Paired gain of first-order over exact APGD in the loss reached, per draws of a gradient, with 95 %."""
-    counts = list(losses["exact"])
-    gains = [_mean(losses["first_order"][count] - losses["exact"][count]) for count in counts]
-    estimates(axes, counts, gains, fmt="D-", color=PALETTE[2], **SMALL)
-    axes.axhline(0, **REFERENCE)
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set(xlabel="noise draws per gradient", ylabel="loss reached, first-order − exact")
+def loss_panels(panels: Sequence[Axes], found: Mechanism) -> None:
+    """Paired gain in loss of first-order over exact, with 95 %: by attacks, and by steps from two starts."""
+    attacks, *steps = panels
+    exact, first = (found.reached[kind] for kind in KINDS)
+    gains = [_mean(first[count] - exact[count]) for count in exact]
+    estimates(attacks, [*exact], gains, fmt="D-", color=PALETTE[2], **SMALL)
+    attacks.set_xscale("log")
+    attacks.set_xticks([*exact], [str(count) for count in exact])
+    attacks.minorticks_off()
+    attacks.set(xlabel="noise draws per gradient", ylabel="loss reached, first-order − exact")
 
-
-def landscape_panel(axes: Axes, landscapes: Mapping[str, Arrays]) -> None:
-    """Paired gain of first-order over exact direction in mean loss, per case, with 95 % intervals."""
     styles = {"coup": ("D-", PALETTE[2]), "flipped": ("v-", PALETTE[1])}
-    for case, losses in landscapes.items():
+    at = dict(zip(STARTS, steps, strict=True))
+    for (case, start), losses in found.landscapes.items():
         gain = losses["first_order"] - losses["exact"]
-        band(axes, LANDSCAPE, gain.mean(1), student(gain), *styles[case], label=CASES[case])
-    axes.axhline(0, **REFERENCE)
-    axes.set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
+        band(at[start], LANDSCAPE, gain.mean(1), student(gain), *styles[case], label=CASES[case])
+        at[start].set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
+    for axes in panels:
+        axes.axhline(0, **REFERENCE)
 
 
 def slope_panel(axes: Axes, slopes: Mapping[str, Arrays]) -> None:
@@ -599,14 +603,10 @@ def slope_panel(axes: Axes, slopes: Mapping[str, Arrays]) -> None:
 def mechanism_figure(found: Mechanism, config: Config) -> Figure:
     """Eight panels, (a) to (h), of what was measured for the config."""
     figure, grid = plt.subplots(2, 4, figsize=(14, 6.6))
-    panels, statistics = list(grid.flat), found.gradient_statistics
+    panels = list(grid.flat)
     sign_panel(panels[0], found.controls, config.guidance_weight)
-    alike_panel(panels[1], statistics)
-    second_order_panel(panels[2], statistics, config.t_star)
-    noise_panel(panels[3], statistics)
-    reached_panel(panels[4], found.reached)
-    for axes, start in zip(panels[5:7], STARTS, strict=True):
-        landscape_panel(axes, {case: row for (case, at), row in found.landscapes.items() if at == start})
+    gradient_panels(panels[1:4], found.gradient_statistics, config.t_star)
+    loss_panels(panels[4:7], found)
     slope_panel(panels[7], found.slopes)
     names = (
         *("robustness against λ", "gradients alike", "second-order term", "noise of one draw"),

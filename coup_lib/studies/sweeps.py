@@ -121,11 +121,11 @@ def peaks_inside(found: Sweep, column: str) -> tuple[str, str]:
     first, *between, last = found
     peak = best({value: found[value] for value in between}, column)
     # The peak was chosen among as many as lie between, and is compared with two ends.
-    ends = [simultaneous(found[peak][column], found[end][column], 2 * len(between)) for end in (first, last)]
-    evidence = "; ".join(
-        f"{peak:g} minus {end:g}: {difference}" for end, difference in zip((first, last), ends, strict=True)
-    )
-    return joint(ends), evidence
+    ends = {
+        end: simultaneous(found[peak][column], found[end][column], 2 * len(between)) for end in (first, last)
+    }
+    evidence = [f"{peak:g} minus {end:g}: {difference}" for end, difference in ends.items()]
+    return joint(ends.values()), "; ".join(evidence)
 
 
 def is_best(found: Sweep, column: str, value: float) -> tuple[str, str]:
@@ -142,13 +142,13 @@ def is_best(found: Sweep, column: str, value: float) -> tuple[str, str]:
 def claims(times: Sweep, weights: Sweep, config: Config) -> pd.DataFrame:
     """The paper's claims of Sec. 5.4, and that more guidance is better: verdicts, and what they rest on."""
     names, ends = tables.headings(times[config.t_star], config), (max(weights), min(weights))
+    t_star, weight = config.t_star, config.guidance_weight
     judged = [("accuracy falls as t* grows", "clean", falls(times))]
-    papers = config.t_star, config.guidance_weight
     for column in JUDGED:
         judged += [
             ("too short and too long t* are both worse", column, peaks_inside(times, column)),
-            (f"t* = {papers[0]:g} is best", column, is_best(times, column, papers[0])),
-            (f"λ = {papers[1]:g} is best", column, is_best(weights, column, papers[1])),
+            (f"t* = {t_star:g} is best", column, is_best(times, column, t_star)),
+            (f"λ = {weight:g} is best", column, is_best(weights, column, weight)),
             ("the more guidance the better", column, is_above(weights, column, *ends)),
         ]
     lines = [[claim, names[column], f"**{verdict}**", why] for claim, column, (verdict, why) in judged]
@@ -235,8 +235,7 @@ def figure(times: Sweep, unguided: Sweep, weights: Sweep, config: Config) -> Fig
     left.set(ylim=(0, 103), ylabel=f"accuracy (%), n = {config.n_images}, 95 % interval")
     left.set_xlabel("purification time t*")
     right.set_xlabel(f"guidance weight λ (0: {LABELS['reverse']})")
-    left.set_title(f"(a) COUP, λ = {config.guidance_weight:g}", loc="left", fontsize="medium")
-    right.set_title(f"(b) COUP, t* = {config.t_star:g}", loc="left", fontsize="medium")
+    plots.titles((left, right), (f"COUP, λ = {config.guidance_weight:g}", f"COUP, t* = {config.t_star:g}"))
     whole.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return whole
 
