@@ -56,11 +56,7 @@ def test_what_is_kept_of_a_classifiers_own_accuracy():
 
 
 def test_counts_and_table():
-    lines = [
-        claim(20, worst=0),
-        claim(0),
-        Line("Table 1", "AWP", "59.18", verdict=report.QUOTED),
-    ]
+    lines = [claim(20, worst=0), claim(0), Line("Table 1", "AWP", 59.18, verdict=report.QUOTED)]
     text = report.counts(lines)
     assert "protocol: 1 hold, 0 do not, 1 are not decided" in text
     assert "number by number: 1 accuracies" in text
@@ -71,10 +67,7 @@ def test_counts_and_table():
 def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     lines = {
-        "digits": [
-            claim(20, worst=0),
-            report.level("Table 1", "COUP", 90.04, np.ones(50)),
-        ],
+        "digits": [claim(20, worst=0), report.level("Table 1", "COUP", 90.04, np.ones(50))],
         "cifar10-small": [claim(0), Line("Prop. 1", "its hypothesis", "assumed")],
     }
     for profile, found in lines.items():

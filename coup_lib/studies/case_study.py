@@ -441,18 +441,18 @@ def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
 
     `classes`: the name of each label.
     """
-    index = study.strips["index"]
-    saved = study.right["coup"][index] == 1
-    parts = {"(a) rescued by guidance": saved, "(b) not rescued": ~saved}
-    widths = [1 if chosen.any() else 0.42 for chosen in parts.values()]
-    rows = max(1, int(saved.sum()), int((~saved).sum()))
+    saved = study.right["coup"][study.strips["index"]] == 1
+    rescued = study.rescued("all") == 1
+    parts = (
+        ("(a) rescued by guidance", np.flatnonzero(saved).tolist(), rescued.sum()),
+        ("(b) not rescued", np.flatnonzero(~saved).tolist(), (~rescued).sum()),
+    )
+    widths = [1 if places else 0.42 for _, places, _ in parts]
+    rows = max(1, *(len(places) for _, places, _ in parts))
     figure = plt.figure(figsize=(4.6 * sum(widths), 0.5 + 1.9 * rows))
     figure.set_layout_engine("constrained", h_pad=0.05)  # inches, between a label and the next title
-    halves = np.atleast_1d(np.array(figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)))
-    rescued = study.rescued("all") == 1
-    totals = (int(rescued.sum()), int((~rescued).sum()))
-    for half, total, (title, chosen) in zip(halves, totals, parts.items(), strict=True):
-        places = np.flatnonzero(chosen).tolist()
+    halves: Any = figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)
+    for half, (title, places, total) in zip(halves, parts, strict=True):
         which = f": the first {len(places)} of {total} by index" if places else ":\nthere is no such case"
         half.suptitle(f"{title}{which}", x=0.02, ha="left", fontsize=9)
         if places:
@@ -477,20 +477,14 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str
                 grid[0][column].set_title(title, fontsize=8, pad=2)
             if side == 0 or column > 1:  # both paths begin with the same two images
                 axes = grid[side][column]
-                _picture(axes, strips["images"][side, place, column])
+                image = np.moveaxis(strips["images"][side, place, column], 0, -1).squeeze()
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 seen, sure = (strips[name][side, place, column] for name in ("class", "confidence"))
                 look = {"color": TRUE_COLOUR if seen == label else ADV_COLOUR, "ha": "center"}
                 look["weight"] = "bold" if title == "final" else "normal"
                 _write(axes, 0.5, -0.05, f"{classes[seen]}\n{100 * sure:.0f} %", **look)
         _write(grid[side][2], -0.3, 0.95, ("without", "with")[side], rotation=90, color=COLOURS[path])
     _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class\n{classes[label]}")
-
-
-def _picture(axes: Axes, image: np.ndarray) -> None:
-    """An image (C, H, W) in 0 to 255; one channel is shown in grey."""
-    picture = np.moveaxis(image, 0, -1)
-    grey = picture.shape[-1] == 1
-    axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
 def _write(axes: Axes, x: float, y: float, text: str, **more: Any) -> None:

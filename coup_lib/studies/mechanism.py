@@ -7,6 +7,7 @@ one, E[∇ℓ] with the guidance differentiated, and the first-order one, with t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -454,29 +455,25 @@ def findings(found: Mechanism) -> pd.DataFrame:
     for kind, label in NAMES.items():
         plain[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
         plain[f"Accuracy (%) of COUP, smoothed max, {label} attack"] = Accuracy.of(controls["smooth"][kind])
-
     ratios = {"Length of the exact over the first-order mean gradient, median": _median(statistics["ratio"])}
-    for case, slope in found.slopes.items():
-        for kind, label in NAMES.items():
-            ratio = predicted_over_measured(slope, kind)
-            ratios[f"Predicted over measured slope, {CASES[case]}, {label}"] = ratio
+    for (case, slope), kind in product(found.slopes.items(), KINDS):
+        label = f"Predicted over measured slope, {CASES[case]}, {NAMES[kind]}"
+        ratios[label] = predicted_over_measured(slope, kind)
 
-    gains = {f"loss reached, {draws} draws": {kind: row[draws] for kind, row in found.reached.items()}}
+    gain = found.reached["first_order"][draws] - found.reached["exact"][draws]
+    differences: dict[str, Any] = {f"First-order − exact: loss reached, {draws} draws": _mean(gain)}
     for (case, start), losses in found.landscapes.items():
+        gain = losses["first_order"][1:].mean(0) - losses["exact"][1:].mean(0)
         label = f"loss along the direction, {CASES[case]}, {STARTS[start]} image"
-        gains[label] = {kind: losses[kind][1:].mean(0) for kind in KINDS}
-    differences: dict[str, Any] = {
-        f"First-order − exact: {label}": _mean(losses["first_order"] - losses["exact"])
-        for label, losses in gains.items()
-    }
+        differences[f"First-order − exact: {label}"] = _mean(gain)
     for name, row in controls.items():
         label = "smoothed max" if name == "smooth" else f"λ = {name:g}"
         gap = Difference.of(row["exact"], row["first_order"])
         differences[f"Exact − first-order attack: accuracy (points), {label}"] = gap
-        if name not in (0.0, "smooth"):
-            for kind, attack in (("exact", "exact attack"), ("worst", "worst case over attacks, per image")):
-                gain = Difference.of(row[kind], controls[0.0][kind])
-                differences[f"{label} against λ = 0: accuracy (points), {attack}"] = gain
+        for kind, attack in (("exact", "exact attack"), ("worst", "worst case over attacks, per image")):
+            if name not in (0.0, "smooth"):
+                change = Difference.of(row[kind], controls[0.0][kind])
+                differences[f"{label} against λ = 0: accuracy (points), {attack}"] = change
     lines = [
         [quantity, f"{one.value:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", _side(one, reference)]
         for reference, group in ((None, plain), (1, ratios), (0, differences))

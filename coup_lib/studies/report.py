@@ -1,5 +1,6 @@
 """One page: every number and claim of the paper beside what is measured here, from the records."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,11 +88,12 @@ def level(where: str, what: str, reported: float, right: np.ndarray, worst: np.n
 
 
 def levels(where: str, reported: Mapping[str, paper.Reported], results: PerImage, robust: str) -> list[Line]:
-    """Accuracy and robustness of the paper's defences beside ours, a line each; robust: which column."""
+    """Accuracy, if the paper gives one, and robustness beside ours, a line each; robust: which column."""
     lines = []
     for name, row in reported.items():
         found, label = results[name], LABELS[name]
-        lines.append(level(where, f"{label}: accuracy", row.accuracy, found["clean"]))
+        if not math.isnan(row.accuracy):
+            lines.append(level(where, f"{label}: accuracy", row.accuracy, found["clean"]))
         worst = found.get("recorded")
         lines.append(level(where, f"{label}: robustness", row.robustness, found[robust], worst))
     return lines
@@ -251,12 +253,12 @@ def toy_claims() -> list[Line]:
 def likelihood(config: Config) -> list[Line]:
     """Sec. 5.2.1, by the second configuration of notebook 04."""
     where, what = "Sec. 5.2.1", "likelihood maximisation: guided − plain, APGD-ce"
-    results, (plain, guided), lines = likelihood_study.measure(config), MAXIMISERS, []
-    for name, papers in paper.LIKELIHOOD.items():
-        found, label = results[name], f"{LABELS[name]}: robustness"
-        lines.append(level(where, label, papers.robustness, found["bpda"], found["recorded"]))
+    results, (plain, guided) = likelihood_study.measure(config), MAXIMISERS
     reported = gain(paper.LIKELIHOOD, guided, plain)
-    return [*lines, claim(where, what, reported, results[guided], results[plain], "bpda")]
+    return [
+        *levels(where, paper.LIKELIHOOD, results, "bpda"),
+        claim(where, what, reported, results[guided], results[plain], "bpda"),
+    ]
 
 
 PARTS = (
@@ -290,8 +292,6 @@ def everything(
         choice("fig2b", classifier, classifiers)
         for name in spent:
             choice(f"fig2b, {classifier}", name, SPENDABLE)
-    if isinstance(parts, str):
-        raise ValueError(f"parts: expected a list out of {', '.join(PARTS)}; got {parts!r}")
     chosen = [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
     kept = ("profile", "budget", "classifier", "subset", "device", "seed")
     same: dict[str, Any] = {name: getattr(config, name) for name in kept}
@@ -338,29 +338,21 @@ def side_by_side() -> str:
     for name in PROFILES:
         places = [folder / name / "report.csv" for folder in (paths.FIGURES, paths.ROOT / "figures")]
         if written := next((place for place in places if place.exists()), None):
-            found.append(_of_profile(name, pd.read_csv(written, keep_default_na=False)))
+            rows = pd.read_csv(written, keep_default_na=False)
+            rows = rows[(rows["Verdict"] != QUOTED) & ~rows["Where"].isin(TOY)]
+            rows = rows.set_index(["Where", "What", "Paper"])
+            for heading, columns in (
+                ("the paper's protocol (n)", [PROTOCOL, "Verdict", "n"]),
+                ("worst case on record", [WORST, "Verdict under it"]),
+            ):
+                cells = rows[columns].agg(lambda row: _cell(*row), axis=1)
+                found.append(cells.rename(f"{name}: {heading}"))
             captions.append(written.with_suffix(".md").read_text().strip().split("\n\n")[-1])
     frame = pd.concat(found, axis=1, sort=False).fillna(NOTHING).reset_index().set_index("Where")
     text = "\n\n".join([tables.markdown(frame), *captions])
     path = publishing.note(paths.FIGURES / "side_by_side.md")
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
     return text
-
-
-def _of_profile(name: str, report: pd.DataFrame) -> pd.DataFrame:
-    """Its two columns; a row for each line and number of the paper's."""
-    rows = report[(report["Verdict"] != QUOTED) & ~report["Where"].isin(TOY)]
-    rows = rows.set_index(["Where", "What", "Paper"])
-    return pd.DataFrame(
-        {
-            f"{name}: the paper's protocol (n)": rows.agg(
-                lambda row: _cell(row[PROTOCOL], row["Verdict"], row["n"]), axis=1
-            ),
-            f"{name}: worst case on record": rows.agg(
-                lambda row: _cell(row[WORST], row["Verdict under it"]), axis=1
-            ),
-        }
-    )
 
 
 def _cell(value: str, verdict: str, n: str = NOTHING) -> str:

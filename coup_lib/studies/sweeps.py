@@ -190,18 +190,6 @@ def confirmation_table(confirmed: Sequence[tables.Row]) -> pd.DataFrame:
     return frame
 
 
-def confirmed_claims(confirmed: Sequence[tables.Row]) -> str:
-    """Markdown: whether what was chosen on validation is better than the paper's setting."""
-    papers, *others = confirmed
-    pairs = {
-        f"t* = {row.shown['t*']}, λ = {row.shown['λ']}: better than the paper's": (row.right, papers.right)
-        for row in others
-        if row.config != papers.config
-    }
-    names = tables.headings(JUDGED, papers.config)
-    return tables.claims(pairs, names) if pairs else "What was chosen is the paper's own setting."
-
-
 # --- table and figure ---
 
 
