@@ -35,10 +35,9 @@ def title(training: str) -> str:
 
 def measure(configs: Mapping[str, Config]) -> Panels:
     """Every classifier alone, behind the reverse SDE and behind COUP, under attack in every norm."""
-    found: Panels = {}
+    found: Panels = {norm: {} for norm in configs}
     plan = Plan([1.0] * sum(len(classifiers(config)) for config in configs.values()), verbose=True)
     for norm, config in configs.items():
-        found[norm] = {}
         for training, name in classifiers(config).items():
             plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
             evaluation = Evaluation(config, name, verbose=False)

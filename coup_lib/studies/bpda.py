@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -68,13 +69,10 @@ def headings(eot_counts: Sequence[int], exact_eot: int) -> dict[str, str]:
 
 def by_rule(scores: Mapping[str, Mapping[str, Predictions]]) -> dict[str, PerImage]:
     """Rule → defence → column → share of right decisions per image, (n,)."""
-    return {
-        rule: {
-            defence: {name: score.decided(rule) for name, score in row.items()}
-            for defence, row in scores.items()
-        }
-        for rule in RULES
-    }
+    found: dict[str, PerImage] = {rule: {} for rule in RULES}
+    for rule, (defence, row) in product(RULES, scores.items()):
+        found[rule][defence] = {name: score.decided(rule) for name, score in row.items()}
+    return found
 
 
 def rows(results: Mapping[str, PerImage], config: Config) -> dict[str, list[Row]]:

@@ -22,9 +22,7 @@ N_IMAGES = 16
 COMPARED = {"reverse": ("adjoint", "bpda"), "coup": ("adjoint", "first_order", "bpda")}
 
 
-def gradient_cosines(
-    config: Config, step_counts: tuple[int, ...] | None = None, n_images: int = N_IMAGES
-) -> dict[str, Any]:
+def gradient_cosines(config: Config, step_counts: tuple[int, ...] | None = None) -> dict[str, Any]:
     """The record of cosines to `exact`, "result": defence → gradient → one list of n_images per step count.
 
     The gradient is that of the cross-entropy in the image, in float64, on the same Brownian path, at the
@@ -32,7 +30,7 @@ def gradient_cosines(
     classifier is sure of itself and there is next to no guidance to differentiate.
     """
     step_counts = step_counts or ((2, 4) if config.budget == "smoke" else STEP_COUNTS)
-    n_images = min(n_images, config.n_images)
+    n_images = min(N_IMAGES, config.n_images)
     source, attacked = against("apgd-ce", "reverse"), Evaluation(config)
 
     def compute(places: range) -> dict[str, Any]:

@@ -46,9 +46,5 @@ def claims(results: PerImage) -> str:
         )
         for name, row in results.items()
     }
-    return "\n\n".join(
-        [
-            tables.claims({claim: (results[GUIDED], results[PLAIN])}, WAYS),
-            tables.claims(masked, {"masked": "Exact gradient − identity"}),
-        ]
-    )
+    guided = tables.claims({claim: (results[GUIDED], results[PLAIN])}, WAYS)
+    return f"{guided}\n\n{tables.claims(masked, {'masked': 'Exact gradient − identity'})}"

@@ -494,13 +494,11 @@ def verdict(slopes: Mapping[str, Arrays]) -> str:
         {case: predicted_over_measured(slope, kind) for case, slope in slopes.items()} for kind in KINDS
     )
     error, error_first = ({case: abs(one.value - 1) for case, one in row.items()} for row in (exact, first))
-    judged = "coup", "flipped"
+    closer = all(max(error["smooth"], error_first[case]) < error[case] for case in ("coup", "flipped"))
     said = "is not decided"
     if exact["coup"].low > 1 or exact["flipped"].high < 1:
         said = "does not hold"
-    elif exact["coup"].high < 1 < exact["flipped"].low and all(
-        max(error["smooth"], error_first[case]) < error[case] for case in judged
-    ):
+    elif exact["coup"].high < 1 < exact["flipped"].low and closer:
         said = "holds"
     return f"That the jumps of ∇ log max p mislead the exact gradient **{said}**."
 
