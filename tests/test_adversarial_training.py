@@ -11,6 +11,7 @@ from coup_lib.studies import adversarial_training as cross
 
 N = 100
 CONFIGS = {norm: Config(norm=norm, n_images=N) for norm in NORMS}
+JUDGED = tables.headings(cross.JUDGED, CONFIGS["linf"])
 
 
 def row(adaptive, worst):
@@ -40,7 +41,7 @@ def test_classifiers_are_the_profiles():
 
 
 def test_the_cross_setting_is_judged_under_one_attack(found):
-    text = tables.claims(cross.cross_claims(found), cross.judged(CONFIGS["linf"]))
+    text = tables.claims(cross.cross_claims(found), JUDGED)
     assert text.count("**holds** (+40.00 points") == 4
     assert "attacked in L2: trained for L2 beats trained for L∞" in text
 
@@ -48,7 +49,7 @@ def test_the_cross_setting_is_judged_under_one_attack(found):
 def test_every_combination_is_judged(found):
     claims = cross.combination_claims(found, CONFIGS)
     assert len(claims) == 3 * 2 * 3
-    text = tables.claims(claims, cross.judged(CONFIGS["linf"]))
+    text = tables.claims(claims, JUDGED)
     (line,) = [line for line in text.splitlines() if "for L∞, attacked in L∞: COUP beats alone" in line]
     assert "**holds** (+20.00 points" in line and "**does not hold** (-30.00 points" in line
 

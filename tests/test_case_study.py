@@ -157,7 +157,6 @@ def test_a_study_of_digits_and_its_record(results_folder):
     assert {path: path.stat().st_mtime_ns for path in results_folder.rglob("*.json")} == files
     np.testing.assert_array_equal(again.p_adv["coup"], found.p_adv["coup"])
     assert set(cs.numbers([found])["quantity"]) >= {"broken by coup", "p(y_adv), with guidance, whole path"}
-    assert "L∞, eps = 0.2; " in cs.verdict_caption([found], SMALL, "cnn-small")
 
 
 def test_no_weight_neither_rescues_nor_breaks(results_folder):

@@ -31,22 +31,18 @@ class Scaled(torch.nn.Module):
         return torch.cat([x.flatten(1)[:, :1], torch.zeros(len(x), 1, dtype=x.dtype)], 1)
 
 
+def guidance(kind, slope, states):
+    states = torch.tensor(states, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    return kind(torch.nn.Identity(), Linear(slope)).guidance(states, torch.tensor(0.1)).flatten()
+
+
 def test_the_guidance_jumps_and_the_smoothed_one_does_not():
     """Across the boundary ∇ log max p = ±slope/2; the smoothed one is odd, so it passes through zero."""
-    score = torch.nn.Identity()
-    states = torch.tensor([-1e-6, 1e-6], dtype=torch.float64).reshape(2, 1, 1, 1)
-    kinked = Guided(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
-    smooth = SmoothMax(score, Linear(4.0)).guidance(states, torch.tensor(0.1)).flatten()
     # d/dstate of log σ(2·slope·state/2) at 0 is slope/2, on either side.
-    torch.testing.assert_close(kinked, torch.tensor([-2.0, 2.0], dtype=torch.float64), rtol=1e-4, atol=0)
-    assert smooth.abs().max() < 1e-4
-
-
-def test_far_from_the_boundary_the_smoothed_maximum_is_the_maximum():
-    states = torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64)
-    kinked = Guided(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
-    smooth = SmoothMax(torch.nn.Identity(), Linear(20.0)).guidance(states, torch.tensor(0.1))
-    torch.testing.assert_close(kinked, smooth, atol=1e-6, rtol=0)
+    assert guidance(Guided, 4.0, [-1e-6, 1e-6]).tolist() == pytest.approx([-2, 2], rel=1e-4)
+    assert guidance(SmoothMax, 4.0, [-1e-6, 1e-6]).abs().max() < 1e-4
+    far = [guidance(kind, 20.0, [0.9]) for kind in (Guided, SmoothMax)]
+    torch.testing.assert_close(*far, atol=1e-6, rtol=0)
 
 
 def test_draws_are_those_of_a_deterministic_loss():

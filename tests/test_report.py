@@ -8,35 +8,38 @@ import pytest
 
 from coup_lib import paths
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Accuracy, Difference
+from coup_lib.evaluation.outcomes import Accuracy
 from coup_lib.evaluation.stats import ratio_interval
 from coup_lib.reporting import tables
 from coup_lib.studies import report, sweeps
-from coup_lib.studies.report import Gap, Line
+from coup_lib.studies.report import Line
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-def gap(value, worst=None, reported=2.41):
-    """A gap over 100 images, `value` of which only the first defence gets right."""
+def columns(right, worst=None):
+    """A defence's columns over 100 images, so many of which it gets right."""
+    found = {"adaptive": (np.arange(100) < right).astype(float)}
+    return found if worst is None else found | {"recorded": (np.arange(100) < worst).astype(float)}
 
-    def difference(points):
-        return Difference.of((np.arange(100) < points).astype(float), np.zeros(100))
 
-    return Gap("COUP − DiffPure", reported, difference(value), None if worst is None else difference(worst))
+def claim(right, worst=None, reported=2.41):
+    """That a defence beats one that gets no image right."""
+    none = columns(0, None if worst is None else 0)
+    return report.claim("Table 1", "COUP − DiffPure", reported, columns(right, worst), none, "adaptive")
 
 
 def test_a_claim_carries_both_verdicts():
-    line = report.claim("Table 1", gap(20, worst=0))
-    assert (line.reported, line.n, line.verdict) == ("+2.41 points", 100, "holds")
-    assert line.worst_verdict == "is not decided" and line.worst.startswith("+0.00")
-    assert report.claim("Fig. 2b", gap(20, reported=None)).reported == "larger"
-    assert report.claim("Table 3", gap(20)).worst_verdict == report.NOTHING
+    line = claim(20, worst=0)
+    assert (line.cells[2], line.n, line.verdict) == ("+2.41 points", 100, "holds")
+    assert line.worst_verdict == "is not decided" and str(line.worst).startswith("+0.00")
+    assert claim(20, reported=None).cells[2] == "larger"
+    assert claim(20).worst_verdict == report.NOTHING
 
 
 def test_levels_are_not_compared():
     line = report.level("Table 1", "COUP: accuracy", 90.04, np.ones(50))
-    assert line.reported == "90.04" and line.here.startswith("100.00 [") and line.n == 50
+    assert line.cells[2:5] == ["90.04", str(Accuracy.of(np.ones(50))), "50"]
     assert line.verdict == report.LEVEL
 
 
@@ -53,11 +56,7 @@ def test_what_is_kept_of_a_classifiers_own_accuracy():
 
 
 def test_counts_and_table():
-    lines = [
-        report.claim("Table 1", gap(20, worst=0)),
-        report.claim("Table 2", gap(0)),
-        Line("Table 1", "AWP", "59.18", verdict=report.QUOTED),
-    ]
+    lines = [claim(20, worst=0), claim(0), Line("Table 1", "AWP", 59.18, verdict=report.QUOTED)]
     text = report.counts(lines)
     assert "protocol: 1 hold, 0 do not, 1 are not decided" in text
     assert "number by number: 1 accuracies" in text
@@ -68,11 +67,8 @@ def test_counts_and_table():
 def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     lines = {
-        "digits": [
-            report.claim("Table 1", gap(20, worst=0)),
-            report.level("Table 1", "COUP", 90.04, np.ones(50)),
-        ],
-        "cifar10-small": [report.claim("Table 1", gap(0)), Line("Prop. 1", "its hypothesis", "assumed")],
+        "digits": [claim(20, worst=0), report.level("Table 1", "COUP", 90.04, np.ones(50))],
+        "cifar10-small": [claim(0), Line("Prop. 1", "its hypothesis", "assumed")],
     }
     for profile, found in lines.items():
         quoted = Line("Table 1", "AWP", "59.18", verdict=report.QUOTED)
@@ -92,18 +88,24 @@ def test_profiles_stand_side_by_side(tmp_path, monkeypatch):
 
 
 def test_parts_of_the_paper_can_be_chosen():
-    lines, gaps = report.everything(Config(), [], ["toy"])
-    assert [line.where for line in lines] == ["toy"] and not gaps
+    lines = report.everything(Config(), [], ["toy"])
+    assert [line.where for line in lines] == ["toy"]
     for wrong in (["Table 9"], "toy"):
         with pytest.raises(ValueError, match="parts: expected"):
             report.everything(Config(), [], wrong)
 
 
-def test_a_classifier_of_fig_2b_can_have_sizes_of_its_own():
+def test_a_classifier_of_fig_2b_can_have_sizes_of_its_own(monkeypatch):
+    asked = []
+
+    def measured(evaluation, attacks):
+        asked.append((evaluation.config.n_images, evaluation.config.precision))
+        return {name: columns(5) for name in attacks}
+
+    monkeypatch.setattr(tables, "measured", measured)
     own = {"cnn-small": {"n_images": 7, "precision": "tf32"}}
-    asked = [report.spending(Config(n_images=5), name, own) for name in ("cnn-small", "cnn-large")]
-    assert [(config.n_images, config.precision) for config in asked] == [(7, "tf32"), (5, "float32")]
-    assert "cnn-small has in Fig. 2b n_images = 7, precision = tf32" in report.caption(Config(), [], own)
+    assert len(report.ablation(Config(n_images=5), ["cnn-small", "cnn-large"], own)) == 4
+    assert asked == [(7, "tf32"), (5, "float32")]
     for wrong, message in (
         (["cnn-small"], "fig2b: expected .* or the like; got \\['cnn-small'\\]"),
         ({"cnn-small": 256}, "fig2b: expected .* or the like; got {'cnn-small': 256}"),
@@ -115,7 +117,7 @@ def test_a_classifier_of_fig_2b_can_have_sizes_of_its_own():
 
 
 def test_the_figure_shows_the_papers_number_only_where_there_is_one():
-    figure = report.figure([gap(20, worst=3), gap(5, reported=None)])
+    figure = report.figure([claim(20, worst=3), claim(5, reported=None)])
     (papers,) = [line for line in figure.axes[0].lines if line.get_label() == "the paper"]
     assert papers.get_xdata().tolist() == [2.41]
     assert [text.get_text() for text in figure.axes[0].get_legend().texts][-1].startswith("here")
@@ -138,9 +140,9 @@ def test_the_page_reads_what_the_notebooks_write(notebook, parameter, values):
 def test_the_report_computes_nothing(tmp_path, monkeypatch):
     """What is not on record shows as such, at once."""
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    lines, gaps = report.everything(Config(n_images=3), ["cnn-small"])
-    assert [line.where for line in lines] == list(report.PARTS) and not gaps
+    lines = report.everything(Config(n_images=3), ["cnn-small"])
+    assert [line.where for line in lines] == list(report.PARTS)
     assert {line.what for line in lines} == {"not on record: run its notebook first"}
     assert not list(tmp_path.rglob("*"))
     assert report.table(lines).shape == (len(report.PARTS), 7)
-    assert report.figure(gaps).axes
+    assert report.figure(lines).axes

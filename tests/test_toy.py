@@ -151,7 +151,7 @@ def test_runs_that_are_not_finite_are_neither_flips_nor_not() -> None:
     assert paths.finite.tolist() == [False, True, True]
     assert paths.flipped.tolist() == paths.crossed.tolist() == [False, True, False]
     result = {"n_runs": 3, "not_finite": [[1]], "flipped": [[1]]}
-    assert toy_figures.shares(result, "flipped", 0)[0] == [0.5]
+    assert toy_figures.shares(result, "flipped", 0)[0].value == 0.5
 
 
 def test_prop1_hypotheses() -> None:

@@ -1,6 +1,6 @@
 """Accuracies with intervals from the draws of an evaluation, and the worst attack on each image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -64,6 +64,12 @@ class Difference:
     def __str__(self) -> str:
         value = round(self.value, 2) + 0.0  # never -0.00
         return f"{value:+.2f} points [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def joint(differences: Iterable[Difference]) -> str:
+    """The verdict on the claim that all of them are positive."""
+    verdicts = {difference.verdict for difference in differences}
+    return next(word for word in ("does not hold", "is not decided", "holds") if word in verdicts)
 
 
 @dataclass(frozen=True)

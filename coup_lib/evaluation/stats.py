@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import norm, t
 
 LEVEL = 0.95  # of every interval, unless a call says otherwise
+
+
+class Estimate(NamedTuple):
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def mean_interval(

@@ -1,10 +1,11 @@
 """One look for every figure: fonts, sizes, colours; the same colour for the same defence everywhere."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from string import ascii_lowercase
 from textwrap import fill
 from typing import Any
 
@@ -104,6 +105,21 @@ def points(
     estimates(axes, places, [Accuracy.of(share) for share in shares], sideways=sideways, **look)
 
 
+def band(
+    axes: Axes, x: Any, middle: np.ndarray, edges: Sequence[np.ndarray], style: str, colour: Any, **look: Any
+) -> None:
+    """A line (k,) at x (k,) inside a shaded band between two edges (k,); look: of `Axes.plot`."""
+    low, high = edges
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, middle, style, color=colour, **{"markersize": 4} | look)
+
+
+def titles(panels: Iterable[Axes], names: Iterable[str]) -> None:
+    """Above each panel its letter and its name."""
+    for letter, (axes, name) in zip(ascii_lowercase, zip(panels, names, strict=True), strict=False):
+        axes.set_title(f"({letter}) {name}", loc="left", fontsize="medium")
+
+
 def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], width: int = 12) -> None:
     """One group per column, one marker per row of a table with its 95 % interval, in percent.
 
@@ -144,10 +160,8 @@ def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:
     for gradient, cosines in result[defence].items():
         style, colour = styles[gradient]
         low, middle, high = np.quantile(np.array(cosines), [0.05, 0.5, 0.95], axis=1)
-        axes.fill_between(result["step_counts"], low, high, color=PALETTE[colour], alpha=0.15, linewidth=0)
-        axes.plot(
-            result["step_counts"], middle, style, color=PALETTE[colour], label=gradient.replace("_", "-")
-        )
+        label, counts = gradient.replace("_", "-"), result["step_counts"]
+        band(axes, counts, middle, (low, high), style, PALETTE[colour], markersize=None, label=label)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xticks(result["step_counts"], [str(count) for count in result["step_counts"]])

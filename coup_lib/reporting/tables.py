@@ -20,6 +20,8 @@ from coup_lib.evaluation.outcomes import (
     transferred,
     worst_of,
 )
+from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.specs import Rows
 from coup_lib.files import write_atomically
 from coup_lib.reporting import publishing
 from coup_lib.reporting.paper import Reported
@@ -77,6 +79,12 @@ def per_image_accuracy(
             found["autoattack"] = min(found["own_standard"], found["own_rand"], key=np.mean)
         result[defence] = found
     return result
+
+
+def measured(evaluation: Evaluation, attacks: Rows) -> PerImage:
+    """What defences leave under their attacks, see `per_image_accuracy`, and in the worst case on record."""
+    columns = evaluation.predictions(attacks)
+    return per_image_accuracy(columns, evaluation.recorded(columns))
 
 
 def by_count(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,12 +11,13 @@ from matplotlib.figure import Figure
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.tables import PerImage, Right, Row
 
 DEFENCES = ("none", "reverse", "coup")
 JUDGED = ("adaptive", "recorded")
+OFFSETS = (-0.3, -0.2, -0.05, 0.05, 0.2, 0.3)  # of each defence under each of these
 ALONE = "Classifier alone"
 
 Panels = dict[str, dict[str, PerImage]]  # norm of the attack → classifier → defence → column → (n,)
@@ -33,15 +35,13 @@ def title(training: str) -> str:
 
 def measure(configs: Mapping[str, Config]) -> Panels:
     """Every classifier alone, behind the reverse SDE and behind COUP, under attack in every norm."""
-    found: Panels = {}
+    found: Panels = {norm: {} for norm in configs}
     plan = Plan([1.0] * sum(len(classifiers(config)) for config in configs.values()), verbose=True)
     for norm, config in configs.items():
-        found[norm] = {}
         for training, name in classifiers(config).items():
             plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
             evaluation = Evaluation(config, name, verbose=False)
-            columns = evaluation.columns(DEFENCES)
-            found[norm][training] = tables.per_image_accuracy(columns, evaluation.recorded(columns))
+            found[norm][training] = tables.measured(evaluation, paper_attacks(DEFENCES, config))
     return found
 
 
@@ -87,30 +87,25 @@ def combination_claims(found: Panels, configs: Mapping[str, Config]) -> dict[str
     }
 
 
-def judged(config: Config) -> dict[str, str]:
-    """The columns that claims are judged by, with their headings."""
-    return tables.headings(JUDGED, config)
-
-
 def figure(found: Panels, configs: Mapping[str, Config]) -> Figure:
     """Fig. 2c: one panel per norm of the attack; filled is the adaptive attack, open the worst case."""
     whole, panels = plt.subplots(1, len(found), figsize=(9.5, 4.5), sharey=True)
-    for letter, axes, (norm, rows) in zip("ab", panels, found.items(), strict=True):
-        for offset, defence in zip((-0.25, 0, 0.25), DEFENCES, strict=True):
-            for (column, heading), shift in zip(judged(configs[norm]).items(), (-0.05, 0.05), strict=True):
-                colour = plots.COLOURS[defence]
-                plots.points(
-                    axes,
-                    np.arange(len(rows)) + offset + shift,
-                    [results[defence][column] for results in rows.values()],
-                    fmt=plots.MARKERS[defence],
-                    color=colour,
-                    markerfacecolor="white" if column == "recorded" else colour,
-                    label=f"{ALONE if defence == 'none' else LABELS[defence]}: {heading}",
-                )
+    for axes, (norm, rows) in zip(panels, found.items(), strict=True):
+        columns = tables.headings(JUDGED, configs[norm])
+        for offset, (defence, column) in zip(OFFSETS, product(DEFENCES, columns), strict=True):
+            colour, heading = plots.COLOURS[defence], columns[column]
+            plots.points(
+                axes,
+                np.arange(len(rows)) + offset,
+                [results[defence][column] for results in rows.values()],
+                fmt=plots.MARKERS[defence],
+                color=colour,
+                markerfacecolor="white" if column == "recorded" else colour,
+                label=f"{ALONE if defence == 'none' else LABELS[defence]}: {heading}",
+            )
         plots.groups(axes, [title(training).replace(" ", "\n", 1) for training in rows])
-        what = f"({letter}) attacked in {NORM_NAMES[norm]}, ε = {radius(configs[norm].eps)}"
-        axes.set_title(what, loc="left", fontsize="medium")
+    names = [f"attacked in {NORM_NAMES[norm]}, ε = {radius(one.eps)}" for norm, one in configs.items()]
+    plots.titles(panels, names)
     n_images = next(iter(configs.values())).n_images
     panels[0].set_ylabel(f"accuracy (%), n = {n_images}, 95 % interval")
     handles = panels[0].get_legend_handles_labels()

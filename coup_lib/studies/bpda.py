@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -70,13 +71,10 @@ def headings(eot_counts: Sequence[int], exact_eot: int) -> dict[str, str]:
 
 def by_rule(scores: Mapping[str, Mapping[str, Predictions]]) -> dict[str, PerImage]:
     """Rule → defence → column → share of right decisions per image, (n,)."""
-    return {
-        rule: {
-            defence: {name: score.decided(rule) for name, score in row.items()}
-            for defence, row in scores.items()
-        }
-        for rule in RULES
-    }
+    found: dict[str, PerImage] = {rule: {} for rule in RULES}
+    for rule, (defence, row) in product(RULES, scores.items()):
+        found[rule][defence] = {name: score.decided(rule) for name, score in row.items()}
+    return found
 
 
 def rows(results: Mapping[str, PerImage], config: Config) -> dict[str, list[Row]]:
@@ -101,9 +99,9 @@ def figure(found: Mapping[str, Sequence[Row]], names: Mapping[str, str]) -> Figu
     """One panel per rule: every defence under BPDA with each number of EOT draws, and the exact gradient."""
     whole, panels = plt.subplots(1, len(found), figsize=(11, 3.9), sharey=True)
     short = {name: text.replace(" gradient", "") for name, text in names.items()}
-    for letter, axes, rows in zip("abc", panels, found.values(), strict=True):
+    for axes, rows in zip(panels, found.values(), strict=True):
         plots.robustness_panel(axes, rows, short, width=7)
-        axes.set_title(f"({letter}) {rows[0].shown['Decided by']}", loc="left", fontsize="medium")
+    plots.titles(panels, [rows[0].shown["Decided by"] for rows in found.values()])
     handles, labels = panels[0].get_legend_handles_labels()
     whole.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return whole

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from coup_lib.checks import number
 from coup_lib.evaluation.bench import against
-from coup_lib.evaluation.config import NORM_NAMES, Config, radius
-from coup_lib.evaluation.outcomes import Accuracy, Difference
+from coup_lib.evaluation.config import Config, radius
+from coup_lib.evaluation.outcomes import Accuracy, Difference, joint
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.records import record
 from coup_lib.evaluation.stats import student
@@ -238,11 +239,14 @@ def verdicts(study: CaseStudy, group: str) -> dict[str, str]:
     p_true, p_adv = study.curves(group)
     free, guided, tenth = p_true["reverse"], p_true["coup"], study.tenth
     late, before = free[-1 - tenth] - free[-1], free[0] - free[-1 - tenth]
+    parts = {
+        "1": [change(free[-1], free[0]), change(p_adv["reverse"][0], p_adv["reverse"][-1])],
+        "1b": [change(np.zeros_like(late), late), change(before, late)],
+        "2": [change(guided[0], guided[tenth]), change(free[tenth], guided[tenth])],
+        "3": [_above_half(study.rescued(group))],
+    }
     return {
-        "1": _together(change(free[-1], free[0]), change(p_adv["reverse"][0], p_adv["reverse"][-1])),
-        "1b": _together(change(np.zeros_like(late), late), change(before, late)),
-        "2": _together(change(guided[0], guided[tenth]), change(free[tenth], guided[tenth])),
-        "3": _rescue_verdict(study.rescued(group)),
+        name: joint(filter(None, found)) if all(found) else "too few cases" for name, found in parts.items()
     }
 
 
@@ -254,82 +258,71 @@ def change(before: np.ndarray, after: np.ndarray) -> Difference | None:
     return Difference(100 * float((after - before).mean()), 100 * float(low), 100 * float(high), len(after))
 
 
-def _together(*differences: Difference | None) -> str:
-    """The verdict on a statement with several parts: it holds if each of them does."""
-    found = {"too few cases" if part is None else part.verdict for part in differences}
-    return next(
-        word for word in ("too few cases", "does not hold", "is not decided", "holds") if word in found
+def _above_half(right: np.ndarray) -> Difference | None:
+    """By how much a share exceeds one half; None for fewer than two cases."""
+    if len(right) < 2:
+        return None
+    share = Accuracy.of(right)
+    return Difference(share.value - 50, share.low - 50, share.high - 50, share.n)
+
+
+def measured(study: CaseStudy, group: str) -> dict[str, Accuracy | Difference]:
+    """Quantity → share rescued or broken, in percent, or change of the bad cases' mean confidence, in points.
+
+    Confidence changes without and with guidance, in the first tenth and over the whole path. A share of no
+    cases and a change of fewer than two are left out.
+    """
+    found: dict[str, Any] = {}
+    for what in ("rescued", "broken"):
+        for treatment in TREATMENTS:
+            cases = getattr(study, what)(group, treatment)
+            found[f"{what} by {treatment}"] = Accuracy.of(cases) if len(cases) else None
+    for label, curve in zip(("p(y_true)", "p(y_adv)"), study.curves(group), strict=True):
+        for path, words in PATHS.items():
+            for span, step in (("first tenth", study.tenth), ("whole path", -1)):
+                found[f"{label}, {words}, {span}"] = change(curve[path][0], curve[path][step])
+    return {name: one for name, one in found.items() if one}
+
+
+def numbers(studies: Sequence[CaseStudy]) -> pd.DataFrame:
+    """Long form for a CSV: all that is `measured`."""
+    return pd.DataFrame(
+        [
+            {"eps": study.eps, "group": group, "quantity": name} | vars(one)
+            for study, group in product(studies, GROUPS)
+            for name, one in measured(study, group).items()
+        ]
     )
-
-
-def _rescue_verdict(rescued: np.ndarray) -> str:
-    if len(rescued) < 2:
-        return "too few cases"
-    share = Accuracy.of(rescued)
-    if share.low > 50:
-        return "holds"
-    return "does not hold" if share.high < 50 else "is not decided"
 
 
 def verdict_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
     """One row per eps and group: n, shares rescued and broken, and the verdict on each statement."""
-    rows = [
-        {
-            "eps": radius(study.eps),
-            "Group": label,
-            "Bad cases": len(study.rescued(group)),
-            "Rescued (%)": _share(study.rescued(group)),
+    lines = []
+    for study, group in product(studies, GROUPS):
+        found = measured(study, group)
+        cells = {
+            "Rescued (%)": str(found.get("rescued by coup", MISSING)),
             "Good cases": len(study.broken(group)),
-            "Broken (%)": _share(study.broken(group)),
+            "Broken (%)": str(found.get("broken by coup", MISSING)),
         }
-        | {f"({name})": verdict for name, verdict in verdicts(study, group).items()}
-        for study in studies
-        for group, label in GROUPS.items()
-    ]
-    return pd.DataFrame(rows).set_index("eps")
-
-
-def numbers(studies: Sequence[CaseStudy]) -> pd.DataFrame:
-    """Long form for a CSV: every share and every change of the sentences, in percent and points."""
-    rows = []
-    for study in studies:
-        for group in GROUPS:
-            shares = {
-                f"{what} by {treatment}": values(group, treatment)
-                for what, values in (("rescued", study.rescued), ("broken", study.broken))
-                for treatment in TREATMENTS
-            }
-            points = {name: Accuracy.of(values) for name, values in shares.items() if len(values)}
-            moved = {name: found for name, found in changes(study, group).items() if found}
-            rows += [
-                {"eps": study.eps, "group": group, "quantity": name} | vars(found)
-                for name, found in (*points.items(), *moved.items())
-            ]
-    return pd.DataFrame(rows)
-
-
-def changes(study: CaseStudy, group: str) -> dict[str, Difference | None]:
-    """The changes of mean p(y_true) and p(y_adv) of a group's bad cases, in points.
-
-    Without and with guidance, in the first tenth and over the whole path; None for fewer than two cases.
-    """
-    return {
-        f"{label}, {PATHS[path]}, {span}": change(curve[path][0], curve[path][step])
-        for label, curve in zip(("p(y_true)", "p(y_adv)"), study.curves(group), strict=True)
-        for path in PATHS
-        for span, step in (("first tenth", study.tenth), ("whole path", -1))
-    }
+        judged = {f"({name})": verdict for name, verdict in verdicts(study, group).items()}
+        lines.append(_cases(study, group) | cells | judged)
+    return pd.DataFrame(lines).set_index("eps")
 
 
 def change_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
-    """The changes of mean confidence in points, one row per eps and group; see `changes`."""
+    """The changes of mean confidence in points, one row per eps and group."""
     lines = [
-        {"eps": radius(study.eps), "Group": label, "Bad cases": len(study.rescued(group))}
-        | {name: MISSING if found is None else str(found) for name, found in changes(study, group).items()}
-        for study in studies
-        for group, label in GROUPS.items()
+        _cases(study, group)
+        | {name: str(one) for name, one in measured(study, group).items() if "p(" in name}
+        for study, group in product(studies, GROUPS)
     ]
-    return pd.DataFrame(lines).set_index("eps")
+    return pd.DataFrame(lines).set_index("eps").fillna(MISSING)
+
+
+def _cases(study: CaseStudy, group: str) -> dict[str, Any]:
+    """The cells that begin a row."""
+    return {"eps": radius(study.eps), "Group": GROUPS[group], "Bad cases": len(study.rescued(group))}
 
 
 def control_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
@@ -339,8 +332,8 @@ def control_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
     """
     lines = []
     for study in studies:
-        shares = {name: study.rescued("all", name) for name in TREATMENTS}
-        over = change(shares["brownian"], shares["coup"])
+        found = measured(study, "all")
+        over = change(study.rescued("all", "brownian"), study.rescued("all"))
         net = change(study.right["reverse"], study.right["coup"])
         lines.append(
             {
@@ -349,34 +342,16 @@ def control_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
                 "Bad cases": int(study.bad.sum()),
                 "wrong without attack": int((study.bad & (study.clean != study.labels)).sum()),
                 "y_adv seen in x_adv": int((study.bad & (study.raw == study.y_adv)).sum()),
-                **{f"Rescued by {label} (%)": _share(shares[name]) for name, label in TREATMENTS.items()},
-                "Guidance − Brownian motion": MISSING if over is None else f"{over}, **{over.verdict}**",
-                "Guidance breaks (%)": _share(study.broken("all")),
-                "Accuracy, with − without guidance": MISSING if net is None else str(net),
+                **{
+                    f"Rescued by {label} (%)": str(found.get(f"rescued by {name}", MISSING))
+                    for name, label in TREATMENTS.items()
+                },
+                "Guidance − Brownian motion": f"{over}, **{over.verdict}**" if over else MISSING,
+                "Guidance breaks (%)": str(found.get("broken by coup", MISSING)),
+                "Accuracy, with − without guidance": str(net or MISSING),
             }
         )
     return pd.DataFrame(lines).set_index("eps")
-
-
-def verdict_caption(studies: Sequence[CaseStudy], config: Config, classifier: str) -> str:
-    """What stands behind the numbers, and what the verdicts mean."""
-    eps = ", ".join(radius(study.eps) for study in studies)
-    words = "; ".join(f"({name}) {statement}" for name, statement in STATEMENTS.items())
-    return (
-        f"{config.profile}, {config.split} split, {classifier}, {config.n_images} images; "
-        f"{NORM_NAMES[config.norm]}, eps = {eps}; t* = {config.t_star:g}, N = {config.n_steps}, "
-        f"λ = {config.guidance_weight:g}; APGD-ce on the reverse-time SDE, {config.gradient} gradient, "
-        f"{config.n_iter} iterations, {config.eot} EOT draws; {config.seed_label}. Bad cases: all images "
-        "whose purification without guidance and without Brownian motion is misclassified on x_adv; good "
-        "cases: the others; rescued, broken: what COUP without Brownian motion makes of them. Where Brownian "
-        f"motion is put back, {config.n_draws} draws are averaged. Shares in % with 95 % interval. "
-        f"Statements: {words}. Each is judged by 95 % intervals; a tenth of the path is {studies[0].tenth} "
-        f"of {len(studies[0].times) - 1} steps."
-    )
-
-
-def _share(right: np.ndarray) -> str:
-    return str(Accuracy.of(right)) if len(right) else MISSING
 
 
 # --- what is shown ---
@@ -387,15 +362,14 @@ STYLES: dict[str, Literal["--", "-"]] = {"reverse": "--", "coup": "-"}
 
 def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
     """Fig. 2a: a column per eps, a row per group; mean confidence and 25–75 % of the cases against t."""
-    n = len(studies)
+    n, names = len(studies), []
     figure, grid = plt.subplots(2, n, figsize=(1.2 + 2.7 * n, 5.2), sharex=True, sharey=True, squeeze=False)
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
     for row, group in zip(grid, ("right", "wrong"), strict=True):
         for axes, study in zip(row, studies, strict=True):
-            title = f"({next(letters)}) eps = {radius(study.eps)}, n = {len(study.rescued(group))}"
-            axes.set_title(title, loc="left", fontsize="medium")
+            names.append(f"eps = {radius(study.eps)}, n = {len(study.rescued(group))}")
             _curves_panel(axes, study, group)
         row[0].set_ylabel(f"{GROUPS[group]}\nconfidence $p(y\\,|\\,x_t)$".replace("x_adv", "$x_{adv}$"))
+    plots.titles(grid.flat, names)
     for axes in grid[-1]:
         axes.set_xlabel("time $t$ along the purification")
         start = studies[0].times[0]
@@ -435,14 +409,13 @@ def _say_none(axes: Axes) -> None:
 def rescue_figure(studies: Sequence[CaseStudy]) -> Figure:
     """Bad cases rescued and good cases broken, by guidance and by two controls, per eps and group."""
     figure, grid = plt.subplots(2, 2, figsize=(8.6, 5.4), sharey=True)
-    letters = iter("abcd")
+    cases, names = {"rescued": "bad", "broken": "good"}, []
     for row, group in zip(grid, ("right", "wrong"), strict=True):
-        for axes, what in zip(row, ("rescued", "broken"), strict=True):
+        for axes, (what, kind) in zip(row, cases.items(), strict=True):
             _rescue_panel(axes, studies, group, what)
-            kind = "bad" if what == "rescued" else "good"
-            where = GROUPS[group].replace("x_adv", "$x_{adv}$")
-            axes.set_title(f"({next(letters)}) {kind} cases, {where}", loc="left", fontsize="medium")
             axes.set_ylabel(f"{what} (%), 95 % interval")
+            names.append(f"{kind} cases, {GROUPS[group]}".replace("x_adv", "$x_{adv}$"))
+    plots.titles(grid.flat, names)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -468,18 +441,18 @@ def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
 
     `classes`: the name of each label.
     """
-    index = study.strips["index"]
-    saved = study.right["coup"][index] == 1
-    parts = {"(a) rescued by guidance": saved, "(b) not rescued": ~saved}
-    widths = [1 if chosen.any() else 0.42 for chosen in parts.values()]
-    rows = max(1, int(saved.sum()), int((~saved).sum()))
+    saved = study.right["coup"][study.strips["index"]] == 1
+    rescued = study.rescued("all") == 1
+    parts = (
+        ("(a) rescued by guidance", np.flatnonzero(saved).tolist(), rescued.sum()),
+        ("(b) not rescued", np.flatnonzero(~saved).tolist(), (~rescued).sum()),
+    )
+    widths = [1 if places else 0.42 for _, places, _ in parts]
+    rows = max(1, *(len(places) for _, places, _ in parts))
     figure = plt.figure(figsize=(4.6 * sum(widths), 0.5 + 1.9 * rows))
     figure.set_layout_engine("constrained", h_pad=0.05)  # inches, between a label and the next title
-    halves = np.atleast_1d(np.array(figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)))
-    rescued = study.rescued("all") == 1
-    totals = (int(rescued.sum()), int((~rescued).sum()))
-    for half, total, (title, chosen) in zip(halves, totals, parts.items(), strict=True):
-        places = np.flatnonzero(chosen).tolist()
+    halves: Any = figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)
+    for half, (title, places, total) in zip(halves, parts, strict=True):
         which = f": the first {len(places)} of {total} by index" if places else ":\nthere is no such case"
         half.suptitle(f"{title}{which}", x=0.02, ha="left", fontsize=9)
         if places:
@@ -504,20 +477,14 @@ def _strip(grid: np.ndarray, study: CaseStudy, place: int, classes: Sequence[str
                 grid[0][column].set_title(title, fontsize=8, pad=2)
             if side == 0 or column > 1:  # both paths begin with the same two images
                 axes = grid[side][column]
-                _picture(axes, strips["images"][side, place, column])
+                image = np.moveaxis(strips["images"][side, place, column], 0, -1).squeeze()
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 seen, sure = (strips[name][side, place, column] for name in ("class", "confidence"))
                 look = {"color": TRUE_COLOUR if seen == label else ADV_COLOUR, "ha": "center"}
                 look["weight"] = "bold" if title == "final" else "normal"
                 _write(axes, 0.5, -0.05, f"{classes[seen]}\n{100 * sure:.0f} %", **look)
         _write(grid[side][2], -0.3, 0.95, ("without", "with")[side], rotation=90, color=COLOURS[path])
     _write(grid[1][0], 0, 0.95, f"no. {place_in_split}\ntrue class\n{classes[label]}")
-
-
-def _picture(axes: Axes, image: np.ndarray) -> None:
-    """An image (C, H, W) in 0 to 255; one channel is shown in grey."""
-    picture = np.moveaxis(image, 0, -1)
-    grey = picture.shape[-1] == 1
-    axes.imshow(picture[..., 0] if grey else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
 def _write(axes: Axes, x: float, y: float, text: str, **more: Any) -> None:

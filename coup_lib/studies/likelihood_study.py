@@ -32,9 +32,7 @@ def attacks() -> dict[str, dict[str, AttackSpec]]:
 
 def measure(config: Config) -> PerImage:
     """Defence → column → share of right draws (n,), the worst case on record among them."""
-    evaluation = Evaluation(config)
-    columns = evaluation.predictions(attacks())
-    return tables.per_image_accuracy(columns, evaluation.recorded(columns))
+    return tables.measured(Evaluation(config), attacks())
 
 
 def claims(results: PerImage) -> str:
@@ -48,9 +46,5 @@ def claims(results: PerImage) -> str:
         )
         for name, row in results.items()
     }
-    return "\n\n".join(
-        [
-            tables.claims({claim: (results[GUIDED], results[PLAIN])}, WAYS),
-            tables.claims(masked, {"masked": "Exact gradient − identity"}),
-        ]
-    )
+    guided = tables.claims({claim: (results[GUIDED], results[PLAIN])}, WAYS)
+    return f"{guided}\n\n{tables.claims(masked, {'masked': 'Exact gradient − identity'})}"

@@ -7,7 +7,8 @@ one, E[∇ℓ] with the guidance differentiated, and the first-order one, with t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from itertools import product
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,18 +28,15 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Measurement
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
-from coup_lib.evaluation.stats import student
+from coup_lib.evaluation.stats import Estimate, student
 from coup_lib.guidance import FirstOrder, to_image
 from coup_lib.purify import Purified, Purifier, images_per_call
-from coup_lib.reporting.plots import PALETTE, estimates
+from coup_lib.reporting.plots import PALETTE, band, estimates, titles
 from coup_lib.reporting.tables import MISSING
 from coup_lib.solver import euler_step, step_times
 
 KINDS = ("exact", "first_order")
-KIND_LABELS = {"exact": "exact", "first_order": "first-order", "worst": "worst case"}
-KIND_NAMES = {kind: KIND_LABELS[kind] for kind in KINDS}
-KIND_COLOURS = {"exact": PALETTE[3], "first_order": PALETTE[0], "worst": "black"}
-KIND_MARKERS = {"exact": "o", "first_order": "s", "worst": "D"}
+NAMES = {"exact": "exact", "first_order": "first-order"}
 CASES = {  # the cases of `slopes`
     "reverse": "no guidance",
     "coup": "COUP",
@@ -99,39 +97,32 @@ def measure(config: Config) -> Mechanism:
     )
 
 
-def controls(config: Config) -> dict[float | str, dict[str, np.ndarray]]:
+def controls(config: Config) -> dict[float | str, Arrays]:
     """Control → "exact", "first_order", "worst" → share of right draws, (n,), of a purifier.
 
     A control is a λ of COUP, or "smooth" for COUP at the config's λ, guided by the smoothed maximum. λ = 0 is
     the reverse SDE. "worst" is the worst case per image, over both gradients, BPDA and the transfers from
     none, reverse and DiffPure. The attacks have half the iterations.
     """
-    found: dict[float | str, dict[str, np.ndarray]] = {}
+    found: dict[float | str, Arrays] = {}
     for name, experiment in control_experiments(config).items():
         (scores,) = experiment.predictions().values()
-        found[name] = {kind: scores[kind].right for kind in KINDS}
-        found[name]["worst"] = worst_of(list(scores.values()))
+        worst = worst_of([*scores.values()])
+        found[name] = {kind: scores[kind].right for kind in KINDS} | {"worst": worst}
     return found
 
 
 def control_experiments(config: Config) -> dict[float | str, Experiment]:
     """Control → what `controls` attacks for it."""
-    half = halved(config)
-    found: dict[float | str, Experiment] = {
-        weight: Experiment(
-            replace(half, guidance_weight=weight or config.guidance_weight),
-            _control_attacks("coup" if weight else "reverse"),
-        )
-        for weight in WEIGHTS
-    }
-    return found | {"smooth": Experiment(half, _control_attacks("smooth-max"))}
-
-
-def _control_attacks(target: str) -> dict[str, dict[str, AttackSpec]]:
-    row = {"clean": CLEAN}
-    row |= {kind: against("apgd-ce", target, kind) for kind in (*KINDS, "bpda")}
-    row |= {f"from_{name}": against("apgd-ce", name) for name in ("none", "reverse", "diffpure")}
-    return {target: row}
+    targets: dict[float | str, str] = {weight: "coup" if weight else "reverse" for weight in WEIGHTS}
+    found: dict[float | str, Experiment] = {}
+    for name, target in (targets | {"smooth": "smooth-max"}).items():
+        row = {"clean": CLEAN}
+        row |= {kind: against("apgd-ce", target, kind) for kind in (*KINDS, "bpda")}
+        row |= {f"from_{other}": against("apgd-ce", other) for other in ("none", "reverse", "diffpure")}
+        weight = name if target == "coup" else config.guidance_weight
+        found[name] = Experiment(replace(halved(config), guidance_weight=weight), {target: row})
+    return found
 
 
 def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndarray]:
@@ -145,23 +136,23 @@ def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndar
     """
     evaluation = Evaluation(config, verbose=False)
 
-    def compute(places: range) -> dict[str, np.ndarray]:
-        x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
-        seeds, means, found = image_seeds(config.seed, FIT, places, draws), {}, {}
-        for kind in KINDS:
-            gradients = draw_gradients(evaluation.bench.defence("coup", kind), x, y, seeds)
-            means[kind] = gradients.mean(1).flatten(1)
-            found[f"snr_{kind}"] = signal_to_noise(gradients).cpu().numpy()
-        lengths = {kind: mean.norm(dim=1) for kind, mean in means.items()}
-        product = (means["exact"] * means["first_order"]).sum(1)
-        found["cosine"] = (product / (lengths["exact"] * lengths["first_order"])).cpu().numpy()
-        found["ratio"] = (lengths["exact"] / lengths["first_order"]).cpu().numpy()
+    def compute(places: range) -> dict[str, Tensor]:
+        x, y = _attacked(evaluation)[places], evaluation.images.y[places]
+        seeds = image_seeds(config.seed, FIT, places, draws)
+        exact, first = (draw_gradients(evaluation.bench.defence("coup", kind), x, y, seeds) for kind in KINDS)
+        means = exact.mean(1).flatten(1), first.mean(1).flatten(1)
+        lengths = [mean.norm(dim=1) for mean in means]
         model = cast(Purified, evaluation.bench.defence("coup"))
         fresh = image_seeds(config.seed, FRESH, places, SECOND_ORDER_PATHS)
-        paths = [_second_order(model, x, y, once) for once in fresh.T]
-        found["second_order"] = torch.stack([share for share, _ in paths]).mean(0).cpu().numpy()
-        found["switched"] = torch.stack([switched for _, switched in paths]).float().mean(0).cpu().numpy()
-        return found
+        shares, switched = zip(*[_second_order(model, x, y, once) for once in fresh.T], strict=True)
+        return {
+            "snr_exact": signal_to_noise(exact),
+            "snr_first_order": signal_to_noise(first),
+            "cosine": (means[0] * means[1]).sum(1) / (lengths[0] * lengths[1]),
+            "ratio": lengths[0] / lengths[1],
+            "second_order": torch.stack(shares).mean(0),
+            "switched": torch.stack(switched).float().mean(0),
+        }
 
     return _record(evaluation, "gradients", compute, draws=draws)
 
@@ -180,9 +171,9 @@ def landscape(
     """
     evaluation = Evaluation(config, verbose=False)
 
-    def compute(places: range) -> dict[str, np.ndarray]:
-        x, y = _part(evaluation.images.x, places), _part(evaluation.images.y, places)
-        begin = x if start == "clean" else _part(_attacked(evaluation), places)
+    def compute(places: range) -> dict[str, Tensor]:
+        x, y = evaluation.images.x[places], evaluation.images.y[places]
+        begin = x if start == "clean" else _attacked(evaluation)[places]
         seeds, model = image_seeds(config.seed, FIT, places, draws), evaluation.bench.defence(target)
         found = {}
         for kind in kinds:
@@ -190,7 +181,7 @@ def landscape(
             direction = config.eps * step_direction(gradient, config)
             images = [project(begin + s * direction, x, config.norm_label, config.eps) for s in LANDSCAPE]
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
-        return {kind: losses.cpu().numpy() for kind, losses in found.items()}
+        return found
 
     settings: dict[str, Any] = {"start": start, "distances": list(LANDSCAPE), "kinds": list(kinds)}
     return _record(evaluation, "landscape", compute, draws=draws, target=target, **settings)
@@ -210,19 +201,17 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
     evaluation = Evaluation(replace(config, guidance_weight=weight), verbose=False)
     target = {"reverse": "reverse", "smooth": "smooth-max"}.get(case, "coup")
 
-    def compute(places: range) -> dict[str, np.ndarray]:
-        x, y = _part(_attacked(evaluation), places), _part(evaluation.images.y, places)
+    def compute(places: range) -> dict[str, Tensor]:
+        x, y = _attacked(evaluation)[places], evaluation.images.y[places]
         seeds, found = image_seeds(config.seed, FIT, places, draws), {}
         model = cast(Purified, evaluation.bench.defence(target))
         model.purifier.margin = config.eps  # differences on either side of an image on the edge
         for kind in KINDS:
             gradient = draw_gradients(evaluation.bench.defence(target, kind), x, y, seeds).mean(1)
-            direction = step_direction(gradient, config)
-            predicted_slope = (gradient * direction).flatten(1).sum(1)
-            found[f"foretold_{kind}"] = predicted_slope.cpu().numpy()
-            steps = [s * config.eps for s in DIFFERENCES]
+            direction, steps = step_direction(gradient, config), [s * config.eps for s in DIFFERENCES]
+            found[f"foretold_{kind}"] = (gradient * direction).flatten(1).sum(1)
             differences = [central_difference(model, x, y, seeds, step * direction) / step for step in steps]
-            found[f"measured_{kind}"] = np.stack(differences)
+            found[f"measured_{kind}"] = torch.stack(differences)
         return found
 
     half = max(2, config.n_images // 2)
@@ -239,10 +228,10 @@ def reached(config: Config) -> dict[str, dict[int, np.ndarray]]:
     experiment.predictions()
     evaluation = Evaluation(experiment.config, verbose=False)
 
-    def compute(spec: AttackSpec, places: range) -> dict[str, np.ndarray]:
-        x, y = _part(evaluation.x_adv(spec), places), _part(evaluation.images.y, places)
+    def compute(spec: AttackSpec, places: range) -> dict[str, Tensor]:
         seeds = image_seeds(config.seed, FRESH, places, DRAWS)
-        return {"loss": draw_losses(evaluation.bench.defence("coup"), x, y, seeds).mean(1).cpu().numpy()}
+        x, y = evaluation.x_adv(spec)[places], evaluation.images.y[places]
+        return {"loss": draw_losses(evaluation.bench.defence("coup"), x, y, seeds).mean(1)}
 
     found: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for (kind, eot), spec in experiment.attacks["coup"].items():
@@ -268,16 +257,15 @@ def experiments(config: Config) -> list[Experiment]:
 
 def measurements(config: Config) -> list[Measurement]:
     """What is no attack here; the slopes are taken at half of the images."""
-    kinds, n, half = len(KINDS), config.n_images, max(2, config.n_images // 2)
+    kinds, n = len(KINDS), config.n_images
     statistics = kinds * (DRAWS + SECOND_ORDER_PATHS), SECOND_ORDER_PATHS
-    steps = kinds * LANDSCAPE_DRAWS, kinds * len(LANDSCAPE) * LANDSCAPE_DRAWS
+    landscapes = kinds * LANDSCAPE_DRAWS, kinds * len(LANDSCAPE) * LANDSCAPE_DRAWS
     slope = kinds * SLOPE_DRAWS, kinds * 2 * len(DIFFERENCES) * SLOPE_DRAWS
-    after = (0, DRAWS)
     return [
         Measurement(config, "coup", statistics, n),
-        *[Measurement(config, "coup", steps, n)] * 4,  # two cases, from two starts
-        *[Measurement(config, "coup", slope, half)] * len(CASES),
-        *[Measurement(config, "coup", after, n)] * kinds * len(eot_counts(config)),
+        *[Measurement(config, "coup", landscapes, n)] * 2 * len(STARTS),  # with guidance of either sign
+        *[Measurement(config, "coup", slope, max(2, n // 2))] * len(CASES),
+        *[Measurement(config, "coup", (0, DRAWS), n)] * kinds * len(eot_counts(config)),
     ]
 
 
@@ -289,8 +277,7 @@ def draw_gradients(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Ten
 
     def gradient(images: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
         images = images.clone().requires_grad_()
-        loss = F.cross_entropy(_logits(model, images, chosen), labels, reduction="sum")
-        return torch.autograd.grad(loss, images)
+        return torch.autograd.grad(_losses(model, images, labels, chosen).sum(), images)
 
     (found,) = in_parts(gradient, images_per_call(model, x, _at_once(x)), *_per_draw(x, y, seeds))
     return found.reshape(*seeds.shape, *x.shape[1:])
@@ -299,18 +286,19 @@ def draw_gradients(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Ten
 @torch.no_grad()
 def draw_losses(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor:
     """The cross-entropy for each noise draw: (n, draws) for seeds (n, draws)."""
-
-    def loss(images: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Tensor]:
-        return (F.cross_entropy(_logits(model, images, chosen), labels, reduction="none"),)
-
-    (found,) = in_parts(loss, _at_once(x), *_per_draw(x, y, seeds))
+    (found,) = in_parts(lambda *part: (_losses(model, *part),), _at_once(x), *_per_draw(x, y, seeds))
     return found.reshape(seeds.shape)
 
 
-def central_difference(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor, shift: Tensor) -> np.ndarray:
+def _losses(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor:
+    logits = model(x, seeds=seeds) if isinstance(model, Purified) else model(x)
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def central_difference(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor, shift: Tensor) -> Tensor:
     """Half of the mean loss at x + shift minus that at x − shift, (n,): slope times length."""
     ahead, behind = (draw_losses(model, x + side * shift, y, seeds).mean(1) for side in (1, -1))
-    return ((ahead - behind) / 2).cpu().numpy()
+    return (ahead - behind) / 2
 
 
 def signal_to_noise(gradients: Tensor) -> Tensor:
@@ -357,10 +345,6 @@ def _pulled_back(
     return torch.autograd.grad(euler_step(score, purifier.sde, x, t, dt), x, v)[0]
 
 
-def _logits(model: nn.Module, x: Tensor, seeds: Tensor) -> Tensor:
-    return model(x, seeds=seeds) if isinstance(model, Purified) else model(x)
-
-
 def _per_draw(x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and seeds, one entry per image and draw."""
     draws = seeds.shape[1]
@@ -372,10 +356,6 @@ def _at_once(x: Tensor) -> int:
     return max(1, BATCH_PIXELS // x[0, 0].numel())
 
 
-def _part(values: Tensor, places: range) -> Tensor:
-    return values[places.start : places.stop]
-
-
 def _attacked(evaluation: Evaluation) -> Tensor:
     return evaluation.x_adv(against("apgd-ce", "reverse"))
 
@@ -383,7 +363,7 @@ def _attacked(evaluation: Evaluation) -> Tensor:
 def _record(
     evaluation: Evaluation,
     name: str,
-    compute: Callable[[range], dict[str, np.ndarray]],
+    compute: Callable[[range], dict[str, Tensor]],
     *,
     draws: int,
     target: str = "coup",
@@ -391,71 +371,72 @@ def _record(
     n_images: int | None = None,
     **settings: Any,
 ) -> dict[str, np.ndarray]:
-    """Arrays (…, n) of the first n_images (all), made of what `compute` gives for some of them at a time.
+    """Arrays (…, n) of the first n_images (all), made of the tensors that `compute` gives for some of them.
 
     As many at a time as fill a batch with their draws: that much is lost by a kill, and processes share the
     rest. The record is named by these settings, the images', the defence's and those of an attack of its own.
     """
     config, n = evaluation.config, n_images or evaluation.config.n_images
-
     attack_name, images = evaluation.attack_settings(against("apgd-ce", "reverse"))
     named = {"images": images, "target": evaluation.bench.settings(target)}
     if attack:
         named["attack"] = evaluation.attack_settings(attack)[1]
     size = max(1, _at_once(evaluation.images.x) // draws)
-    work = ChunkedRecord(
-        config.profile,
-        f"mechanism-{name}-{target}-{attack_name}",
-        {**settings, **named, "draws": draws, "seed": config.seed},
-        [range(start, min(start + size, n)) for start in range(0, n, size)],
-        compute,
-        lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},
-        Worker(config.shard, config.num_shards),
-    )
-    to_do = not is_complete(work.path)
-    plan = Plan([float(to_do)], verbose=to_do)
-    plan.start(f"{name}, {target}")
-    return work.finish(plan.advance)["arrays"]
+    return chunked(
+        config,
+        f"{name}, {target}",
+        name=f"mechanism-{name}-{target}-{attack_name}",
+        settings={**settings, **named, "draws": draws, "seed": config.seed},
+        chunks=[range(start, min(start + size, n)) for start in range(0, n, size)],
+        compute=lambda places: {key: found.cpu().numpy() for key, found in compute(places).items()},
+        combine=lambda parts: {
+            key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]
+        },
+    )["arrays"]
+
+
+def chunked(config: Config, label: str, **about: Any) -> dict[str, Any]:
+    """The record of work on parts of the images, shared among processes; about: of `ChunkedRecord`."""
+    work = ChunkedRecord(config.profile, **about, worker=Worker(config.shard, config.num_shards))
+    plan = Plan([0.0 if is_complete(work.path) else 1.0], verbose=True)
+    plan.start(label)
+    return work.finish(plan.advance)
 
 
 # --- What the numbers say ---------------------------------------------------------------------------------
 
 
-class Estimate(NamedTuple):
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def predicted_over_measured(slope: Arrays, kind: str) -> Estimate:
     """Predicted over measured slope of one case of `slopes`: means over images and distances."""
-    predicted_slope, measured = slope[f"foretold_{kind}"], slope[f"measured_{kind}"].mean(0)
-    return _bootstrap(lambda rows: predicted_slope[rows].mean(-1) / measured[rows].mean(-1), len(measured))
+    return bootstrap(
+        lambda predicted, measured: predicted.mean(-1) / measured.mean(-1),
+        slope[f"foretold_{kind}"],
+        slope[f"measured_{kind}"].mean(0),
+    )
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], Any], n: int) -> Estimate:
-    """A statistic of chosen rows out of n; (…, n) rows give (…) values."""
-    low, high = np.quantile(statistic(np.random.default_rng(0).integers(n, size=(2000, n))), [0.025, 0.975])
-    return Estimate(float(statistic(np.arange(n))), float(low), float(high))
+def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> Estimate:
+    """A statistic of samples (n,) of the same images, which maps samples (k, n) to (k,)."""
+    n = len(samples[0])
+    rows = np.random.default_rng(0).integers(n, size=(2000, n))
+    low, high = np.quantile(statistic(*(sample[rows] for sample in samples)), [0.025, 0.975])
+    return Estimate(float(statistic(*samples)), float(low), float(high))
 
 
 def _median(values: np.ndarray) -> Estimate:
-    return _bootstrap(lambda rows: np.median(values[rows], axis=-1), len(values))
+    return bootstrap(partial(np.median, axis=-1), values)
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    low, high = student(values)
-    return Estimate(float(values.mean()), float(low), float(high))
+    return Estimate(float(values.mean()), *map(float, student(values)))
 
 
 def _side(found: Any, reference: float | None) -> str:
     """On which side of the reference an interval lies."""
     if reference is None:
         return MISSING
-    sides = {"above": found.low > reference, "below": found.high < reference, "includes": True}
-    return f"{next(side for side, true in sides.items() if true)} {reference:g}"
+    side = "above" if found.low > reference else "below" if found.high < reference else "includes"
+    return f"{side} {reference:g}"
 
 
 def findings(found: Mechanism) -> pd.DataFrame:
@@ -471,32 +452,28 @@ def findings(found: Mechanism) -> pd.DataFrame:
         "Second-order term over a step's vector-Jacobian product, largest step, median": _median(share),
         "Share of the paths on which the classifier's decision changes": _mean(statistics["switched"]),
     }
-    for kind, label in KIND_NAMES.items():
+    for kind, label in NAMES.items():
         plain[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
         plain[f"Accuracy (%) of COUP, smoothed max, {label} attack"] = Accuracy.of(controls["smooth"][kind])
-
     ratios = {"Length of the exact over the first-order mean gradient, median": _median(statistics["ratio"])}
-    for case, slope in found.slopes.items():
-        for kind, label in KIND_NAMES.items():
-            ratio = predicted_over_measured(slope, kind)
-            ratios[f"Predicted over measured slope, {CASES[case]}, {label}"] = ratio
+    for (case, slope), kind in product(found.slopes.items(), KINDS):
+        label = f"Predicted over measured slope, {CASES[case]}, {NAMES[kind]}"
+        ratios[label] = predicted_over_measured(slope, kind)
 
-    gains = {f"loss reached, {draws} draws": {kind: row[draws] for kind, row in found.reached.items()}}
+    gain = found.reached["first_order"][draws] - found.reached["exact"][draws]
+    differences: dict[str, Any] = {f"First-order − exact: loss reached, {draws} draws": _mean(gain)}
     for (case, start), losses in found.landscapes.items():
+        gain = losses["first_order"][1:].mean(0) - losses["exact"][1:].mean(0)
         label = f"loss along the direction, {CASES[case]}, {STARTS[start]} image"
-        gains[label] = {kind: losses[kind][1:].mean(0) for kind in KINDS}
-    differences: dict[str, Any] = {
-        f"First-order − exact: {label}": _mean(losses["first_order"] - losses["exact"])
-        for label, losses in gains.items()
-    }
+        differences[f"First-order − exact: {label}"] = _mean(gain)
     for name, row in controls.items():
         label = "smoothed max" if name == "smooth" else f"λ = {name:g}"
         gap = Difference.of(row["exact"], row["first_order"])
         differences[f"Exact − first-order attack: accuracy (points), {label}"] = gap
-        if name not in (0.0, "smooth"):
-            for kind, attack in (("exact", "exact attack"), ("worst", "worst case over attacks, per image")):
-                gain = Difference.of(row[kind], controls[0.0][kind])
-                differences[f"{label} against λ = 0: accuracy (points), {attack}"] = gain
+        for kind, attack in (("exact", "exact attack"), ("worst", "worst case over attacks, per image")):
+            if name not in (0.0, "smooth"):
+                change = Difference.of(row[kind], controls[0.0][kind])
+                differences[f"{label} against λ = 0: accuracy (points), {attack}"] = change
     lines = [
         [quantity, f"{one.value:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", _side(one, reference)]
         for reference, group in ((None, plain), (1, ratios), (0, differences))
@@ -516,21 +493,26 @@ def verdict(slopes: Mapping[str, Arrays]) -> str:
     exact, first = (
         {case: predicted_over_measured(slope, kind) for case, slope in slopes.items()} for kind in KINDS
     )
-    coup, flipped = exact["coup"], exact["flipped"]
-    error = {case: abs(ratio.value - 1) for case, ratio in exact.items()}
-    supported = (
-        coup.high < 1 < flipped.low
-        and error["smooth"] < min(error["coup"], error["flipped"])
-        and all(abs(first[case].value - 1) < error[case] for case in ("coup", "flipped"))
-    )
-    contradicted = coup.low > 1 or flipped.high < 1
-    said = "holds" if supported else "does not hold" if contradicted else "is not decided"
+    error, error_first = ({case: abs(one.value - 1) for case, one in row.items()} for row in (exact, first))
+    closer = all(max(error["smooth"], error_first[case]) < error[case] for case in ("coup", "flipped"))
+    said = "is not decided"
+    if exact["coup"].low > 1 or exact["flipped"].high < 1:
+        said = "does not hold"
+    elif exact["coup"].high < 1 < exact["flipped"].low and closer:
+        said = "holds"
     return f"That the jumps of ∇ log max p mislead the exact gradient **{said}**."
 
 
 # --- Figure -----------------------------------------------------------------------------------------------
 
+LOOKS: dict[str, Any] = {  # of the kinds of gradients, and of the worst case over attacks
+    "exact": {"label": NAMES["exact"], "color": PALETTE[3], "marker": "o"},
+    "first_order": {"label": NAMES["first_order"], "color": PALETTE[0], "marker": "s"},
+    "worst": {"label": "worst case", "color": "black", "marker": "D"},
+}
 SMALL: dict[str, Any] = {"markersize": 4, "capsize": 1.8}
+IMAGES: dict[str, Any] = {"color": PALETTE[4], "markersize": 3.5, "alpha": 0.7}  # a point for each image
+REFERENCE: dict[str, Any] = {"color": "0.6", "linewidth": 0.8, "zorder": 0}
 
 
 def sign_panel(axes: Axes, controls: Mapping[float | str, Arrays], at: float) -> None:
@@ -539,80 +521,73 @@ def sign_panel(axes: Axes, controls: Mapping[float | str, Arrays], at: float) ->
     at: the λ of the smoothed maximum.
     """
     weights = [name for name in controls if not isinstance(name, str)]
-    for place, kind in enumerate((*KINDS, "worst")):
-        base, offset = controls[0.0][kind], 0.07 * (place - 1)
+    for offset, (kind, look) in zip((-0.07, 0, 0.07), LOOKS.items(), strict=True):
+        base = controls[0.0][kind]
         changes = [  # λ = 0 is no estimate: the others are compared with it
             Difference.of(controls[weight][kind], base) if weight else Estimate(0, 0, 0) for weight in weights
         ]
-        look = {"color": KIND_COLOURS[kind], "label": KIND_LABELS[kind]} | SMALL
-        estimates(axes, np.array(weights) + offset, changes, fmt=KIND_MARKERS[kind] + "-", **look)
-        hollow = {"color": KIND_COLOURS[kind], "markerfacecolor": "white", "markersize": 5.5, "zorder": 5}
-        smooth = Difference.of(controls["smooth"][kind], base)
-        axes.plot(at + offset, smooth.value, KIND_MARKERS[kind], **hollow)
-    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        estimates(axes, np.array(weights) + offset, changes, **look | SMALL)
+        smooth = Difference.of(controls["smooth"][kind], base).value
+        hollow = {"label": "_", "markerfacecolor": "white", "markersize": 5.5, "zorder": 5}
+        axes.plot(at + offset, smooth, **look | hollow)
+    axes.axhline(0, **REFERENCE)
     axes.set(xlabel="guidance weight λ", ylabel="change against λ = 0 (points)")
 
 
-def alike_panel(axes: Axes, statistics: Arrays) -> None:
-    """Each image's cosine of the two gradients against the ratio of their lengths."""
-    axes.plot(statistics["ratio"], statistics["cosine"], "o", color=PALETTE[4], markersize=3.5, alpha=0.7)
-    axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
-    axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-    axes.set(xlabel="length, exact / first-order", ylabel="cosine, exact · first-order")
+def gradient_panels(panels: Sequence[Axes], statistics: Arrays, t_star: float) -> None:
+    """How alike the gradients are, what the second-order term adds, and which is noisier.
 
+    A point for each image, its cosine against the ratio of lengths; the term's size along the path, median
+    and 5–95 % of the images; a point for each image, its two ratios of signal to noise.
+    """
+    alike, term, noise = panels
+    alike.plot(statistics["ratio"], statistics["cosine"], "o", **IMAGES)
+    alike.axhline(1, **REFERENCE)
+    alike.axvline(1, **REFERENCE)
+    alike.set(xlabel="length, exact / first-order", ylabel="cosine, exact · first-order")
 
-def second_order_panel(axes: Axes, statistics: Arrays, t_star: float) -> None:
-    """Size of the second-order term along the path: median, and 5–95 % of the images."""
     shares = 100 * statistics["second_order"]
     times = t_star * (1 - np.arange(len(shares)) / len(shares))
     low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95], axis=1)
-    axes.fill_between(times, low, high, color=PALETTE[4], alpha=0.15, linewidth=0)
-    axes.plot(times, middle, "o-", color=PALETTE[4], markersize=4)
-    axes.set(xlabel="time t of the step", ylabel="second-order part (%)", ylim=(0, None))
-    axes.invert_xaxis()
+    band(term, times, middle, (low, high), "o-", PALETTE[4])
+    term.set(xlabel="time t of the step", ylabel="second-order part (%)", ylim=(0, None))
+    term.invert_xaxis()
 
-
-def noise_panel(axes: Axes, statistics: Arrays) -> None:
-    """Signal-to-noise ratio of a single draw, first-order against exact, one point per image."""
     exact, first = (statistics[f"snr_{kind}"] for kind in KINDS)
     top = 1.05 * max(exact.max(), first.max())
-    axes.plot((0, top), (0, top), color="0.6", linewidth=0.8, zorder=0)
-    axes.plot(exact, first, "o", color=PALETTE[4], markersize=3.5, alpha=0.7)
-    axes.set(xlabel="signal to noise, exact", ylabel="signal to noise, first-order")
+    noise.plot((0, top), (0, top), **REFERENCE)
+    noise.plot(exact, first, "o", **IMAGES)
+    noise.set(xlabel="signal to noise, exact", ylabel="signal to noise, first-order")
 
 
-def reached_panel(axes: Axes, losses: Mapping[str, Mapping[int, np.ndarray]]) -> None:
-    """Paired gain of first-order over exact APGD in the loss reached, per draws of a gradient, with 95 %."""
-    counts = list(losses["exact"])
-    gains = [_mean(losses["first_order"][count] - losses["exact"][count]) for count in counts]
-    estimates(axes, counts, gains, fmt="D-", color=PALETTE[2], **SMALL)
-    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set(xlabel="noise draws per gradient", ylabel="loss reached, first-order − exact")
+def loss_panels(panels: Sequence[Axes], found: Mechanism) -> None:
+    """Paired gain in loss of first-order over exact, with 95 %: by attacks, and by steps from two starts."""
+    attacks, *steps = panels
+    exact, first = (found.reached[kind] for kind in KINDS)
+    gains = [_mean(first[count] - exact[count]) for count in exact]
+    estimates(attacks, [*exact], gains, fmt="D-", color=PALETTE[2], **SMALL)
+    attacks.set_xscale("log")
+    attacks.set_xticks([*exact], [str(count) for count in exact])
+    attacks.minorticks_off()
+    attacks.set(xlabel="noise draws per gradient", ylabel="loss reached, first-order − exact")
 
-
-def landscape_panel(axes: Axes, landscapes: Mapping[str, Arrays]) -> None:
-    """Paired gain of first-order over exact direction in mean loss, per case, with 95 % intervals."""
     styles = {"coup": ("D-", PALETTE[2]), "flipped": ("v-", PALETTE[1])}
-    for case, losses in landscapes.items():
+    at = dict(zip(STARTS, steps, strict=True))
+    for (case, start), losses in found.landscapes.items():
         gain = losses["first_order"] - losses["exact"]
-        style, colour = styles[case]
-        axes.fill_between(LANDSCAPE, *student(gain), color=colour, alpha=0.15, linewidth=0)
-        axes.plot(LANDSCAPE, gain.mean(1), style, color=colour, markersize=4, label=CASES[case])
-    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
+        band(at[start], LANDSCAPE, gain.mean(1), student(gain), *styles[case], label=CASES[case])
+        at[start].set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
+    for axes in panels:
+        axes.axhline(0, **REFERENCE)
 
 
 def slope_panel(axes: Axes, slopes: Mapping[str, Arrays]) -> None:
     """Predicted over measured slope for every case and kind, with 95 % intervals; 1 is the truth."""
     for offset, kind in zip((-0.12, 0.12), KINDS, strict=True):
         ratios = [predicted_over_measured(slope, kind) for slope in slopes.values()]
-        look = {"color": KIND_COLOURS[kind], "label": KIND_LABELS[kind]} | SMALL | {"markersize": 4.5}
-        places = np.arange(len(slopes)) + offset
-        estimates(axes, places, ratios, sideways=True, fmt=KIND_MARKERS[kind], **look)
-    axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
+        look = LOOKS[kind] | SMALL | {"markersize": 4.5, "linestyle": "none"}
+        estimates(axes, np.arange(len(slopes)) + offset, ratios, sideways=True, **look)
+    axes.axvline(1, **REFERENCE)
     axes.set_yticks(range(len(slopes)), [CASES[case].replace(", ", ",\n") for case in slopes])
     axes.set(xlabel="slope predicted / measured", ylim=(len(slopes) - 0.5, -0.5))
     if 0 < axes.dataLim.x0 < axes.dataLim.x1 / 5:
@@ -623,23 +598,17 @@ def slope_panel(axes: Axes, slopes: Mapping[str, Arrays]) -> None:
 def mechanism_figure(found: Mechanism, config: Config) -> Figure:
     """Eight panels, (a) to (h), of what was measured for the config."""
     figure, grid = plt.subplots(2, 4, figsize=(14, 6.6))
-    panels, statistics = list(grid.flat), found.gradient_statistics
+    panels = list(grid.flat)
     sign_panel(panels[0], found.controls, config.guidance_weight)
-    alike_panel(panels[1], statistics)
-    second_order_panel(panels[2], statistics, config.t_star)
-    noise_panel(panels[3], statistics)
-    reached_panel(panels[4], found.reached)
-    for axes, start in zip(panels[5:7], STARTS, strict=True):
-        chosen = {case: row for (case, place), row in found.landscapes.items() if place == start}
-        landscape_panel(axes, chosen)
+    gradient_panels(panels[1:4], found.gradient_statistics, config.t_star)
+    loss_panels(panels[4:7], found)
     slope_panel(panels[7], found.slopes)
-    titles = [
+    names = (
         *("robustness against λ", "gradients alike", "second-order term", "noise of one draw"),
         *("averaging more draws", "steps from the clean image", "steps from the attacked image"),
         "the predicted slope",
-    ]
-    for letter, axes, title in zip("abcdefgh", panels, titles, strict=True):
-        axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
+    )
+    titles(panels, names)
     for axes, title in ((panels[0], "hollow: smooth"), (panels[6], ""), (panels[7], "")):
         axes.legend(loc="best", fontsize="small", title=title, title_fontsize="small")
     return figure

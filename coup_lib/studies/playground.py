@@ -15,7 +15,7 @@ from coup_lib.checks import count, number
 from coup_lib.data import load_split, split_size
 from coup_lib.guidance import to_image
 from coup_lib.networks.zoo import load_classifier, load_score
-from coup_lib.purify import coup, reverse_only
+from coup_lib.purify import Purified, coup, reverse_only
 from coup_lib.reporting.plots import PALETTE
 
 N_STEPS, SHOWN = 20, 6  # Euler steps of a path, and images of it that are drawn
@@ -69,26 +69,21 @@ def attacked(choice: Choice) -> tuple[Tensor, Tensor, int]:
     return x, Attack("pgd", "linf", choice.eps, n_iter=40, eot=1)(classifier, x, y).x_adv, int(y)
 
 
-@torch.no_grad()
 def walks(x: Tensor, choice: Choice) -> dict[str, Walk]:
     """The two purifications of x (1, 1, 8, 8), on the same Brownian motion."""
-    classifier, score = networks()
     common = {"t_star": choice.t_star, "n_steps": N_STEPS}
-    guided = coup(classifier, score, guidance_weight=choice.guidance_weight, **common)
-    defences = {"without guidance": reverse_only(classifier, score, **common), "with guidance": guided}
-    found = {}
-    for name, defence in defences.items():
-        times: list[float] = []
-        states: list[Tensor] = []
+    guided = coup(*networks(), guidance_weight=choice.guidance_weight, **common)
+    defences = {"without guidance": reverse_only(*networks(), **common), "with guidance": guided}
+    return {name: _walk(defence, x, choice.seed) for name, defence in defences.items()}
 
-        def keep(index: int, t: float, state: Tensor, times: list = times, states: list = states) -> None:
-            times.append(t)
-            states.append(to_image(state).clamp(0, 1))
 
-        defence.purifier.trajectory(x, keep, seeds=torch.tensor([choice.seed]))
-        path = torch.cat(states)
-        found[name] = Walk(np.array(times), path[:, 0].numpy(), classifier(path).softmax(1).numpy())
-    return found
+@torch.no_grad()
+def _walk(defence: Purified, x: Tensor, seed: int) -> Walk:
+    states: list[Tensor] = []
+    defence.purifier.trajectory(x, lambda index, t, state: states.append(state), seeds=torch.tensor([seed]))
+    images = to_image(torch.cat(states)).clamp(0, 1)
+    probabilities = defence.classifier(images).softmax(1)
+    return Walk(defence.purifier.times.numpy(), images[:, 0].numpy(), probabilities.numpy())
 
 
 def draw(choice: Choice) -> Figure:
@@ -102,20 +97,17 @@ def draw(choice: Choice) -> Figure:
     panels = figures[0].subplots(2, SHOWN + 1)
     for axes, image, name in zip(panels[:, 0], (clean, x), ("image", "attacked"), strict=True):
         _picture(axes, image[0, 0].numpy(), name)
+    places = np.linspace(0, N_STEPS, SHOWN).round().astype(int)
     for row, (name, walk) in zip(panels, found.items(), strict=True):
-        for axes, place in zip(
-            row[1:], np.linspace(0, len(walk.times) - 1, SHOWN).round().astype(int), strict=True
-        ):
+        for axes, place in zip(row[1:], places, strict=True):
             _picture(axes, walk.images[place], f"t = {walk.times[place]:.3f}")
         row[1].set_ylabel(name, fontsize="small")
     axes = figures[1].subplots()
     for name, walk in found.items():
         colour, marker = LOOKS[name]
         look = {"color": colour, "marker": marker, "markersize": 4}
-        axes.plot(
-            walk.times, walk.probabilities[:, label], "-", label=f"true class ({label}), {name}", **look
-        )
-        axes.plot(walk.times, walk.probabilities[:, wrong], "--", label=f"class {wrong}, {name}", **look)
+        for seen, words, line in ((label, f"true class ({label})", "-"), (wrong, f"class {wrong}", "--")):
+            axes.plot(walk.times, walk.probabilities[:, seen], line, label=f"{words}, {name}", **look)
     axes.set(xlabel="time t of the reverse SDE", ylabel="probability", ylim=(-0.03, 1.03))
     axes.invert_xaxis()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

@@ -15,7 +15,7 @@ from coup_lib.checks import number
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Difference, Transfer
+from coup_lib.evaluation.outcomes import Difference, Transfer, joint
 from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.evaluation.specs import AttackSpec
@@ -121,11 +121,11 @@ def peaks_inside(found: Sweep, column: str) -> tuple[str, str]:
     first, *between, last = found
     peak = best({value: found[value] for value in between}, column)
     # The peak was chosen among as many as lie between, and is compared with two ends.
-    ends = [simultaneous(found[peak][column], found[end][column], 2 * len(between)) for end in (first, last)]
-    evidence = "; ".join(
-        f"{peak:g} minus {end:g}: {difference}" for end, difference in zip((first, last), ends, strict=True)
-    )
-    return _joint(ends), evidence
+    ends = {
+        end: simultaneous(found[peak][column], found[end][column], 2 * len(between)) for end in (first, last)
+    }
+    evidence = [f"{peak:g} minus {end:g}: {difference}" for end, difference in ends.items()]
+    return joint(ends.values()), "; ".join(evidence)
 
 
 def is_best(found: Sweep, column: str, value: float) -> tuple[str, str]:
@@ -136,28 +136,19 @@ def is_best(found: Sweep, column: str, value: float) -> tuple[str, str]:
     }
     closest = min(rivals, key=lambda other: rivals[other].high)
     evidence = f"{value:g} minus its strongest rival, {closest:g}: {rivals[closest]}"
-    return _joint(list(rivals.values())), evidence
-
-
-def _joint(differences: Sequence[Difference]) -> str:
-    """The verdict on: all of them are positive."""
-    verdicts = {difference.verdict for difference in differences}
-    for verdict in ("does not hold", "is not decided"):
-        if verdict in verdicts:
-            return verdict
-    return "holds"
+    return joint(rivals.values()), evidence
 
 
 def claims(times: Sweep, weights: Sweep, config: Config) -> pd.DataFrame:
     """The paper's claims of Sec. 5.4, and that more guidance is better: verdicts, and what they rest on."""
     names, ends = tables.headings(times[config.t_star], config), (max(weights), min(weights))
+    t_star, weight = config.t_star, config.guidance_weight
     judged = [("accuracy falls as t* grows", "clean", falls(times))]
-    papers = config.t_star, config.guidance_weight
     for column in JUDGED:
         judged += [
             ("too short and too long t* are both worse", column, peaks_inside(times, column)),
-            (f"t* = {papers[0]:g} is best", column, is_best(times, column, papers[0])),
-            (f"λ = {papers[1]:g} is best", column, is_best(weights, column, papers[1])),
+            (f"t* = {t_star:g} is best", column, is_best(times, column, t_star)),
+            (f"λ = {weight:g} is best", column, is_best(weights, column, weight)),
             ("the more guidance the better", column, is_above(weights, column, *ends)),
         ]
     lines = [[claim, names[column], f"**{verdict}**", why] for claim, column, (verdict, why) in judged]
@@ -199,18 +190,6 @@ def confirmation_table(confirmed: Sequence[tables.Row]) -> pd.DataFrame:
     return frame
 
 
-def confirmed_claims(confirmed: Sequence[tables.Row]) -> str:
-    """Markdown: whether what was chosen on validation is better than the paper's setting."""
-    papers, *others = confirmed
-    pairs = {
-        f"t* = {row.shown['t*']}, λ = {row.shown['λ']}: better than the paper's": (row.right, papers.right)
-        for row in others
-        if row.config != papers.config
-    }
-    names = tables.headings(JUDGED, papers.config)
-    return tables.claims(pairs, names) if pairs else "What was chosen is the paper's own setting."
-
-
 # --- table and figure ---
 
 
@@ -244,8 +223,7 @@ def figure(times: Sweep, unguided: Sweep, weights: Sweep, config: Config) -> Fig
     left.set(ylim=(0, 103), ylabel=f"accuracy (%), n = {config.n_images}, 95 % interval")
     left.set_xlabel("purification time t*")
     right.set_xlabel(f"guidance weight λ (0: {LABELS['reverse']})")
-    left.set_title(f"(a) COUP, λ = {config.guidance_weight:g}", loc="left", fontsize="medium")
-    right.set_title(f"(b) COUP, t* = {config.t_star:g}", loc="left", fontsize="medium")
+    plots.titles((left, right), (f"COUP, λ = {config.guidance_weight:g}", f"COUP, t* = {config.t_star:g}"))
     whole.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return whole
 

@@ -7,9 +7,8 @@ paths, so two settings can be compared run by run.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from coup_lib.checks import count, number
 from coup_lib.evaluation.config import is_smoke
+from coup_lib.evaluation.records import record
 from coup_lib.sde import VPSDE
 
 DTYPE = torch.float64
@@ -67,16 +67,12 @@ class ToySettings:
         fill("seed", count("seed", self.seed, 2**31, low=0))
         fill("t_star", number("t_star", self.t_star, 0, 1))
         fill("x0", number("x0", self.x0, 0))
-        if number("guidance_weight", self.guidance_weight, -1) < 0:
-            raise ValueError(f"guidance_weight: expected at least 0; got {self.guidance_weight!r}")
-        fill("guidance_weight", float(self.guidance_weight))
+        fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e-9))
         for name, why in (("lambdas", "the unguided SDE"), ("noise_levels", "the true classifier")):
-            values = parse_floats(name, getattr(self, name))
-            increasing = all(low < high for low, high in pairwise(values))
-            if values[0] != 0 or not increasing or not all(map(math.isfinite, values)):
-                got = getattr(self, name)
+            values, got = parse_floats(name, getattr(self, name)), getattr(self, name)
+            if values[0] != 0 or not math.isfinite(sum(values)) or list(values) != sorted({*values}):
                 raise ValueError(f"{name}: expected increasing numbers that begin with 0, {why}; got {got!r}")
-        for value in parse_floats("t_stars", self.t_stars):
+        for value in self.times:
             number("t_stars", value, 0, 1)
         if is_smoke():
             fill("n_runs", min(self.n_runs, SMOKE_RUNS))
@@ -355,3 +351,9 @@ def _prop2_entry(data: TwoGaussians, settings: ToySettings, t_star: float) -> di
         entry[f"held_{name}"] = float((runs["distance"] <= bound).double().mean())
         entry[f"tightest_{name}"] = float((runs["distance"] / bound).max())
     return entry
+
+
+def recorded(name: str, settings: ToySettings) -> dict[str, Any]:
+    """The result of "label_flips", "prop1" or "prop2", from its record or computed now."""
+    measure = {"label_flips": label_flips, "prop1": prop1_hypotheses, "prop2": prop2_check}[name]
+    return record("toy", name, asdict(settings), lambda: measure(TwoGaussians(), settings))["result"]

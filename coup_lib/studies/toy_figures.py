@@ -13,16 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from coup_lib.evaluation.stats import mean_interval
-from coup_lib.reporting.plots import PALETTE
+from coup_lib.evaluation.stats import Estimate, mean_interval
+from coup_lib.reporting.plots import PALETTE, band, estimates, titles
 from coup_lib.studies.toy import DTYPE, FAR, TwoGaussians
 
 BLUE, ORANGE, GREEN = PALETTE[:3]
 MARKERS = "os^Dv*Px<>"
-
-
-def _panel_title(axes: Axes, letter: str, title: str) -> None:
-    axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
 
 
 def _class_curves(axes: Axes, data: TwoGaussians, x: Tensor) -> None:
@@ -41,21 +37,15 @@ def plot_objectives(data: TwoGaussians) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
     x = torch.linspace(-3.4, 3.4, 801, dtype=DTYPE)
     m, (p0, p1) = data.mean, data.class_densities(x)
-    objectives: dict[str, tuple[Tensor, dict[float, tuple[float, ...]], str]] = {
-        "Without guidance: maximise $p(x)$": (
-            (p0 + p1) / 2,
-            {0.0: (-1.8, -1.15, -0.5, 0.5, 1.15, 1.8)},
-            "$p(x)$",
-        ),
-        "With guidance: maximise max$_y$ $p(x|y)$": (
+    objectives: tuple[tuple[str, Tensor, dict[float, tuple[float, ...]]], ...] = (
+        ("$p(x)$", (p0 + p1) / 2, {0.0: (-1.8, -1.15, -0.5, 0.5, 1.15, 1.8)}),
+        (
+            r"$\max_y\,p(x|y)$",
             torch.maximum(p0, p1),
             {-m: (-m - 1.15, -m - 0.5, 0.46 - m), m: (m - 0.46, m + 0.5, m + 1.15)},
-            r"$\max_y\,p(x|y)$",
         ),
-    }
-    for axes, letter, (title, (objective, peaks, label)) in zip(
-        panels, "ab", objectives.items(), strict=True
-    ):
+    )
+    for axes, (label, objective, peaks) in zip(panels, objectives, strict=True):
         _class_curves(axes, data, x)
         axes.axvline(0, ymax=0.86, color="0.6", linewidth=0.8, zorder=0)
         axes.plot(x, objective, ":", color=ORANGE, linewidth=2.6)
@@ -65,7 +55,7 @@ def plot_objectives(data: TwoGaussians) -> Figure:
         axes.text(0, 0.47, label, color=ORANGE, ha="center", va="center")
         axes.text(0.06, 0.01, "boundary", color="0.35", fontsize="small")
         axes.set(xlabel="$x$", ylim=(0, 0.5), xlim=(-3.4, 3.4))
-        _panel_title(axes, letter, title)
+    titles(panels, ("Without guidance: maximise $p(x)$", "With guidance: maximise max$_y$ $p(x|y)$"))
     panels[0].set_ylabel("density")
     return figure
 
@@ -100,64 +90,56 @@ def plot_data_and_classifier(data: TwoGaussians, x0: float, c: float = 1.0) -> F
     for axes in (top, bottom):
         axes.axvline(x0, color=ORANGE, linestyle="--", linewidth=1.2)
     top.text(x0 + 0.05, 0.435, f"$x_0={x0:g}$", color=ORANGE, va="center")
-    _panel_title(top, "a", "Two-Gaussian data")
-    _panel_title(bottom, "b", "Classifier")
+    titles((top, bottom), ("Two-Gaussian data", "Classifier"))
     return figure
 
 
 def plot_label_flips(result: dict[str, Any]) -> Figure:
     """Fig. 3b from label_flips' result: both readings of "flip", and where the classifier breaks down."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.7))
-    titles = {
-        "flipped": "Final sign flipped",
-        "crossed": "Below 0 at some step",
-        "outside": "Confidence left (0, 1) at some step",
-    }
-    for axes, letter, (key, title) in zip(panels, "abc", titles.items(), strict=True):
-        _share_lines(axes, result, key)
+    for axes, event in zip(panels, ("flipped", "crossed", "outside"), strict=True):
+        _share_lines(axes, result, event)
         axes.set(xlabel="guidance weight $\\lambda$", ylim=(-0.02, 1.0))
-        _panel_title(axes, letter, title)
+    titles(panels, ("Final sign flipped", "Below 0 at some step", "Confidence left (0, 1) at some step"))
     panels[0].set(ylim=(0, 0.72), ylabel="label flip probability $P(x_{t=0}<0)$")
     panels[1].set_ylabel("label flip probability $P_{<0}$ of Prop. 1")
     panels[2].set_ylabel("share of runs")
     return figure
 
 
-def shares(result: dict[str, Any], key: str, level: int) -> tuple[list[float], list[tuple[float, float]]]:
-    """Per λ at the level's index: the share of finite runs with event `key`, and its 95 % interval."""
-    finite = [result["n_runs"] - lost for lost in result["not_finite"][level]]
-    events = list(zip(result[key][level], finite, strict=True))
-    return [k / n if n else math.nan for k, n in events], [
-        mean_interval(np.array([0, 1]), counts=np.array([n - k, k])) if n else (0.0, 1.0) for k, n in events
-    ]
+def shares(result: dict[str, Any], event: str, level: int) -> list[Estimate]:
+    """Per λ at the level's index: the share of finite runs with this event, and its 95 % interval."""
+    found = []
+    for k, lost in zip(result[event][level], result["not_finite"][level], strict=True):
+        n = result["n_runs"] - lost
+        interval = mean_interval(np.array([0, 1]), counts=np.array([n - k, k])) if n else (0.0, 1.0)
+        found.append(Estimate(k / n if n else math.nan, *interval))
+    return found
 
 
-def rarer(intervals: Sequence[tuple[float, float]]) -> str:
+def rarer(found: Sequence[Estimate]) -> str:
     """What the intervals per λ say of: the event is rarer at the largest λ than at λ = 0."""
-    (low, high), (last_low, last_high) = intervals[0], intervals[-1]
-    return "holds" if last_high < low else "does not hold" if last_low > high else "is not decided"
+    first, last = found[0], found[-1]
+    if last.high < first.low:
+        return "holds"
+    return "does not hold" if last.low > first.high else "is not decided"
 
 
-def _share_lines(axes: Axes, result: dict[str, Any], key: str) -> None:
+def _share_lines(axes: Axes, result: dict[str, Any], event: str) -> None:
     """A line with error bars per noise level, labelled at its right end."""
-    weights = result["weights"]
-    colours = sns.color_palette("viridis", len(result["levels"]) + 1)  # without the palest yellow
-    ends = []
-    for index, _ in enumerate(result["levels"]):
-        share, intervals = shares(result, key, index)
-        errors = np.abs(np.array(intervals).T - np.array(share))
-        look = {"color": colours[index], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-        axes.errorbar(weights, share, errors, linewidth=1.3, capsize=2, **look)
-        ends.append(share[-1])
-    low, high = (0.0, 0.72) if key == "flipped" else (0.0, 1.0)
-    for level, height, y, colour in zip(
-        result["levels"], ends, spread(ends, 0.055 * (high - low)), colours, strict=False
-    ):
-        x = weights[-1]
-        axes.plot([x * 1.02, x * 1.055], [height, y], color=colour, linewidth=0.7, clip_on=False)
-        axes.text(x * 1.065, y, f"$c={level:g}$", color=colour, va="center", fontsize="small")
-    axes.set_xlim(-0.02 * weights[-1], 1.2 * weights[-1])
-    axes.set_xticks(np.linspace(0, weights[-1], 6))
+    weights, levels = result["weights"], result["levels"]
+    colours = sns.color_palette("viridis", len(levels) + 1)[:-1]  # without the palest yellow
+    found = [shares(result, event, index) for index in range(len(levels))]
+    for index, (colour, each) in enumerate(zip(colours, found, strict=True)):
+        look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        estimates(axes, weights, each, linewidth=1.3, **look)
+    ends, x = [each[-1].value for each in found], weights[-1]
+    heights = spread(ends, 0.055 * (0.72 if event == "flipped" else 1.0))
+    for level, end, height, colour in zip(levels, ends, heights, colours, strict=True):
+        axes.plot([x * 1.02, x * 1.055], [end, height], color=colour, linewidth=0.7, clip_on=False)
+        axes.text(x * 1.065, height, f"$c={level:g}$", color=colour, va="center", fontsize="small")
+    axes.set_xlim(-0.02 * x, 1.2 * x)
+    axes.set_xticks(np.linspace(0, x, 6))
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -173,16 +155,14 @@ def plot_prop2(result: dict[str, Any]) -> Figure:
     """Proposition 2 from prop2_check's result: distances beside the bound, and how tight the bound is."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.4))
     times = result["t_star"]
-    distance, bound = np.array(result["distance"]), np.array(result["bound"])
-    for values, colour, label in (
-        (distance, BLUE, "distance $|r(x)-x|$"),
-        (bound, ORANGE, "bound of Eq. 8"),
+    for key, colour, label in (
+        ("distance", BLUE, "distance $|r(x)-x|$"),
+        ("bound", ORANGE, "bound of Eq. 8"),
     ):
-        left.fill_between(times, values[:, 0], values[:, 2], color=colour, alpha=0.2, linewidth=0)
-        left.plot(times, values[:, 1], "o-", color=colour, markersize=4, label=label)
+        low, middle, high = np.array(result[key]).T
+        band(left, times, middle, (low, high), "o-", colour, label=label)
     left.set(xlabel="purification time $t^*$", ylabel="median and 5–99 % of runs", yscale="log")
     left.legend(loc="lower right")
-    _panel_title(left, "a", "Distance and bound")
     lines = (
         ("tightest_printed", "Eq. 8, constants of all runs", "o-", BLUE),
         ("tightest_own", "Eq. 8, constants of each run", "s-", GREEN),
@@ -195,7 +175,7 @@ def plot_prop2(result: dict[str, Any]) -> Figure:
     right.text(times[-1], 0.99, "violated above this line", ha="right", va="top", fontsize="small")
     right.set(xlabel="purification time $t^*$", ylabel="largest distance / bound", ylim=(0, 2.05))
     right.legend(loc="upper left", fontsize="small")
-    _panel_title(right, "b", "How tight the bound gets")
+    titles((left, right), ("Distance and bound", "How tight the bound gets"))
     return figure
 
 
@@ -210,18 +190,18 @@ def flip_table(result: dict[str, Any]) -> pd.DataFrame:
     weights, lines = result["weights"], []
     for index, level in enumerate(result["levels"]):
         line = {"c": f"{level:g}"}
-        for key, label in (("flipped", "Final flip"), ("crossed", "Ever below 0")):
-            share, intervals = shares(result, key, index)
-            best = int(np.nanargmin(share))
-            line[f"{label}, λ = 0"] = _percent(share[0], intervals[0])
-            line[f"{label}, best λ"] = f"{100 * share[best]:.2f} % (λ = {weights[best]:g})"
-            line[f"{label}, λ = {weights[-1]:g}"] = _percent(share[-1], intervals[-1])
-            line[f"{label}: rarer with guidance"] = rarer(intervals)
-        for key, label in (
+        for event, label in (("flipped", "Final flip"), ("crossed", "Ever below 0")):
+            found = shares(result, event, index)
+            best = int(np.nanargmin([each.value for each in found]))
+            line[f"{label}, λ = 0"] = _percent(found[0])
+            line[f"{label}, best λ"] = f"{100 * found[best].value:.2f} % (λ = {weights[best]:g})"
+            line[f"{label}, λ = {weights[-1]:g}"] = _percent(found[-1])
+            line[f"{label}: rarer with guidance"] = rarer(found)
+        for event, label in (
             ("outside", "Confidence left (0, 1)"),
             ("far", f"Ends at &#124;x&#124; > {FAR:g}"),
         ):
-            line[label] = f"{100 * shares(result, key, index)[0][-1]:.2f} %"
+            line[label] = f"{100 * shares(result, event, index)[-1].value:.2f} %"
         line["NaN or infinite"] = f"{sum(result['not_finite'][index]):,} runs"
         lines.append(line)
     return pd.DataFrame(lines).set_index("c")
@@ -229,16 +209,14 @@ def flip_table(result: dict[str, Any]) -> pd.DataFrame:
 
 def hypothesis_table(hypotheses: dict[str, Any]) -> pd.DataFrame:
     """The result of `toy.prop1_hypotheses` about the unguided drift f₀, in the direction of travel."""
-    low, high = hypotheses["slope"]
-    growth = hypotheses["growth"]
-    lines = {
-        "(ii) f₀ increases: smallest and largest ∂f₀/∂x": (f"{low:.3g}, {high:.3g}", low > 0),
-        "Euler steps keep the order: smallest 1 + Δt·∂f₀/∂x": (f"{growth:.4f}", growth > 0),
-    }
-    return pd.DataFrame(
-        [(name, value, "holds" if holds else "does not hold") for name, (value, holds) in lines.items()],
-        columns=["Hypothesis", f"For t in [0, 1] and x in (0, {hypotheses['x_max']:g}]", "Verdict"],
-    ).set_index("Hypothesis")
+    (low, high), growth = hypotheses["slope"], hypotheses["growth"]
+    lines = [
+        ["(ii) f₀ increases: smallest and largest ∂f₀/∂x", f"{low:.3g}, {high:.3g}", low > 0],
+        ["Euler steps keep the order: smallest 1 + Δt·∂f₀/∂x", f"{growth:.4f}", growth > 0],
+    ]
+    where = f"For t in [0, 1] and x in (0, {hypotheses['x_max']:g}]"
+    frame = pd.DataFrame(lines, columns=["Hypothesis", where, "Verdict"]).set_index("Hypothesis")
+    return frame.replace({"Verdict": {True: "holds", False: "does not hold"}})
 
 
 def crossing_table(result: dict[str, Any], hypotheses: dict[str, Any]) -> pd.DataFrame:
@@ -278,5 +256,5 @@ def prop2_table(result: dict[str, Any]) -> pd.DataFrame:
     return frame.set_index(pd.Index([f"{t_star:g}" for t_star in result["t_star"]], name="t*"))
 
 
-def _percent(share: float, interval: tuple[float, float]) -> str:
-    return f"{100 * share:.2f} % [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+def _percent(share: Estimate) -> str:
+    return f"{100 * share.value:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}]"
