@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 ROOT = Path(__file__).parents[1]
@@ -61,12 +62,8 @@ class Kernel:
     def __init__(self, arguments: list[str], environment: dict[str, str], folder: str) -> None:
         self.process = FORKED.Process(target=start, args=(arguments, environment, folder), daemon=True)
         self.process.start()
+        self.pid = self.process.pid or 0
         self.kill, self.terminate = self.process.kill, self.process.terminate
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self.process.pid or 0
 
     def poll(self) -> int | None:
         """The exit code, once there is one."""
@@ -75,7 +72,7 @@ class Kernel:
     def wait(self) -> int | None:
         """The exit code."""
         self.process.join()
-        return self.process.exitcode
+        return self.poll()
 
     def send_signal(self, number: int) -> None:
         """Signal the process."""
@@ -85,7 +82,7 @@ class Kernel:
 class Forking(LocalProvisioner):
     """Gives Jupyter kernels that are forked."""
 
-    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """Start the kernel of a command that ends in its arguments; returns how to reach it."""
         kernel = Kernel(cmd[cmd.index("-f") :], kwargs["env"], kwargs.get("cwd") or os.getcwd())
         self.process, self.pid = kernel, kernel.pid  # type: ignore[assignment]
