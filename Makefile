@@ -13,7 +13,6 @@ PYTHON ?= python3
 BUDGET ?= quick
 VENV ?= .venv
 BIN := $(VENV)/bin
-DONE := build/done-$(BUDGET)
 # results/, figures/ and notebooks/ hold what is committed. A reproduction computes its own, here, and compares
 # at the end; run it again after a kill and it goes on where it stopped.
 RESULTS ?= build/$(if $(filter full,$(BUDGET)),full,reproduced)/results
@@ -36,7 +35,7 @@ full:
 	@# Without the cell of parameters that papermill put in: a later run would obey it.
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
-		$(patsubst %,build/notebooks-full/%.ipynb,$(filter-out %@l2,$(NOTEBOOKS)) 09_report)
+		$$(find build/notebooks-full -name '*.ipynb' ! -name '*_l2.ipynb')
 
 figures:
 	@COUP_PDF=1 $(MAKE) --no-print-directory run BUDGET=full FIGURES=build/figures
@@ -50,29 +49,10 @@ $(VENV)/installed: pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-# A notebook that wants a record that another one is making waits for it; the report wants nearly all of them.
-NOTEBOOKS := 04_autoattack 04_autoattack@l2 07_stronger_attacks 08_beyond 03_sweeps 02_ablation \
-	06_adversarial_training 05_bpda 00_toy_analysis 01_case_study 10_your_defence 11_playground
 run: setup
-	@rm -rf $(DONE) && mkdir -p $(DONE) build/notebooks-$(BUDGET)
-	@$(MAKE) --no-print-directory -j2 $(NOTEBOOKS:%=$(DONE)/%)
-	@$(MAKE) --no-print-directory $(DONE)/09_report
+	@$(BIN)/python -m workflow.notebooks $(BUDGET)
 	@$(if $(filter quick,$(BUDGET)),$(BIN)/python -m coup_lib.reporting.readme --times build/notebooks-quick)
 	@echo "Executed notebooks: build/notebooks-$(BUDGET); figures and tables: $(FIGURES); records: $(RESULTS)"
-
-# Of a notebook's output, the progress and whatever went wrong.
-SHOW = while IFS= read -r line; do case "$$line" in \
-	*gone*|*"done in"*|*Error*|*override*) echo "$*: $$line";; esac; done
-# NAME@l2 is notebook NAME with that norm; the toy analysis knows one size only, and the audit of an own defence,
-# which is no experiment of the paper, is always quick.
-NORM = $(if $(findstring @,$*),-p norm $(lastword $(subst @, ,$*)))
-SIZE = $(if $(filter 00_% 10_% 11_%,$*)$(filter quick,$(BUDGET)),,-p budget $(BUDGET))
-
-$(DONE)/%:
-	@echo "$*: started"
-	@$(BIN)/papermill --no-progress-bar --log-output notebooks/$(firstword $(subst @, ,$*)).ipynb \
-		build/notebooks-$(BUDGET)/$(subst @,_,$*).ipynb $(NORM) $(SIZE) 2>&1 | $(SHOW)
-	@echo "$*: done" && touch $@
 
 LINT = run $(BIN)/ruff check .; run $(BIN)/ruff format --check .; run $(BIN)/mypy
 # Two tests at a time, with one thread each: what is small is no faster with more.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from pkgutil import resolve_name
 from textwrap import shorten
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,15 @@ examples:
   coup audit mine=defences:build theirs=../theirs/model.py:network --data digits --n 64 --eps 0.15"""
 
 
+# Name → what runs it, and what it does.
+COMMANDS = {
+    "audit": ("coup_lib.cli:run_audit", "how robust defences are, by the whole strict protocol"),
+    "fetch": ("coup_lib.networks.published:main", "the published networks: what is here, and fetching them"),
+    "estimate": ("workflow.estimate:main", "what notebooks will cost on this machine (in a checkout)"),
+    "train": ("training.train:main", "train the networks of the small profiles (in a checkout)"),
+}
+
+
 class OneLine(argparse.ArgumentParser):
     """Tells a mistake in one line, without the usage; exit code 2."""
 
@@ -41,7 +51,10 @@ class OneLine(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: its first word is a sub-command, which is given the others."""
+    """The command line: its first word is a sub-command, which is given the others.
+
+    SystemExit where one needs a checkout and there is none.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     parser = OneLine(
         prog="coup",
@@ -52,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (_, what) in COMMANDS.items():
         listed.add_parser(name, help=what, add_help=False)
     run, _ = COMMANDS[parser.parse_args(words[:1]).command]
-    run(words[1:])
+    if not run.startswith("coup_lib"):  # it lies beside the package, and is not installed with it
+        if not (file := paths.ROOT / f"{run.partition(':')[0].replace('.', '/')}.py").is_file():
+            raise SystemExit(f"coup: this needs a checkout of the repository, run in it; there is no {file}")
+        sys.path.insert(0, str(paths.ROOT))
+    resolve_name(run)(words[1:])
 
 
 # --- coup audit ---
@@ -254,45 +271,6 @@ def made_by(make: Callable[..., Any], target: str) -> Any:
         return make()
     except Exception as error:
         raise RuntimeError(f"{target}: its own code failed") from error
-
-
-# --- the other sub-commands ---
-
-
-def run_fetch(arguments: Sequence[str]) -> None:
-    """List the published networks, or fetch those that are named."""
-    from coup_lib.networks.published import main
-
-    main(arguments)
-
-
-def run_estimate(arguments: Sequence[str]) -> None:
-    """Say what notebooks will cost here."""
-    of_checkout("workflow.estimate").main(arguments)
-
-
-def run_train(arguments: Sequence[str]) -> None:
-    """Train the networks of the small profiles."""
-    of_checkout("training.train").main(arguments)
-
-
-def of_checkout(name: str) -> ModuleType:
-    """A module that lies beside the package in a checkout, and is not installed with it.
-
-    SystemExit where there is no checkout.
-    """
-    if not (file := paths.ROOT / f"{name.replace('.', '/')}.py").is_file():
-        raise SystemExit(f"coup: this needs a checkout of the repository, run in it; there is no {file}")
-    sys.path.insert(0, str(paths.ROOT))
-    return import_module(name)
-
-
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "audit": (run_audit, "how robust defences are, by the whole strict protocol"),
-    "fetch": (run_fetch, "the published networks: what is here, and fetching them"),
-    "estimate": (run_estimate, "what notebooks will cost on this machine (in a checkout)"),
-    "train": (run_train, "train the networks of the small profiles (in a checkout)"),
-}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_every_part_runs_and_those_that_failed_are_named(make, fails, named):
 def test_lint_too(make):
     run = make("lint", "mypy")
     assert run.returncode != 0 and run.stdout == "\n".join([*LINTERS, "Failed:", "  .venv/bin/mypy", ""])
+
+
+def test_notebooks_run_in_forked_kernels_and_one_that_fails_is_named(tmp_path):
+    given = {"COUP_RESULTS": tmp_path / "results", "COUP_FIGURES": tmp_path / "figures", "COUP_SMOKE": "1"}
+    command = [sys.executable, "-m", "workflow.notebooks", "smoke", "02_ablation", "05_bpda@l3"]
+    environment = os.environ | {name: str(value) for name, value in given.items()}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "02_ablation: override: budget = 'smoke' (default 'quick')" in run.stdout
+    assert "02_ablation: done" in run.stdout and (tmp_path / "figures/digits").is_dir()
+    assert "05_bpda@l3: started" in run.stdout and "05_bpda@l3: done" not in run.stdout
+    assert "ValueError: norm: expected one of linf, l2; got 'l3'" in run.stderr
 
 
 def test_runs_have_folders_of_their_own_and_the_processes_of_one_share_it(monkeypatch):

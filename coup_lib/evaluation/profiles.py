@@ -1,6 +1,6 @@
 """Profiles: data, networks and sizes. The code that runs is the same for every one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,21 @@ def _budgets(quick: dict[str, Budget]) -> dict[str, dict[str, Budget]]:
     return {purpose: {"smoke": SMOKE, "quick": quick[purpose], "full": FULL[purpose]} for purpose in PURPOSES}
 
 
+CIFAR10 = Profile(
+    dataset="cifar10",
+    subset="paper",
+    classifiers=("Standard", "wrn-70-16-dropout"),
+    robust_classifiers={"linf": "Wang2023Better_WRN-28-10", "l2": "Wang2023Better_WRN-28-10@L2"},
+    score="ddpmpp-deep",
+    eps={"linf": 8 / 255, "l2": 0.5},
+    t_star={"linf": 0.1, "l2": 0.075},
+    t_max=1.0,
+    guidance_weight=1.0,
+    n_steps={"linf": 100, "l2": 75},
+    chunk_size=64,
+    max_batch=64,
+    budgets=_budgets(QUICK_CIFAR),
+)
 PROFILES = {
     "digits": Profile(
         dataset="digits",
@@ -92,51 +107,26 @@ PROFILES = {
         max_batch=1280,
         budgets=_budgets(QUICK_DIGITS),
     ),
-    "cifar10-small": Profile(
-        dataset="cifar10",
+    "cifar10-small": replace(
+        CIFAR10,
         subset="first",
         # ResNet-18 is in the wheel of pyautoattack, but takes more time than the score network.
         classifiers=("resnet20", "resnet18"),
         robust_classifiers={"linf": "resnet20-linf", "l2": "resnet20-l2"},
         score="score-small",
-        eps={"linf": 8 / 255, "l2": 0.5},
-        t_star={"linf": 0.1, "l2": 0.075},
         t_max=0.3,
-        guidance_weight=1.0,
         n_steps={"linf": 20, "l2": 15},
         chunk_size=32,
         max_batch=512,
         budgets=_budgets(QUICK_CIFAR_SMALL),
     ),
-    "cifar10": Profile(
-        dataset="cifar10",
-        subset="paper",
-        classifiers=("Standard", "wrn-70-16-dropout"),
-        robust_classifiers={"linf": "Wang2023Better_WRN-28-10", "l2": "Wang2023Better_WRN-28-10@L2"},
-        score="ddpmpp-deep",
-        eps={"linf": 8 / 255, "l2": 0.5},
-        t_star={"linf": 0.1, "l2": 0.075},
-        t_max=1.0,
-        guidance_weight=1.0,
-        n_steps={"linf": 100, "l2": 75},
-        chunk_size=64,
-        max_batch=64,
-        budgets=_budgets(QUICK_CIFAR),
-    ),
-    "cifar100": Profile(
+    "cifar10": CIFAR10,
+    "cifar100": replace(
+        CIFAR10,
         dataset="cifar100",
-        subset="paper",
         classifiers=("wrn-40-2",),
         # RobustBench has none for CIFAR-100 that was trained for L2.
         robust_classifiers=dict.fromkeys(("linf", "l2"), "Wang2023Better_WRN-28-10"),
         score="edm-vp",
-        eps={"linf": 8 / 255, "l2": 0.5},
-        t_star={"linf": 0.1, "l2": 0.075},
-        t_max=1.0,
-        guidance_weight=1.0,
-        n_steps={"linf": 100, "l2": 75},
-        chunk_size=64,
-        max_batch=64,
-        budgets=_budgets(QUICK_CIFAR),
     ),
 }

@@ -109,9 +109,9 @@ class Experiment:
     attacks: Rows
     classifier: str | None = None
 
-    def predictions(self, *, verbose: bool = True) -> dict[str, dict[Any, Predictions]]:
+    def predictions(self) -> dict[str, dict[Any, Predictions]]:
         """`Runner.predictions` of the attacks: target → key → score."""
-        return Evaluation(self.config, self.classifier, verbose=verbose).predictions(self.attacks)
+        return Evaluation(self.config, self.classifier).predictions(self.attacks)
 
     @property
     def classifiers(self) -> list[str]:

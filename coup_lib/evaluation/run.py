@@ -19,7 +19,7 @@ from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import ATTACK, DEFENCE, REPORT, SELECT, image_seeds, seed_of
 from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_complete
+from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
 from coup_lib.purify import FixedNoise, Purified, images_per_call
@@ -161,39 +161,6 @@ def joined(parts: Sequence[Values]) -> Values:
     return found
 
 
-def attack_settings(
-    spec: AttackSpec, config: Settings, bench: Defences, images: Values
-) -> tuple[str, Values]:
-    """A readable name for the record of an attack, and everything that its numbers depend on.
-
-    images: what identifies them.
-    """
-    name = bench.classifier_name
-    settings: Values = {"attack": spec.attack, "n_images": config.n_images, **images}
-    if spec.attack == "clean":
-        return f"{name}-clean", settings
-    settings |= {
-        "classifier": name,
-        "norm": config.norm,
-        "eps": config.eps,
-        "gradient": spec.gradient,
-        "seed": config.seed if spec.seed is None else spec.seed,
-        "chunk_size": config.chunk_size,
-        "budget": spec.budget(config),
-        "defence": bench.settings(spec.surrogate, spec),
-        **bench.how_attacked(spec),
-    }
-    if spec.fixed_noise:
-        settings["fixed_noise"] = True
-    if spec.attack in ("square", "standard"):  # older records counted one draw of the clean image more
-        settings["counted_by"] = "AutoAttack"
-    if spec.attack == "apgd-dlr":  # older records have no verdict without the clean draw
-        settings["judged"] = True
-    if spec.start:
-        settings["start"] = attack_settings(spec.start, config, bench, images)[1]
-    return f"{name}-{config.norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
-
-
 class Batch:
     """The most images in one call of a model: halved as long as memory runs out."""
 
@@ -294,11 +261,11 @@ class Runner:
             target: {name: found[target][spec] for name, spec in row.items()} for target, row in rows.items()
         }
 
-    def attack(self, spec: AttackSpec, progress: Progress | None = None) -> Values:
+    def attack(self, spec: AttackSpec) -> Values:
         """The record of an attack: AutoAttack's verdicts and warnings under "result"."""
         record = self._attack_record(spec)
         if record.path not in self._attacks:  # every target asks for it again
-            self._attacks[record.path] = record.finish(progress)
+            self._attacks[record.path] = record.finish()
         return self._attacks[record.path]
 
     def x_adv(self, spec: AttackSpec) -> Tensor:
@@ -324,7 +291,30 @@ class Runner:
 
     def attack_settings(self, spec: AttackSpec) -> tuple[str, Values]:
         """A readable name for the record of an attack, and everything that its numbers depend on."""
-        return attack_settings(spec, self.config, self.bench, self._images())
+        config, bench, name = self.config, self.bench, self.bench.classifier_name
+        settings: Values = {"attack": spec.attack, "n_images": config.n_images, **self._images()}
+        if spec.attack == "clean":
+            return f"{name}-clean", settings
+        settings |= {
+            "classifier": name,
+            "norm": config.norm,
+            "eps": config.eps,
+            "gradient": spec.gradient,
+            "seed": config.seed if spec.seed is None else spec.seed,
+            "chunk_size": config.chunk_size,
+            "budget": spec.budget(config),
+            "defence": bench.settings(spec.surrogate, spec),
+            **bench.how_attacked(spec),
+        }
+        if spec.fixed_noise:
+            settings["fixed_noise"] = True
+        if spec.attack in ("square", "standard"):  # older records counted one draw of the clean image more
+            settings["counted_by"] = "AutoAttack"
+        if spec.attack == "apgd-dlr":  # older records have no verdict without the clean draw
+            settings["judged"] = True
+        if spec.start:
+            settings["start"] = self.attack_settings(spec.start)[1]
+        return f"{name}-{config.norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
 
     def _attack_record(self, spec: AttackSpec) -> ChunkedRecord:
         def compute(place: int) -> Values:

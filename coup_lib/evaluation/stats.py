@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 LEVEL = 0.95  # of every interval, unless a call says otherwise
 
@@ -85,10 +85,10 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, *, level: float = 
 
 def _root(probability: Callable[[float], float], low: float, high: float, share: float) -> float:
     """Where the probability, which grows from 0 to 1 between low and high, is `share`."""
-    target = norm.ppf(share)
+    target = ndtri(share)
 
     def excess(place: float) -> float:  # on the normal scale it is nearly a straight line
-        return float(norm.ppf(np.clip(probability(place), 1e-12, 1 - 1e-12)) - target)
+        return float(ndtri(np.clip(probability(place), 1e-12, 1 - 1e-12)) - target)
 
     return (
         low
@@ -123,5 +123,5 @@ def _below_zero(factors: np.ndarray, shapes: np.ndarray) -> float:
 def student(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Student's 95 % interval (low, high) of the mean along the last axis of (..., n), n ≥ 2."""
     n = values.shape[-1]
-    mean, spread = values.mean(-1), t.ppf(0.975, n - 1) * values.std(-1, ddof=1) / math.sqrt(n)
+    mean, spread = values.mean(-1), stdtrit(n - 1, 0.975) * values.std(-1, ddof=1) / math.sqrt(n)
     return mean - spread, mean + spread

@@ -8,20 +8,17 @@ A file called "…uncond_vp" has this architecture *and the EDM preconditioning*
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from coup_lib.checks import check_like
 from coup_lib.networks.checkpoints import CheckpointError, bare_weights, load_state
 from coup_lib.networks.ddpmpp import Attention, DDPMpp, ResidualBlock
-from coup_lib.score import DISCRETE_LEVELS
-from coup_lib.sde import VPSDE, per_image
+from coup_lib.sde import per_image
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]  # c_skip, c_out, c_in, c_noise of Karras et al., Eq. 7
-Preconditioning = Callable[[Tensor], Coefficients]
 SIGMA_DATA = 0.5  # standard deviation of the training images, in units of [-1, 1]
 
 # Upstream's names of the layers in a residual block, and in the attention behind it, and those of `DDPMpp`.
@@ -30,20 +27,10 @@ BLOCK |= {"norm1": "GroupNorm_1", "conv1": "Conv_1", "skip": "Conv_2"}
 ATTENTION = {"norm2": "GroupNorm_0", "qkv": "qkv", "proj": "NIN_3"}
 
 
-def edm_preconditioning(sigma: Tensor) -> Coefficients:
+def preconditioning(sigma: Tensor) -> Coefficients:
     """The coefficients at sigma (B,), each (B,), that Karras et al. propose (their Table 1, "Ours")."""
     total = (sigma**2 + SIGMA_DATA**2).sqrt()
     return SIGMA_DATA**2 / total**2, sigma * SIGMA_DATA / total, 1 / total, sigma.log() / 4
-
-
-def vp_preconditioning(sigma: Tensor) -> Coefficients:
-    """The coefficients at sigma (B,), each (B,), that make the network a predictor of the VP-SDE's noise.
-
-    Table 1, "VP", with its M = 1000, and beta_d = 19.9 and beta_min = 0.1, which are `VPSDE`'s. Trained from
-    t = 1e-5 up. Near there upstream's t(sigma) loses digits in float32 (5e-4 at t = 1e-3), ours does not.
-    """
-    labels = DISCRETE_LEVELS * VPSDE().time_at(sigma)
-    return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), labels
 
 
 class Denoiser(nn.Module):
@@ -51,13 +38,11 @@ class Denoiser(nn.Module):
 
     Args:
         network: F, (x (B, C, H, W), labels (B,)) → like x.
-        preconditioning: the one that the network was trained with.
     """
 
-    def __init__(self, network: nn.Module, preconditioning: Preconditioning = edm_preconditioning) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.model = network
-        self.preconditioning = preconditioning
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The denoised x, like x.
@@ -71,7 +56,7 @@ class Denoiser(nn.Module):
         """
         if sigma.shape not in ((), x.shape[:1]):
             raise ValueError(f"expected sigma () or ({len(x)},), one per image; got {tuple(sigma.shape)}")
-        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma.to(x.dtype).expand(len(x)))
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma.to(x.dtype).expand(len(x)))
         c_skip, c_out, c_in = (per_image(c, x) for c in (c_skip, c_out, c_in))
         return c_skip * x + c_out * check_like("network", self.model(c_in * x, c_noise), x)
 
@@ -85,7 +70,7 @@ def load_edm(denoiser: Denoiser, state: Mapping[str, Any], name: str = "checkpoi
     """Put the weights of a checkpoint into the denoiser: in eval mode, frozen.
 
     Args:
-        denoiser: of a `DDPMpp` of the checkpoint's sizes, and with its preconditioning, which no key tells.
+        denoiser: of a `DDPMpp` of the checkpoint's sizes.
         state: tensors by upstream's keys, with or without the "model." of the denoiser and the "module." of
             DataParallel: what torch.load(..., weights_only=True) gives for edm_cifar_uncond_vp.pt and
             edm_cifar100_uncond_vp.pt of Chen et al., which fit `edm_cifar`.

@@ -1,4 +1,4 @@
-"""The published networks: one list of them, and getting and reading them safely.
+"""The published networks: getting and reading them safely; `published.json` beside this file lists them.
 
 Each has its place under `paths.model_dir()`: <dataset>/<kind>/<file>. The kind of RobustBench's models is
 their threat model, as its loader looks for <dataset>/Linf/<name>.pt; of others it is "score" or "classifier".
@@ -15,6 +15,7 @@ file that was fetched or put there is ever deleted.
 import argparse
 import hashlib
 import importlib.util
+import json
 import re
 import warnings
 import zipfile
@@ -72,87 +73,9 @@ class Artefact:
         return size if self.sha256 else f"about {size}"
 
 
-DRIVE = "https://drive.google.com/file/d/{}/view"
-AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-ROBUSTBENCH = {  # the name but for ".pt" → what the WRN-28-10 was trained for, and its id on Google Drive
-    "cifar10/Linf/Standard": (
-        "not adversarially; the paper's classifier",
-        "1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC",
-    ),
-    "cifar10/Linf/Wang2023Better_WRN-28-10": ("adversarially for Linf", "1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI"),
-    "cifar10/L2/Wang2023Better_WRN-28-10": ("adversarially for L2", "1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC"),
-    "cifar100/Linf/Wang2023Better_WRN-28-10": ("adversarially for Linf", "1-jOu3wKWyw0XnBCXDGR32xn8Bw9GTJgh"),
-}
 ARTEFACTS = {
-    "ddpmpp-deep": Artefact(
-        place="cifar10/score/checkpoint_8.pth",
-        what="score_sde's DDPM++ deep (VP, continuous), the paper's score network for CIFAR-10",
-        source=DRIVE.format("16_-Ahc6ImZV5ClUc0vM5Iivf8OJ1VSif"),
-        licence="Apache-2.0 (the code's)",
-        size=4 * 4 * 106_632_579,  # the weights, their averages and Adam's two moments
-    ),
-    **{
-        name: Artefact(
-            place=f"{name}.pt",
-            what=f"RobustBench's WRN-28-10 trained {how}",
-            source=DRIVE.format(drive),
-            licence="MIT",
-            size=4 * 36_490_000,
-        )
-        for name, (how, drive) in ROBUSTBENCH.items()
-    },
-    "wrn-70-16-dropout": Artefact(
-        place="cifar10/classifier/wrn-70-16-dropout.pt",
-        what="DiffPure's WRN-70-16 with dropout",
-        source="https://drive.google.com/drive/folders/1istqcnPNXJ-TQFdxRqNJuInzOtlYOG1b",
-        licence="NVIDIA Source Code License, non-commercial (the code's)",
-        size=4 * 266_800_000,
-        by_hand="take weights.pt from the folder",
-    ),
-    "resnet20": Artefact(
-        place="cifar10/classifier/resnet20-12fca82f.th",
-        what="ResNet-20, small enough to try things on a CPU",
-        source=f"{AKAMASTER}resnet20-12fca82f.th",
-        licence="BSD-2-Clause",
-        size=1_099_231,
-        sha256="12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
-    ),
-    "resnet56": Artefact(
-        place="cifar10/classifier/resnet56-4bfd9763.th",
-        what="ResNet-56",
-        source=f"{AKAMASTER}resnet56-4bfd9763.th",
-        licence="BSD-2-Clause",
-        size=3_471_733,
-        sha256="4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
-    ),
-    "resnet18": Artefact(
-        place="cifar10/classifier/pyautoattack-resnet18.pt",
-        what="ResNet-18 that the wheel of pyautoattack ships: here as soon as coup-lib is installed",
-        source="https://pypi.org/project/pyautoattack/0.2.0/",
-        licence="MIT",
-        size=44_754_497,
-        sha256="399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
-        by_hand="pip install pyautoattack==0.2.0, or take examples/model_test.pt from its wheel",
-        package="pyautoattack/examples/model_test.pt",
-    ),
-    "edm-vp": Artefact(
-        place="cifar100/score/edm_cifar100_uncond_vp.pt",
-        what="EDM's unconditional VP network for CIFAR-100 as Chen et al. use it",
-        source="https://drive.google.com/drive/folders/1mQoH6WbnfItphYKehWVniZmq9iixRn8L",
-        licence="none stated; EDM's code is CC BY-NC-SA 4.0",
-        size=4 * 55_733_891,
-        by_hand="take edm_cifar100_uncond_vp.pt from the folder of EDM checkpoints that Chen et al. name; "
-        "if it is not there, ask the authors (https://github.com/huanranchen/DiffusionClassifier)",
-    ),
-    "wrn-40-2": Artefact(
-        place="cifar100/classifier/wrn_40_2.pth",
-        what="WRN-40-2, the classifier of Chen et al. for CIFAR-100",
-        source="https://github.com/HobbitLong/RepDistiller",
-        licence="none stated",
-        size=2 * 4 * 2_260_000,  # the weights and SGD's momentum
-        by_hand="Chen et al. do not say where theirs is from; layout and normalisation are RepDistiller's: "
-        "take the wrn_40_2_vanilla/ckpt_epoch_240.pth that its scripts/fetch_pretrained_teachers.sh names",
-    ),
+    name: Artefact(**fields)
+    for name, fields in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).items()
 }
 
 
@@ -223,8 +146,7 @@ def download(source: str, file: Path) -> None:
 
     Raises OSError if the source cannot be reached or the file not written, ImportError without gdown.
     """
-    drive = re.fullmatch(DRIVE.replace(".", r"\.").format("([^/]+)"), source)
-    if not drive:
+    if not source.startswith("https://drive.google.com/file/"):
         torch.hub.download_url_to_file(source, str(file))
         return
     try:
@@ -236,7 +158,7 @@ def download(source: str, file: Path) -> None:
     # gdown goes on with any file whose name begins with this one, which no other file's does.
     part = file.with_name(f".{file.name}.part")
     try:
-        whole = part.is_file() or gdown.download(id=drive[1], output=str(part), resume=True)
+        whole = part.is_file() or gdown.download(source, str(part), fuzzy=True, resume=True)
     except gdown.exceptions.FileURLRetrievalError as error:
         raise ConnectionError(str(error)) from error
     if not whole:
@@ -289,11 +211,8 @@ def _digest(file: Path, size: int, modified: int) -> str:
 def _verified(name: str) -> Path:
     """The file of an artefact; CheckpointError if it is not what it should be."""
     artefact, file, expected = ARTEFACTS[name], locate(name), sha256(name)
-    size = file.stat().st_size
     if is_page(file):
         raise _refusal(file, name, "this is a web page, not a checkpoint")
-    if artefact.sha256 and size < artefact.size:
-        raise _refusal(file, name, f"cut short, {size:,} of {artefact.size:,} bytes")
     if not expected:
         _read(file, name)
     elif (got := file_digest(file)) != expected:
@@ -339,16 +258,9 @@ def instructions(names: Sequence[str]) -> str:
     """What to get from where, by hand or by which command, and where to put it."""
     lines = [f"Needed, under this very name (another folder: set {MODELS_VARIABLE}):"]
     for artefact in (ARTEFACTS[name] for name in names):
-        way = (
-            f"by hand from {artefact.source}; {artefact.by_hand}"
-            if artefact.by_hand
-            else f"fetched from {artefact.source}"
-        )
-        lines += [
-            f"  {model_dir() / artefact.place}",
-            f"    {artefact.what} ({artefact.amount})",
-            f"    {way}",
-        ]
+        lines.append(f"  {model_dir() / artefact.place}\n    {artefact.what} ({artefact.amount})")
+        way, more = ("by hand", f"; {artefact.by_hand}") if artefact.by_hand else ("fetched", "")
+        lines.append(f"    {way} from {artefact.source}{more}")
     if fetched := [name for name in names if not ARTEFACTS[name].by_hand]:
         lines.append(f"With internet: coup fetch {' '.join(fetched)}")
     return "\n".join(lines)
