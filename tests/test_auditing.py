@@ -19,10 +19,10 @@ from coup_lib.auditing.defence import (
     inner_classifiers,
     own_gradients,
 )
-from coup_lib.auditing.fingerprint import fingerprint
 from coup_lib.auditing.probe import probe
 from coup_lib.auditing.signs import HARMLESS, signs
 from coup_lib.data import load_split
+from coup_lib.evaluation.identity import of_content
 from coup_lib.evaluation.outcomes import Predictions, Transfer
 from coup_lib.evaluation.run import predict
 
@@ -338,8 +338,8 @@ def test_a_defence_is_known_by_weights_constants_code_and_answers(digits, net):
         Changed(torch.clone, linear()),
         Changed(fresh_noise, net),
     ]
-    assert len({fingerprint(model, digits.x) for model in models}) == len(models)
-    assert fingerprint(models[0], digits.x) == fingerprint(Changed(torch.clone, net), digits.x)
+    assert len({of_content(model)[0] for model in models}) == len(models)
+    assert of_content(models[0]) == of_content(Changed(torch.clone, net))
 
 
 def test_code_without_a_source_is_known_too(digits):
@@ -350,7 +350,7 @@ def test_code_without_a_source_is_known_too(digits):
             def forward(self, x):
                 return x.flatten(1)[:, :10] + float(numpy.random.normal(0, {scale}))"""
         exec(written, space := {"nn": nn, "numpy": np})
-        found.append(fingerprint(space["Mine"]().eval(), digits.x))
+        found.append(of_content(space["Mine"]().eval())[0])
     assert found[0] == found[1] != found[2]
 
 
@@ -392,7 +392,7 @@ def test_what_a_defence_refers_to_is_part_of_it(held, digits, net):
             model.scale = [scale] if held == "list" else np.float64(scale)
         return model
 
-    one, same, other = (fingerprint(made(scale), digits.x) for scale in (0.1, 0.1, 0.5))
+    one, same, other = (of_content(made(scale))[0] for scale in (0.1, 0.1, 0.5))
     assert one == same != other
 
 
@@ -403,17 +403,30 @@ def test_what_is_nested_deeply_is_looked_through(digits, net):
         model.config = ["x", core]
         for _ in range(100):
             model.config = ["x", model.config]
-        found.append(fingerprint(model, digits.x))
+        found.append(of_content(model)[0])
     assert found[0] != found[1]
 
 
 # --- what it does ---
 
 
+def audit_settings():
+    return protocol.AuditSettings(
+        **vars(protocol.AUDITS["smoke"]),
+        profile="it",
+        budget="smoke",
+        norm="linf",
+        eps=EPS,
+        torch_device=torch.device("cpu"),
+        max_batch=64,
+        seed=0,
+    )
+
+
 def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_others(digits, net, tmp_path):
     found = smoke({"mine": (nn.Identity(), net), "plain": net}, digits.x, digits.y, tmp_path)
     mine, plain = (found.measured.rows[name] for name in ("mine", "plain"))
-    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "low", "standard", "square"}
+    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "low", "standard", "square", "rays"}
     assert {key for key in plain if isinstance(key, str)} == own
     assert {key for key in mine if isinstance(key, str)} == own | {"bpda-ce", "bpda-margin"}
     assert {key.column for key in mine if isinstance(key, Transfer)} == {
@@ -423,15 +436,16 @@ def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_other
         "margin",
         "low",
         "square",
+        "rays",
     }
     assert {*found.measured.eps["mine"]} == {0.0, EPS, 0.3, 0.5}
 
 
 def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_path):
     plain = probe(net, digits.x, digits.y)
-    settings = protocol.AuditSettings("it", "linf", EPS, 8, 2, 2, 1, 5, 2, torch.device("cpu"), 64, 0)
+    settings = audit_settings()
     rows = [protocol.attacks("it", [], replace(plain, random=random), settings) for random in (False, True)]
-    assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em"}
+    assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em", "vote"}
     assert rows[1]["em"][1].eot is None and rows[0]["low"][1].eot == 1
 
 
@@ -543,7 +557,7 @@ def test_without_any_gradient_the_verdict_rests_on_a_black_box(digits, net, tmp_
                 return net(x)
 
     found = smoke({"it": Closed().eval()}, digits.x, digits.y, tmp_path)
-    assert {*found.measured.rows["it"]} == {"clean", "noise", "square"}
+    assert {*found.measured.rows["it"]} == {"clean", "noise", "square", "rays"}
     assert "has no gradient of its own, so this rests on a black box." in found.verdict("it")
     assert found.masked("it") and not found.measured.eps
 
@@ -574,19 +588,20 @@ def test_each_draw_of_a_random_defence_is_a_call_of_its_own(digits, tmp_path):
 
 def test_decisions_by_many_draws_are_those_of_the_draws(digits, tmp_path, monkeypatch):
     """Right with probability 0.8 in every draw: all of N are with 0.8^N, the majority nearly always."""
-    monkeypatch.setitem(protocol.EFFORTS, "smoke", replace(protocol.EFFORTS["smoke"], counts=(1, 5, 100)))
+    monkeypatch.setitem(protocol.AUDITS, "smoke", replace(protocol.AUDITS["smoke"], n_draws=5))
+    monkeypatch.setitem(protocol.MANY_DRAWS, "smoke", 100)
 
     class Unsure(nn.Module):
         def forward(self, x):
             wrong = torch.rand(len(x)) > 0.8
-            labels = torch.arange(8)[: len(x)] % 10
+            labels = torch.arange(len(x)) % 8
             return 5 * nn.functional.one_hot(torch.where(wrong, labels + 1, labels), 10).float()
 
     found = smoke({"it": Unsure().eval()}, digits.x, torch.arange(8), tmp_path).measured.decided["it"]
     shares = {key[1:]: right.mean() for key, right in found.items() if key[0] == "clean"}
-    assert shares["worst", 1] == pytest.approx(0.8, abs=0.06)
-    assert shares["worst", 5] == pytest.approx(0.8**5, abs=0.12)
-    assert shares["worst", 100] == 0 and shares["majority", 100] == shares["average", 100] == 1
+    assert shares["worst_draw", 1] == shares["single", 100] == pytest.approx(0.8, abs=0.06)
+    assert shares["worst_draw", 5] == pytest.approx(0.8**5, abs=0.12)
+    assert shares["worst_draw", 100] == 0 and shares["majority", 100] == shares["averaged", 100] == 1
 
 
 # --- what it says ---
@@ -649,7 +664,7 @@ def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
         )
     assert not found[0.0]
     assert [sign.name for sign in found[0.3]] == ["accuracy at a large radius stays above chance"]
-    assert "30.00 [" in found[0.3][0].shown and "commonest class 10 %" in found[0.3][0].shown
+    assert found[0.3][0].shown == "30.0 % at 0.5, chance 10 %"
 
 
 def test_an_audits_page(digits, net, tmp_path):
@@ -662,11 +677,11 @@ def test_an_audits_page(digits, net, tmp_path):
     }
     html, text = page.read_text(), (tmp_path / "audit.md").read_text()
     for name in ("mine", "plain"):
-        assert f"**{name}**: robust accuracy at most" in text and f"<b>{name}</b>: robust accuracy" in html
+        assert f"**{name}**: robust accuracy at most" in text and f"<strong>{name}</strong>: robust" in html
         assert "(L∞, eps = 0.15, n = 8; the worst of" in found.verdict(name)
     assert "data:image/png;base64," in html and 'src="http' not in html
     frame = pd.read_csv(tmp_path / "audit.csv")
-    worst = frame[frame.attack == "worst case"].set_index("defence")
+    worst = frame[frame.label == "worst case"].set_index("defence")
     assert worst.loc["mine", "value"] == pytest.approx(100 * found.worst["mine"].right.mean())
     assert set(frame.n) == {8}
     assert "**is not decided**" in found.claim("mine", "plain") or "**holds**" in found.claim("mine", "plain")

@@ -133,7 +133,7 @@ def test_constants_of_a_network_in_hand_are_part_of_it():
     assert other.settings("reverse") != usual.settings("reverse")
     layers = [nn.Sequential(nn.Flatten(), kind(), nn.Linear(64, 10)).eval() for kind in (nn.ReLU, nn.Sigmoid)]
     layers[1].load_state_dict(layers[0].state_dict())
-    named = [identity.of_network(each, constants=True) for each in layers]
+    named = [identity.of_content(each) for each in layers]
     assert named[0] != named[1]
 
 

@@ -13,53 +13,30 @@ from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import DECIDE, image_seeds
-from coup_lib.evaluation.outcomes import Predictions, most_frequent, worst_case
+from coup_lib.evaluation.outcomes import RULES, Predictions, decisions, worst_case
+from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
 from coup_lib.evaluation.run import Runner, classes_of, predict
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
 
 LONGER = 2  # times as many iterations, to see whether more still find something
 LARGER = (2.0, 4.0)  # times eps; beyond these, the radius at which every image can be made grey
-COUNTS = (1, 10, 128)  # draws behind a decision
-RULES = {
-    "worst": "All of N draws",
-    "average": "Mean logits of N draws",
-    "majority": "Majority of N draws",
+AUDITS = {  # budget → effort; what it says of images is not for audits
+    "smoke": SMOKE,
+    "quick": replace(QUICK_DIGITS["report"], square_queries=500),
+    "full": FULL["report"],
 }
+VOTE = "vote"  # the gradient of a defence that votes
+MANY_DRAWS = {"smoke": 4, "quick": 128, "full": 128}  # the most behind a decision
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much work an audit does. eps_images: of how many images the larger radii are."""
-
-    n_iter: int
-    eot: int
-    n_targets: int
-    square_queries: int
-    n_draws: int
-    eps_images: int
-    counts: tuple[int, ...] = COUNTS
-
-
-EFFORTS = {
-    "smoke": Effort(2, 2, 1, 5, 2, 4, (1, 2, 4)),
-    "quick": Effort(20, 5, 3, 500, 10, 64),
-    "full": Effort(100, 20, 9, 5000, 10, 256),
-}
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """Threat, effort and place of an audit, as `evaluation.config.Settings` has them."""
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings(Budget):
+    """Effort, threat and place of an audit, as `evaluation.config.Settings` has them."""
 
     profile: str
+    budget: str
     norm: str
     eps: float
-    n_images: int
-    n_iter: int
-    eot: int
-    n_targets: int
-    square_queries: int
-    n_draws: int
     torch_device: torch.device
     max_batch: int
     seed: int
@@ -68,13 +45,18 @@ class AuditSettings:
     shard: int = 0
     num_shards: int = 1
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many draws are behind a decision."""
+        return 1, self.n_draws, MANY_DRAWS[self.budget]
+
 
 @dataclass(frozen=True)
 class Bench:
     """Defences by name, and what identifies them, as `run.Runner` asks for them.
 
     models: defence → name of a gradient ("exact" is its own) → module to be attacked. judges: defence → the
-    module that decides. identities: defence → gradient → `fingerprint`.
+    module that decides. identities: defence → gradient → hash, as of `identity.of_content`.
     """
 
     models: Mapping[str, Mapping[str, nn.Module]]
@@ -139,13 +121,19 @@ def attacks(
             row["kept"] = "APGD-ce, kept by all draws", AttackSpec("kept", name)
             row["em"] = "EM selection of draws", AttackSpec("em", name)
         row["low"] = "APGD-ce, low frequencies", AttackSpec("low-frequency", name, **more)
+        if found.random:
+            label = f"APGD-ce on the vote of {settings.n_draws}"
+            row[VOTE] = label, AttackSpec("apgd-ce", name, VOTE, eot=1)
         row["standard"] = "AutoAttack standard", AttackSpec("standard", name)
-    for gradient in gradients:
+    for gradient in (gradient for gradient in gradients if gradient != VOTE):
         label = gradient.replace("_", "-") if gradient != "bpda" else "BPDA"
         for loss in ("ce", "margin"):
             spec = AttackSpec(f"apgd-{loss}", name, gradient, **more)
             row[f"{gradient}-{loss}"] = f"APGD-{loss}, {label}", spec
-    return row | {"square": ("Square (black box)", AttackSpec("square", name))}
+    return row | {
+        "square": ("Square (black box)", AttackSpec("square", name)),
+        "rays": ("RayS (decisions alone)", AttackSpec("rays", name, **more)),
+    }
 
 
 LOCAL = ("clean", "noise", "fgsm", "single", "standard")  # not tried on others: stronger ones stand beside
@@ -157,7 +145,8 @@ class Measured:
 
     labels: column → what the attack is called. rows: column or `Transfer` → predictions. eps: radius → the
     share of right draws of each image, (n,), under APGD-ce. decided: (images, rule, N) → likewise, by N draws
-    each; the images are "clean" or "attacked", the latter each image's worst.
+    each and one of `outcomes.RULES`; the images are "clean", "attacked" (each image's worst for a single
+    draw) or "attacked as a vote".
     """
 
     labels: dict[str, dict[str, str]]
@@ -171,7 +160,6 @@ def measure(
     probes: Mapping[str, Probe],
     images: Images,
     settings: AuditSettings,
-    effort: Effort,
     *,
     verbose: bool = True,
 ) -> Measured:
@@ -183,11 +171,10 @@ def measure(
     specs = with_transfers(own, sorted(lent))
     runner = _runner(bench, images, settings, verbose=verbose)
     rows = runner.predictions(specs)
-    eps = _by_radius(
-        bench, rows, own, images, replace(settings, n_images=min(effort.eps_images, len(images)))
-    )
+    half = max(2, len(images) // 2)
+    eps = _by_radius(bench, rows, own, images, replace(settings, n_images=half))
     decided = {
-        name: _decided(runner, name, specs[name], rows[name], effort.counts)
+        name: _decided(runner, name, specs[name], rows[name], settings.counts)
         for name, found in probes.items()
         if found.random
     }
@@ -236,17 +223,17 @@ def _decided(
         chosen = torch.from_numpy(source == place)
         if chosen.any():
             attacked[chosen] = runner.x_adv(spec)[chosen]
+    kinds = {"clean": runner.images.x, "attacked": attacked}
+    if VOTE in specs:
+        kinds["attacked as a vote"] = runner.x_adv(specs[VOTE])
     found: dict[tuple[str, str, int], np.ndarray] = {}
-    for kind, x in (("clean", runner.images.x), ("attacked", attacked)):
-        drawn, y = _many_draws(runner, name, x, counts), runner.images.y.cpu().numpy()
+    labels = runner.images.y.cpu().numpy()[:, None]
+    for kind, x in kinds.items():
+        drawn = _many_draws(runner, name, x, counts)
         for n in counts:
-            votes = np.array(drawn["classes"])[:, : max(counts) // n * n].reshape(len(y), -1, n)
-            ruled = {
-                "worst": (votes == y[:, None, None]).all(2),
-                "majority": most_frequent(votes) == y[:, None],
-                "average": np.array(drawn[f"average_{n}"]) == y[:, None],
-            }
-            found |= {(kind, rule, n): right.mean(1) for rule, right in ruled.items()}
+            votes = np.array(drawn["classes"])[:, : max(counts) // n * n].reshape(len(x), -1, n)
+            means = np.array(drawn[f"average_{n}"])
+            found |= {(kind, rule, n): decisions(rule, votes, means, labels).mean(1) for rule in RULES}
     return found
 
 

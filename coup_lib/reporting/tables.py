@@ -124,7 +124,7 @@ class Row:
 
     label: str
     right: Right
-    config: Config
+    config: Any  # a `Config`, or the settings of an audit
     keys: Mapping[str, Any]
     shown: Mapping[str, str] = field(default_factory=dict)
 
