@@ -93,7 +93,8 @@ class Attack:
         gradient of the draws that can be broken together, see `ascent.selected`; a third of n_iter on each of
         the losses `RESTARTS`, images that are wrong in every draw left out, best point kept);
         "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "rays" (black box,
-        by what most of `eot` draws decide, see `rays.rays`); "square" (black box, by logits) and "standard"
+        by what most of `eot` draws decide, `square_queries` of them in all, see `rays.rays`); "square" (black
+        box, by logits) and "standard"
         (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
         that begins anew with the same noise are judged on the same noise; those in "rand" are not.
     norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
@@ -217,7 +218,8 @@ class Attack:
         elif name == "pgd":
             x_adv = self._pgd(task)
         elif name == "rays":
-            x_adv = rays(partial(_outvoted, self, task), x, self.norm, self.eps, self.square_queries)
+            queries = max(1, self.square_queries // self.eot)
+            x_adv = rays(partial(_outvoted, self, task), x, self.norm, self.eps, queries)
         elif name == "kept":
             x_adv = _kept(self, task).x
         elif name == "em":

@@ -9,7 +9,8 @@ from coup_lib.data import load_split
 from coup_lib.evaluation.profiles import Budget
 
 ALL = {one.name: one for one in planted.planted()}
-SLOW = ("COUP's max", "random resizing")  # flagged by differences that take more images and draws
+# Flagged by differences that take more images and draws, or broken by more queries.
+SLOW = ("COUP's max", "random resizing", "noise for confidences")
 
 
 def rows():

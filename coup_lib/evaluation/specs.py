@@ -86,8 +86,8 @@ class AttackSpec:
         gradients, forwards = spent.get("n_iter", 1) * spent.get("eot", 0), spent.get("square_queries", 0)
         if self.attack == "standard":
             gradients = config.n_iter * (1 + 2 * config.n_targets)
-        if self.attack == "rays":
-            gradients, forwards = 0, forwards * spent["eot"]
+        if self.attack in WITHOUT_GRADIENT:
+            gradients = 0
         return (0, gradients + forwards) if self.gradient == "bpda" else (gradients, forwards)
 
 
