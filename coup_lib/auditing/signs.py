@@ -98,6 +98,7 @@ def compared(
     label: Mapping[Any, str],
     by_radius: Mapping[float, np.ndarray],
     labels: np.ndarray,
+    own: Sequence[str] = OWN,
 ) -> list[Sign]:
     """Whether one attack beside another, or a larger radius, is a sign; seen or not.
 
@@ -110,9 +111,10 @@ def compared(
         label: likewise → what the attack is called.
         by_radius: radius → the share of right draws of each image, (m,), as the radius grows.
         labels: (n,), which classes there are.
+        own: attacks by its own gradient, to the strongest of which the others are compared.
     """
     found: list[Sign] = []
-    own = min((key for key in OWN if key in right), key=lambda key: float(right[key].mean()))
+    strongest = min((key for key in own if key in right), key=lambda key: float(right[key].mean()))
     others = [key for key in right if key not in (*OWN, *NOT_COMPARED)]
 
     def ask(name: str, keys: Sequence[Any], than: Any, tolerance: float = TOLERANCE) -> None:
@@ -125,14 +127,16 @@ def compared(
 
     borrowed = [key for key in others if isinstance(key, Transfer)]
     cheaper = [key for key in others if key not in (*borrowed, *WEAKER)]
-    ask("images made against another defence are stronger", borrowed, own)
-    ask("another gradient is stronger than its own", cheaper, own)
-    ask("an attack that sees less is stronger", WEAKER, own)
+    ask("images made against another defence are stronger", borrowed, strongest)
+    ask("another gradient is stronger than its own", cheaper, strongest)
+    ask("an attack that sees less is stronger", WEAKER, strongest)
     ask("another loss is stronger than the cross-entropy", ("dlr", "margin"), "ce", LOSS_TOLERANCE)
     ask("its noise hides the gradient", ("ce",), "single", NOISE_TOLERANCE)
-    for less, more in pairwise(key for key in EFFORTS if key in right):
-        ask("more iterations still find something", (more,), less)
     ask("another start still finds something", ("restart",), "ce")
+    efforts = [key for key in EFFORTS if key in right]
+    shown = ", ".join(f"{label[key]} {_percent(right[key])}" for key in efforts)
+    seen = any(_wins(right[more], right[less]) for less, more in pairwise(efforts))
+    found.append(Sign(defence, "more iterations still find something", shown, seen=seen))
     return found + _at_large_radius(defence, by_radius, labels) + _like_noise(defence, right)
 
 

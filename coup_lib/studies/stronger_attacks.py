@@ -212,9 +212,9 @@ COMPARED = {
     "adjoint": ("adjoint", "adjoint"),
     "bpda": ("bpda", "BPDA"),
     "coarse": ("coarse", "half of the steps"),
-    "from_none": (Transfer("none", "exact"), "undefended"),
-    "from_reverse": (Transfer("reverse", "exact"), "reverse SDE"),
-    "from_diffpure": (Transfer("diffpure", "exact"), "DiffPure"),
+    "from_none": (Transfer("none", "exact"), "transfer from undefended"),
+    "from_reverse": (Transfer("reverse", "exact"), "transfer from reverse SDE"),
+    "from_diffpure": (Transfer("diffpure", "exact"), "transfer from DiffPure"),
 }
 
 
@@ -254,7 +254,7 @@ def checks(
         right = {key: row[name].right for name, (key, _) in COMPARED.items() if name in row}
         right["restart"] = worst_of([row["exact"], row["restart"]])
         right["worst"] = worst_of([*row.values()])
-        found += compared(target, right, label, eps[target], row["clean"].labels)
+        found += compared(target, right, label, eps[target], row["clean"].labels, own=("ce",))
         mean = losses[target].mean(1)
         shown, falls = f"{mean[0]:.2f} → {mean[-1]:.2f}", bool((np.diff(mean) <= 0).any())
         found.append(Sign(target, "the loss does not rise along the gradient", shown, seen=falls))
