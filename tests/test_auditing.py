@@ -587,8 +587,8 @@ def test_each_draw_of_a_random_defence_is_a_call_of_its_own(digits, tmp_path):
 
 
 def test_decisions_by_many_draws_are_those_of_the_draws(digits, tmp_path, monkeypatch):
-    """Right with probability 0.8 in every draw: all of N are with 0.8^N, the majority nearly always."""
-    monkeypatch.setitem(protocol.AUDITS, "smoke", replace(protocol.AUDITS["smoke"], n_draws=5))
+    """Right with probability 0.8 in every draw: all of N are with 0.8^N, the majority of many always."""
+    monkeypatch.setitem(protocol.AUDITS, "smoke", replace(protocol.AUDITS["smoke"], n_draws=3))
     monkeypatch.setitem(protocol.MANY_DRAWS, "smoke", 100)
 
     class Unsure(nn.Module):
@@ -597,11 +597,16 @@ def test_decisions_by_many_draws_are_those_of_the_draws(digits, tmp_path, monkey
             labels = torch.arange(len(x)) % 8
             return 5 * nn.functional.one_hot(torch.where(wrong, labels + 1, labels), 10).float()
 
-    found = smoke({"it": Unsure().eval()}, digits.x, torch.arange(8), tmp_path).measured.decided["it"]
-    shares = {key[1:]: right.mean() for key, right in found.items() if key[0] == "clean"}
-    assert shares["worst_draw", 1] == shares["single", 100] == pytest.approx(0.8, abs=0.06)
-    assert shares["worst_draw", 5] == pytest.approx(0.8**5, abs=0.12)
-    assert shares["worst_draw", 100] == 0 and shares["majority", 100] == shares["averaged", 100] == 1
+    frame = smoke({"it": Unsure().eval()}, digits.x, torch.arange(8), tmp_path).decisions()
+    shares = {
+        column: frame[f"Clean: {column}"].str.split().str[0].astype(float) / 100
+        for column in ("one draw", "all of N draws", "majority of N", "mean logits of N")
+    }
+    assert list(frame["N"]) == ["3", "100"]
+    assert shares["one draw"].iloc[1] == pytest.approx(0.8, abs=0.06)
+    assert shares["all of N draws"].iloc[0] == pytest.approx(0.8**3, abs=0.4)
+    assert shares["all of N draws"].iloc[1] == 0
+    assert shares["majority of N"].iloc[1] == shares["mean logits of N"].iloc[1] == 1
 
 
 # --- what it says ---

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from coup_lib.auditing.defence import (
     own_gradients,
 )
 from coup_lib.auditing.probe import PROBED, Probe, asked_again, probe
-from coup_lib.auditing.protocol import AUDITS, VOTE, AuditSettings, Bench, measure
+from coup_lib.auditing.protocol import AUDITS, VOTE, AuditSettings, Bench, Prepared, measure
 from coup_lib.auditing.result import Audit
 from coup_lib.checks import check_labels, choice, count, number
 from coup_lib.data import Images
@@ -81,11 +81,11 @@ def audit(
     if place.exists() and not place.is_dir():
         raise ValueError(f"folder: expected a folder or none there yet; got the file {folder}")
     place.mkdir(parents=True, exist_ok=True)
-    batch, found = Batch(PROBED), {}
+    batch, bench = Batch(PROBED), Bench({})
     for name, modules in given.items():
         ask = partial(_prepared, name, modules, images, labels, batch, AUDITS[budget].n_draws)
-        found[name] = batch.fitting(ask)(0)
-    classes = {name: one.probe.classes for name, one in found.items()}
+        bench.defences[name] = batch.fitting(ask)(0)
+    classes = {name: one.probe.classes for name, one in bench.defences.items()}
     if len({*classes.values()}) > 1:
         raise ValueError(f"defences: expected the same classes in all of them; got {classes}")
     check_labels(labels, next(iter(classes.values())))
@@ -100,28 +100,11 @@ def audit(
         seed=count("seed", seed, 2**31 - 9, low=0),
     )
     flat = Images(images.reshape(len(images), *as_planes(images.shape[1:])), labels)
-    bench = Bench(
-        {name: one.attacked for name, one in found.items()},
-        {name: one.judged for name, one in found.items()},
-        {name: one.identities for name, one in found.items()},
-    )
-    probes = {name: one.probe for name, one in found.items()}
-    measured = measure(bench, probes, flat, settings, verbose=verbose)
-    probes = {name: asked_again(one, given[name]["exact"], images) for name, one in probes.items()}
+    measured = measure(bench, flat, settings, verbose=verbose)
+    probes = {
+        name: asked_again(one.probe, given[name]["exact"], images) for name, one in bench.defences.items()
+    }
     return Audit(probes, measured, settings, place)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A defence that is ready to be attacked.
-
-    attacked: gradient → module. judged: the defence itself. identities: gradient → what identifies it.
-    """
-
-    probe: Probe
-    attacked: dict[str, nn.Module]
-    judged: nn.Module
-    identities: dict[str, str]
 
 
 def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
@@ -164,7 +147,7 @@ def _prepared(
     batch: Batch,
     draws: int,
     place: int,
-) -> _Prepared:
+) -> Prepared:
     """Ask a defence about as many of the images x as a batch holds, from this place on.
 
     draws: behind a decision of a random defence that votes.
@@ -186,7 +169,7 @@ def _prepared(
         identities[VOTE], vote = f"{draws} draws", Vote(attacked["exact"], draws)
         attacked[VOTE] = _wrapped(vote, x.shape[1:], replace(found, probabilities=False), finite=True)
     judged = _wrapped(model, x.shape[1:], found, finite=False)
-    return _Prepared(found, attacked, judged, identities)
+    return Prepared(found, attacked, judged, identities)
 
 
 def _wrapped(module: nn.Module, shape: torch.Size, found: Probe, *, finite: bool) -> nn.Module:

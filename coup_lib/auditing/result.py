@@ -19,7 +19,6 @@ from coup_lib.auditing.signs import Sign, signs
 from coup_lib.checks import choice
 from coup_lib.evaluation.config import NORM_NAMES, radius
 from coup_lib.evaluation.outcomes import (
-    RULES,
     Accuracy,
     Difference,
     Transfer,
@@ -31,7 +30,7 @@ from coup_lib.evaluation.outcomes import (
 )
 from coup_lib.files import write_atomically
 from coup_lib.reporting.plots import PALETTE, points, use_style
-from coup_lib.reporting.tables import Row, accuracies, long_form, markdown
+from coup_lib.reporting.tables import Row, accuracies, by_count, count_headings, long_form, markdown
 
 WORST = "worst case"
 LOOKS = "osDXp^vP*<>"  # markers, in the order of the defences
@@ -44,9 +43,9 @@ CAPTION = (
 )
 DECIDED = (
     "A defender may draw N times, and take the mean of the logits or the majority; an attacker may submit "
-    "again, so that all N draws have to be right. Attacked images are each image's worst for a single draw; "
-    "those attacked as a vote were made against the mean of several draws' probabilities. Clean images are "
-    "the control: what falls there falls unattacked."
+    "again, so that all N draws have to be right. Each way under the worst of the attacks that were scored "
+    "by N draws: for the larger N, the strongest one and the one on the vote. Clean images are the control: "
+    "what falls there falls unattacked."
 )
 
 
@@ -131,13 +130,18 @@ class Audit:
         return accuracies(self._rows(), self._headings()).T.rename_axis("Accuracy (%) under")
 
     def decisions(self) -> pd.DataFrame:
-        """Random defences, decided by N draws: on clean images, and on attacked ones."""
-        lines: dict[tuple[str, str, int], dict[str, Any]] = {}
-        for name, found in self.measured.decided.items():
-            for (kind, rule, n), right in found.items():
-                line = lines.setdefault((name, kind, n), {"Defence": name, "Images": kind, "N": n})
-                line[f"By {RULES[rule]}"] = str(Accuracy.of(right))
-        return pd.DataFrame([*lines.values()]).set_index("Defence") if lines else pd.DataFrame()
+        """Random defences, decided by N draws: in the worst case, and on clean images."""
+        rows: list[Row] = []
+        settings = self.settings
+        for n, columns in ((settings.n_draws, self.measured.rows), (settings.many_draws, self.measured.many)):
+            faced = {name: columns[name] for name in self.measured.many}
+            worst = {name: worst_case([*row.values()]) for name, row in faced.items()}
+            rows += [
+                Row(name, right, settings, {"defence": name}, {"N": str(n)})
+                for name, right in by_count(faced, worst, n).items()
+            ]
+        title = "Decided by N draws (%)"
+        return accuracies(rows, count_headings("N"), title) if rows else pd.DataFrame()
 
     def claim(self, better: str, than: str) -> str:
         """The verdict on "better is more robust than …", by the paired difference of the worst cases.
@@ -183,7 +187,7 @@ class Audit:
         parts += [f"{self.threat}. {CAPTION}", f"![{ALTERNATIVE}](audit.png)"]
         parts += ["## Warnings", "\n".join(f"- {text}" for text in self.warnings or ["none"])]
         parts += ["## Every attack", markdown(self.attacks())]
-        if self.measured.decided:
+        if self.measured.many:
             parts += ["## Decisions by several draws", DECIDED, markdown(self.decisions())]
         return "\n\n".join(parts) + "\n"
 

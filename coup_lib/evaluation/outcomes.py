@@ -105,7 +105,12 @@ class Predictions:
 
     def decided(self, rule: str) -> np.ndarray:
         """The share of right decisions per image, (n,), by one of `RULES`; 0 or 1 where all draws decide."""
-        return decisions(rule, self.report, self.average, self.labels)
+        if rule == "single":
+            return self.right
+        if rule == "worst_draw":
+            return (self.right == 1).astype(float)
+        decided = most_frequent(self.report) if rule == "majority" else self.average
+        return (decided == self.labels).astype(float)
 
 
 # Ways to decide an image from several draws; a tied majority goes to the smallest class index.
@@ -115,22 +120,6 @@ RULES = {
     "majority": "the majority of draws",
     "worst_draw": "all draws (the worst)",
 }
-
-
-def decisions(rule: str, classes: np.ndarray, average: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The share of right decisions (...), by one of `RULES`.
-
-    Args:
-        classes: predicted by N draws each, (..., N).
-        average: of the mean logits over these draws, (...).
-        labels: broadcast to (...).
-    """
-    right = classes == labels[..., None]
-    if rule == "single":
-        return right.mean(-1)
-    if rule == "worst_draw":
-        return right.all(-1).astype(float)
-    return ((most_frequent(classes) if rule == "majority" else average) == labels).astype(float)
 
 
 class Transfer(NamedTuple):

@@ -93,7 +93,7 @@ def by_count(
     }
 
 
-def count_headings(draws: int) -> dict[str, str]:
+def count_headings(draws: int | str) -> dict[str, str]:
     """The columns of `by_count` with their headings."""
     said = {
         "single": "one draw",
