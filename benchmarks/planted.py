@@ -165,6 +165,20 @@ def trained_on_noise(steps: int = 400) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+class Opaque(nn.Module):
+    """A network's decisions with confidences that are noise, all in one piece: no part of it can be seen."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self._held = (classifier,)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self._held[0](x)
+        best = F.one_hot(logits.argmax(1), logits.shape[1])
+        return torch.frac(torch.sin(logits * 1e3) * 100).abs() + 2 * best
+
+
 @dataclass(frozen=True)
 class Planted:
     """A defence whose answer is known.
@@ -196,6 +210,7 @@ def planted() -> list[Planted]:
         Planted("JPEG's rounding", Before(compressed, net), net),
         Planted("gradient of the wrong sign", Before(Turned.apply, net), net),
         Planted("gradient of NaN", Before(broken, net), net),
+        Planted("noise for confidences", Opaque(net), net),
         Planted("COUP's max", coup(net, score, n_steps=10), first_order),
         Planted("undefended", net, net, masked=False),
         Planted("adversarially trained", robust, robust, masked=False),

@@ -42,6 +42,7 @@ from coup_lib.checks import (
     count,
     number,
 )
+from coup_lib.rays import rays
 from coup_lib.sde import per_image
 
 __all__ = ["ATTACKS", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
@@ -50,7 +51,7 @@ BY_DRAWS = ("kept", "worst-draw", "em")  # that look at every draw of a random m
 # Those that begin where they are told:
 STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", *BY_DRAWS, "low-frequency")
 SUITES = ("square", "standard")  # run by AutoAttack's own object
-ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
+ATTACKS = ("clean", "noise", "fgsm", "rays", *STARTED, *SUITES)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
 RESTARTS = ("margin", "ce", "dlr")  # the losses of "em", one after the other
 UNDECIDED = {
@@ -92,8 +93,10 @@ class Attack:
         as of an attacker who may submit again; its control is the same count at a tiny eps) and "em" (the
         gradient of the draws that can be broken together, see `ascent.selected`; a third of n_iter on each of
         the losses `RESTARTS`, images that are wrong in every draw left out, best point kept);
-        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "square" (black box)
-        and "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
+        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "rays" (black box,
+        by what most of `eot` draws decide, `square_queries` of them in all, see `rays.rays`); "square" (black
+        box, by logits) and "standard"
+        (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
         that begins anew with the same noise are judged on the same noise; those in "rand" are not.
     norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
     seed: of the attack, at most 2³¹; torch's global generator is left as it was.
@@ -216,6 +219,9 @@ class Attack:
             x_adv = self._climb(x, self._gradient(task).mean_gradient(x, task.y)[0], x, self.eps)
         elif name == "pgd":
             x_adv = self._pgd(task)
+        elif name == "rays":
+            queries = max(1, self.square_queries // self.eot)
+            x_adv = rays(partial(_outvoted, self, task), x, self.norm, self.eps, queries)
         elif name == "kept":
             x_adv = _kept(self, task).x
         elif name == "em":
@@ -317,6 +323,13 @@ def _low_frequency(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
         task.said.append("low-frequency: images of one pixel have no high frequencies to leave out")
     draws = LowFrequency(task.model, attack.eot, attack.max_batch, cross_entropy)
     return _apgd(attack, replace(task, start=start), draws)
+
+
+def _outvoted(attack: Attack, task: "_Task", points: Tensor, places: Tensor) -> Tensor:
+    """Whether most of a decision's draws are wrong, (m,) bool, at points of the images at these places."""
+    with torch.no_grad():
+        classes = task.model(points.repeat(attack.eot, 1, 1, 1)).argmax(1).reshape(attack.eot, -1)
+    return (classes != task.y[places]).float().mean(0) > 0.5
 
 
 def _say_alike(attack: Attack, task: "_Task", draws: Keeping) -> None:

@@ -109,8 +109,8 @@ def run_audit(arguments: Sequence[str]) -> None:
 def audit_parser() -> argparse.ArgumentParser:
     """The options of `coup audit`."""
     from coup_lib.attacks import NORMS
-    from coup_lib.auditing.protocol import EFFORTS
     from coup_lib.data import SIZES
+    from coup_lib.evaluation.profiles import BUDGETS
 
     parser = OneLine(
         prog="coup audit",
@@ -141,7 +141,7 @@ def audit_parser() -> argparse.ArgumentParser:
     option("--eps", required=True, help='radius in units of x, a number or as "8/255" (required)')
     option(
         "--budget",
-        choices=EFFORTS,
+        choices=BUDGETS,
         default="quick",
         help="quick: 20 iterations and 5 draws a gradient; full: the paper's 100 and 20; smoke: to see that "
         "it runs (default: %(default)s)",

@@ -25,7 +25,6 @@ from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import Callback, solve, time_grid
 
 STRIDE = 0x9E3779B1  # between the seeds of one image's purifications
-VOTES = ("probabilities", "logits")  # what `Vote` averages
 
 
 class StochasticPurifier(nn.Module):
@@ -227,36 +226,33 @@ def _spread(seeds: Tensor, draws: int, x: Tensor) -> Tensor:
 class Vote(nn.Module):
     """Decides by several draws of any random module, so that an attack can aim at a defender who votes.
 
-    Every draw is a call of its own, for a module whose images of a call share their noise.
+    The mean of probabilities is a majority with a gradient. Every draw is a call of its own, for a module
+    whose images of a call share their noise.
 
     Args:
         model: images in, logits (B, K) out, on noise that it draws itself.
         draws: N, behind each decision.
-        by: "probabilities", whose mean is a majority with a gradient, or "logits", as `Averaged`.
 
     Raises:
-        ValueError: for what is no module, an unknown rule, or no whole number of draws.
+        ValueError: for what is no module, or no whole number of draws.
     """
 
-    def __init__(self, model: nn.Module, draws: int, by: str = "probabilities") -> None:
+    def __init__(self, model: nn.Module, draws: int) -> None:
         super().__init__()
         check_module("model", model)
-        self.model, self.draws, self.by = model, count("draws", draws), choice("by", by, VOTES)
+        self.model, self.draws = model, count("draws", draws)
         self.training = False  # the model's own mode is its own affair: some draw their noise in train mode
 
-    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """The mean logits (B, K), or the logarithm of the mean probabilities.
-
-        seeds: (B,), if the model takes any: an image's fixes all of its draws.
-        """
-        given = (
-            [()] * self.draws if seeds is None else [(s,) for s in _spread(seeds, self.draws, x).unbind(1)]
-        )
-        logits = torch.stack([check_logits(self.model(x, *seed), x) for seed in given])
+    def forward(self, x: Tensor) -> Tensor:
+        """The logarithm of the mean probabilities (B, K), all noise being torch's own generator's."""
+        logits = torch.stack([check_logits(self._draw(x), x) for _ in range(self.draws)])
         warn_of_probabilities("model of a Vote", logits[0], "it votes by them as if they were")
-        if self.by == "logits":
-            return logits.mean(0)
         return logits.log_softmax(2).logsumexp(0) - math.log(self.draws)
+
+    def _draw(self, x: Tensor) -> Tensor:
+        if isinstance(self.model, Purified):  # an attack sets torch's generator, not the purifier's
+            return self.model(x, torch.randint(2**62, (len(x),)))
+        return self.model(x)
 
 
 class FixedNoise(nn.Module):

@@ -20,11 +20,11 @@ from coup_lib.auditing.defence import (
     inner_classifiers,
     own_gradients,
 )
-from coup_lib.auditing.fingerprint import fingerprint
 from coup_lib.auditing.probe import probe
 from coup_lib.auditing.signs import HARMLESS, signs, strongest_of
 from coup_lib.data import load_split
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.identity import of_content
 from coup_lib.evaluation.outcomes import Predictions, Transfer
 from coup_lib.evaluation.run import attack, predict
 from coup_lib.evaluation.specs import AttackSpec
@@ -385,8 +385,8 @@ def test_a_defence_is_known_by_weights_constants_code_and_answers(digits, net):
         Changed(torch.clone, linear()),
         Changed(fresh_noise, net),
     ]
-    assert len({fingerprint(model, digits.x) for model in models}) == len(models)
-    assert fingerprint(models[0], digits.x) == fingerprint(Changed(torch.clone, net), digits.x)
+    assert len({of_content(model)[0] for model in models}) == len(models)
+    assert of_content(models[0]) == of_content(Changed(torch.clone, net))
 
 
 def test_code_without_a_source_is_known_too(digits):
@@ -397,7 +397,7 @@ def test_code_without_a_source_is_known_too(digits):
             def forward(self, x):
                 return x.flatten(1)[:, :10] + float(numpy.random.normal(0, {scale}))"""
         exec(written, space := {"nn": nn, "numpy": np})
-        found.append(fingerprint(space["Mine"]().eval(), digits.x))
+        found.append(of_content(space["Mine"]().eval())[0])
     assert found[0] == found[1] != found[2]
 
 
@@ -439,7 +439,7 @@ def test_what_a_defence_refers_to_is_part_of_it(held, digits, net):
             model.scale = [scale] if held == "list" else np.float64(scale)
         return model
 
-    one, same, other = (fingerprint(made(scale), digits.x) for scale in (0.1, 0.1, 0.5))
+    one, same, other = (of_content(made(scale))[0] for scale in (0.1, 0.1, 0.5))
     assert one == same != other
 
 
@@ -450,17 +450,30 @@ def test_what_is_nested_deeply_is_looked_through(digits, net):
         model.config = ["x", core]
         for _ in range(100):
             model.config = ["x", model.config]
-        found.append(fingerprint(model, digits.x))
+        found.append(of_content(model)[0])
     assert found[0] != found[1]
 
 
 # --- what it does ---
 
 
+def audit_settings():
+    return protocol.AuditSettings(
+        **vars(protocol.AUDITS["smoke"]),
+        profile="it",
+        budget="smoke",
+        norm="linf",
+        eps=EPS,
+        torch_device=torch.device("cpu"),
+        max_batch=64,
+        seed=0,
+    )
+
+
 def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_others(digits, net, tmp_path):
     found = smoke({"mine": (nn.Identity(), net), "plain": net}, digits.x, digits.y, tmp_path)
     mine, plain = (found.measured.rows[name] for name in ("mine", "plain"))
-    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "low", "standard", "square"}
+    own = {"clean", "noise", "fgsm", "ce", "long", "dlr", "margin", "low", "standard", "square", "rays"}
     assert {key for key in plain if isinstance(key, str)} == own
     assert {key for key in mine if isinstance(key, str)} == own | {"bpda-ce", "bpda-margin"}
     assert {key.column for key in mine if isinstance(key, Transfer)} == {
@@ -470,15 +483,16 @@ def test_every_defence_faces_its_own_attacks_and_all_that_was_made_against_other
         "margin",
         "low",
         "square",
+        "rays",
     }
     assert {*found.measured.eps["mine"]} == {0.0, EPS, 0.3, 0.5}
 
 
 def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_path):
     plain = probe(net, digits.x, digits.y)
-    settings = protocol.AuditSettings("it", "linf", EPS, 8, 2, 2, 1, 5, 2, torch.device("cpu"), 64, 0)
+    settings = audit_settings()
     rows = [protocol.attacks("it", [], replace(plain, random=random), settings) for random in (False, True)]
-    assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em"}
+    assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em", "vote"}
     assert rows[1]["em"][1].eot is None and rows[0]["low"][1].eot == 1
 
 
@@ -590,7 +604,7 @@ def test_without_any_gradient_the_verdict_rests_on_a_black_box(digits, net, tmp_
                 return net(x)
 
     found = smoke({"it": Closed().eval()}, digits.x, digits.y, tmp_path)
-    assert {*found.measured.rows["it"]} == {"clean", "noise", "square"}
+    assert {*found.measured.rows["it"]} == {"clean", "noise", "square", "rays"}
     assert "has no gradient of its own, so this rests on a black box." in found.verdict("it")
     assert found.masked("it") and not found.measured.eps
 
@@ -620,20 +634,26 @@ def test_each_draw_of_a_random_defence_is_a_call_of_its_own(digits, tmp_path):
 
 
 def test_decisions_by_many_draws_are_those_of_the_draws(digits, tmp_path, monkeypatch):
-    """Right with probability 0.8 in every draw: all of N are with 0.8^N, the majority nearly always."""
-    monkeypatch.setitem(protocol.EFFORTS, "smoke", replace(protocol.EFFORTS["smoke"], counts=(1, 5, 100)))
+    """Right with probability 0.8 in every draw: all of N are with 0.8^N, the majority of many always."""
+    monkeypatch.setitem(protocol.AUDITS, "smoke", replace(protocol.AUDITS["smoke"], n_draws=3))
+    monkeypatch.setitem(protocol.MANY_DRAWS, "smoke", 100)
 
     class Unsure(nn.Module):
         def forward(self, x):
             wrong = torch.rand(len(x)) > 0.8
-            labels = torch.arange(8)[: len(x)] % 10
+            labels = torch.arange(len(x)) % 8
             return 5 * nn.functional.one_hot(torch.where(wrong, labels + 1, labels), 10).float()
 
-    found = smoke({"it": Unsure().eval()}, digits.x, torch.arange(8), tmp_path).measured.decided["it"]
-    shares = {key[1:]: right.mean() for key, right in found.items() if key[0] == "clean"}
-    assert shares["worst", 1] == pytest.approx(0.8, abs=0.06)
-    assert shares["worst", 5] == pytest.approx(0.8**5, abs=0.12)
-    assert shares["worst", 100] == 0 and shares["majority", 100] == shares["average", 100] == 1
+    frame = smoke({"it": Unsure().eval()}, digits.x, torch.arange(8), tmp_path).decisions()
+    shares = {
+        column: frame[f"Clean: {column}"].str.split().str[0].astype(float) / 100
+        for column in ("one draw", "all of N draws", "majority of N", "mean logits of N")
+    }
+    assert list(frame["N"]) == ["3", "100"]
+    assert shares["one draw"].iloc[1] == pytest.approx(0.8, abs=0.06)
+    assert shares["all of N draws"].iloc[0] == pytest.approx(0.8**3, abs=0.4)
+    assert shares["all of N draws"].iloc[1] == 0
+    assert shares["majority of N"].iloc[1] == shares["mean logits of N"].iloc[1] == 1
 
 
 # --- what it says ---
@@ -687,7 +707,8 @@ def test_a_sign_is_named_where_an_attack_that_should_be_weaker_is_stronger(chang
 def test_which_attack_is_the_strongest_is_seen_by_other_draws_than_those_reported():
     lucky, strong = made_up(0.4), made_up(0.5)
     lucky = replace(lucky, suspicion=np.full(N, 0.6))
-    assert strongest_of({"lucky": lucky, "strong": strong}) == "strong"
+    row = {"lucky": lucky, "strong": strong}
+    assert strongest_of([*row], {key: score.suspicion for key, score in row.items()}) == "strong"
 
 
 def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
@@ -702,7 +723,7 @@ def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
         )
     assert not found[0.0]
     assert [sign.name for sign in found[0.3]] == ["accuracy at a large radius stays above chance"]
-    assert "30.00 [" in found[0.3][0].shown and "commonest class 10 %" in found[0.3][0].shown
+    assert found[0.3][0].shown == "30.0 % at 0.5, chance 10 %"
 
 
 def test_an_audits_page(digits, net, tmp_path):
@@ -715,11 +736,11 @@ def test_an_audits_page(digits, net, tmp_path):
     }
     html, text = page.read_text(), (tmp_path / "audit.md").read_text()
     for name in ("mine", "plain"):
-        assert f"**{name}**: robust accuracy at most" in text and f"<b>{name}</b>: robust accuracy" in html
+        assert f"**{name}**: robust accuracy at most" in text and f"<strong>{name}</strong>: robust" in html
         assert "(L∞, eps = 0.15, n = 8; the worst of" in found.verdict(name)
     assert "data:image/png;base64," in html and 'src="http' not in html
     frame = pd.read_csv(tmp_path / "audit.csv")
-    worst = frame[frame.attack == "worst case"].set_index("defence")
+    worst = frame[frame.label == "worst case"].set_index("defence")
     assert worst.loc["mine", "value"] == pytest.approx(100 * found.worst["mine"].right.mean())
     assert set(frame.n) == {8}
     assert "**is not decided**" in found.claim("mine", "plain") or "**holds**" in found.claim("mine", "plain")

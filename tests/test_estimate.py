@@ -64,6 +64,7 @@ def test_calls_of_the_attacks():
     assert against("apgd-ce", "coup").calls(config) == (21, 0)
     assert against("apgd-ce", "coup", "bpda", eot=2).calls(config) == (0, 14)
     assert against("square", "coup").calls(config) == (0, 11)
+    assert against("rays", "coup").calls(config) == (0, 11)
     assert against("standard", "coup").calls(config) == (7 * 5, 11)
 
 

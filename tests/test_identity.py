@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from coup_lib import paths
+from coup_lib.auditing import protocol
+from coup_lib.auditing.protocol import Prepared
 from coup_lib.data import Images, load_split
 from coup_lib.evaluation import identity
 from coup_lib.evaluation.bench import Bench, against
@@ -67,32 +69,12 @@ def test_other_pixels_at_the_same_places_are_another_record():
     assert mine.attack_settings(CLEAN) != usual.attack_settings(CLEAN)
 
 
-class Foreign(Bench):
-    """A bench with one defence that nobody knows by name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.classifier_name = model, "foreign"
-
-    def attacked(self, spec: AttackSpec) -> nn.Module:
-        return self.model
-
-    def defence(self, name: str, gradient: str = "exact") -> nn.Module:
-        return self.model
-
-    def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, str]:
-        return {"name": name, "sha256": identity.of_network(self.model)}
-
-    def how_attacked(self, spec: AttackSpec) -> dict[str, str]:
-        return {}
-
-    def precision(self, defence: str) -> str:
-        return "float32"
-
-
 def test_a_defence_that_nobody_knows_by_name_is_attacked_and_scored_like_the_papers():
     model, x = untrained(), load_split("digits", "test").first(TINY.n_images).x
     images = Images(x, model(x).argmax(1))  # so that it is right on all of them
-    runner = Runner(replace(TINY, eps=0.9), Foreign(model), lambda: images, dict, verbose=False)
+    foreign = Prepared(None, {"exact": model}, model, {"exact": identity.of_network(model)})
+    bench = protocol.Bench({"mine": foreign})
+    runner = Runner(replace(TINY, eps=0.9), bench, lambda: images, dict, verbose=False)
     row = {"clean": CLEAN, "own": AttackSpec("apgd-ce", "mine")}
     scores = runner.predictions({"mine": row})["mine"]
     assert scores["own"].counted.shape == (6,)
@@ -133,7 +115,7 @@ def test_constants_of_a_network_in_hand_are_part_of_it():
     assert other.settings("reverse") != usual.settings("reverse")
     layers = [nn.Sequential(nn.Flatten(), kind(), nn.Linear(64, 10)).eval() for kind in (nn.ReLU, nn.Sigmoid)]
     layers[1].load_state_dict(layers[0].state_dict())
-    named = [identity.of_network(each, constants=True) for each in layers]
+    named = [identity.of_content(each) for each in layers]
     assert named[0] != named[1]
 
 

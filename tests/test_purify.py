@@ -10,7 +10,6 @@ from coup_lib.checks import ROUNDING
 from coup_lib.guidance import Guided, to_state
 from coup_lib.purify import (
     STRIDE,
-    VOTES,
     Averaged,
     FixedNoise,
     Purified,
@@ -246,22 +245,17 @@ def test_averaged_draws_fresh_noise_for_every_purification():
     assert singles.reshape(5, 3, 3).std(1).min() > 0
 
 
-@pytest.mark.parametrize("by", VOTES)
-def test_a_vote_is_the_mean_of_its_draws(by):
-    """Of logits or of probabilities, with its gradient; of logits it is `Averaged`, seed for seed."""
+def test_a_vote_is_the_mean_of_its_draws_probabilities():
+    """With its gradient; of a purified classifier by seeds from torch's generator, as an attack sets it."""
     score, classifier, x = small_problem()
-    averaged = Averaged(classifier, Purifier(Guided(score, classifier), n_steps=4), draws=3)
-    single, seeds = Purified(averaged.classifier, averaged.purifier), torch.tensor([5, 2**62 - 1, 7, 0, 5])
-    vote, x = Vote(single, 3, by), x.requires_grad_()
-    if by == "logits":
-        expected = averaged(x, seeds)
-    else:
-        draws = [single(x, (seeds + k * STRIDE) % 2**62).softmax(1) for k in range(3)]
-        expected = (sum(draws) / 3).log()
-    torch.testing.assert_close(vote(x, seeds), expected, rtol=0, atol=1e-13)
-    slopes = [torch.autograd.grad(logits[:, 0].sum(), x)[0] for logits in (vote(x, seeds), expected)]
+    single, x = Purified(classifier, Purifier(Guided(score, classifier), n_steps=4)), x.requires_grad_()
+    torch.manual_seed(5)
+    draws = [single(x, torch.randint(2**62, (5,))).softmax(1) for _ in range(3)]
+    torch.manual_seed(5)
+    logits, expected = Vote(single, 3)(x), (sum(draws) / 3).log()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-13)
+    slopes = [torch.autograd.grad(each[:, 0].sum(), x)[0] for each in (logits, expected)]
     torch.testing.assert_close(*slopes, rtol=0, atol=1e-12)
-    assert not torch.equal(vote(x), vote(x))  # without seeds fresh noise
 
 
 class Coin(nn.Module):
@@ -277,7 +271,7 @@ class Coin(nn.Module):
         return logits.expand(len(x), 2) + 0 * x.flatten(1)[:, :2]
 
 
-def test_a_vote_by_probabilities_is_a_majority():
+def test_a_vote_is_a_majority():
     """Right with the probability that three or more of five are, 0.83692; every draw is a call of its own."""
     vote, x = Vote(Coin(), 5), torch.rand(2, 1, 2, 2)
     right = torch.stack([vote(x).argmax(1) == 0 for _ in range(2000)]).double()
@@ -297,7 +291,6 @@ def test_a_vote_by_probabilities_taken_for_logits_is_told_of():
     [
         ((torch.relu, 3), "model: expected a torch.nn.Module"),
         ((Coin(), 0), "draws: expected a number greater than 0; got 0"),
-        ((Coin(), 3, "hands"), "by: expected one of probabilities, logits; got 'hands'"),
     ],
 )
 def test_a_vote_that_cannot_be_is_refused(given, message):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from coup_lib.auditing.defence import (
     check_data,
     own_gradients,
 )
-from coup_lib.auditing.fingerprint import fingerprint
-from coup_lib.auditing.probe import PROBED, Probe, alike, first_answers, probe
-from coup_lib.auditing.protocol import EFFORTS, AuditSettings, Bench, measure
+from coup_lib.auditing.probe import PROBED, Probe, asked_again, probe
+from coup_lib.auditing.protocol import AUDITS, VOTE, AuditSettings, Bench, Prepared, measure
 from coup_lib.auditing.result import Audit
 from coup_lib.checks import check_labels, choice, count, number
 from coup_lib.data import Images
+from coup_lib.evaluation.identity import of_content
 from coup_lib.evaluation.run import Batch
-from coup_lib.purify import Purified
+from coup_lib.purify import Purified, Vote
 
 NAME = re.compile(r"[\w +-][\w. +-]{,59}")  # of a defence or a gradient, as it can be part of a file's name
+ANSWERS, DIGITS = 8, 3  # of how many images the logits count, and how many of their digits
 
 
 def audit(
@@ -69,7 +70,7 @@ def audit(
         ValueError: naming what was expected and what came, before any attack.
     """
     norm, eps = choice("norm", str(norm).lower(), NORMS), number("eps", eps, 0)
-    effort = EFFORTS[choice("budget", budget, EFFORTS)]
+    choice("budget", budget, AUDITS)
     images, labels = check_data(x, y)
     place = Path(folder).resolve()
     if place.is_relative_to(paths.PUBLISHED.resolve()):
@@ -80,59 +81,30 @@ def audit(
     if place.exists() and not place.is_dir():
         raise ValueError(f"folder: expected a folder or none there yet; got the file {folder}")
     place.mkdir(parents=True, exist_ok=True)
-    batch, found = Batch(PROBED), {}
+    batch, bench = Batch(PROBED), Bench({})
     for name, modules in given.items():
-        found[name] = batch.fitting(partial(_prepared, name, modules, images, labels, batch))(0)
-    classes = {name: one.probe.classes for name, one in found.items()}
+        ask = partial(_prepared, name, modules, images, labels, batch, AUDITS[budget].n_draws)
+        bench.defences[name] = batch.fitting(ask)(0)
+    classes = {name: one.probe.classes for name, one in bench.defences.items()}
     if len({*classes.values()}) > 1:
         raise ValueError(f"defences: expected the same classes in all of them; got {classes}")
     check_labels(labels, next(iter(classes.values())))
     settings = AuditSettings(
+        **vars(AUDITS[budget]) | {"n_images": len(images)},
         profile=str(place / "records"),
+        budget=budget,
         norm=norm,
         eps=eps,
-        n_images=len(images),
-        n_iter=effort.n_iter,
-        eot=effort.eot,
-        n_targets=effort.n_targets,
-        square_queries=effort.square_queries,
-        n_draws=effort.n_draws,
         torch_device=device,
         max_batch=count("max_batch", max_batch),
         seed=count("seed", seed, 2**31 - 9, low=0),
     )
     flat = Images(images.reshape(len(images), *as_planes(images.shape[1:])), labels)
-    bench = Bench(
-        {name: one.attacked for name, one in found.items()},
-        {name: one.judged for name, one in found.items()},
-        {name: one.identities for name, one in found.items()},
-    )
-    probes = {name: one.probe for name, one in found.items()}
-    measured = measure(bench, probes, flat, settings, effort, verbose=verbose)
-    probes = {name: replace(one.probe, changed=one.changed(images)) for name, one in found.items()}
+    measured = measure(bench, flat, settings, verbose=verbose)
+    probes = {
+        name: asked_again(one.probe, given[name]["exact"], images) for name, one in bench.defences.items()
+    }
     return Audit(probes, measured, settings, place)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A defence that is ready to be attacked.
-
-    attacked: gradient → module. judged: the defence itself. identities: gradient → fingerprint. answers: to
-    the first images, before anything else was asked of it; none of a random defence.
-    """
-
-    probe: Probe
-    attacked: dict[str, nn.Module]
-    judged: nn.Module
-    identities: dict[str, str]
-    model: nn.Module
-    answers: torch.Tensor | None
-
-    def changed(self, x: torch.Tensor) -> bool:
-        """Whether the defence has come to answer otherwise."""
-        if self.answers is None:
-            return False
-        return not alike(self.answers, first_answers(self.model, x[: len(self.answers)]))
 
 
 def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
@@ -146,8 +118,8 @@ def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
             if not isinstance(called, str) or not NAME.fullmatch(called):
                 expected = "names of letters, digits, spaces and . + - _, 60 at most"
                 raise ValueError(f"defences: expected {expected}; got {called!r}")
-        if "exact" in one.gradients:
-            raise ValueError(f"{name}: expected other gradients than its own, which is called 'exact'")
+        if taken := {"exact", VOTE} & {*one.gradients}:
+            raise ValueError(f"{name}: expected other gradients than its own; got {', '.join(taken)}")
         given[name] = {"exact": as_module(name, one.model)} | {
             gradient: as_module(f"{name}, {gradient}", module) for gradient, module in one.gradients.items()
         }
@@ -168,21 +140,36 @@ def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> to
 
 
 def _prepared(
-    name: str, given: Mapping[str, nn.Module], x: torch.Tensor, y: torch.Tensor, batch: Batch, place: int
-) -> _Prepared:
-    """Ask a defence about as many of the images x as a batch holds, from this place on."""
+    name: str,
+    given: Mapping[str, nn.Module],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch: Batch,
+    draws: int,
+    place: int,
+) -> Prepared:
+    """Ask a defence about as many of the images x as a batch holds, from this place on.
+
+    draws: behind a decision of a random defence that votes.
+    """
     x, y = x[place : place + batch.most], y[place : place + batch.most]
     model = given["exact"]
     try:
         found = probe(model, x, y)
     except ValueError as error:
         raise ValueError(f"{name}: {str(error).removeprefix('defences: ')}") from error
-    answers = None if found.random else first_answers(model, x)
     modules = {"exact": model, **own_gradients(model, x[:2]), **given}
-    identities = {gradient: fingerprint(module, x[:8]) for gradient, module in modules.items()}
+    exact, *others = modules.values()
+    # Weights, constants and code do not tell what a library does, or a file: answers do.
+    rows = [] if found.answers is None else found.answers[:ANSWERS].tolist()
+    answers = [[f"{value:.{DIGITS}g}" for value in row] for row in rows]
+    identities = dict(zip(modules, of_content([exact, answers], *others), strict=True))
     attacked = {key: _wrapped(module, x.shape[1:], found, finite=True) for key, module in modules.items()}
+    if found.random:
+        identities[VOTE], vote = f"{draws} draws", Vote(attacked["exact"], draws)
+        attacked[VOTE] = _wrapped(vote, x.shape[1:], replace(found, probabilities=False), finite=True)
     judged = _wrapped(model, x.shape[1:], found, finite=False)
-    return _Prepared(found, attacked, judged, identities, model, answers)
+    return Prepared(found, attacked, judged, identities)
 
 
 def _wrapped(module: nn.Module, shape: torch.Size, found: Probe, *, finite: bool) -> nn.Module:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ class Probe:
     mode), and that drop (left as they are). error: why it has no gradient; "" if it has. missing, zero,
     broken: the share of calls without a gradient, and of images with one of zero, and with NaN or infinity in
     it. turned: gradients a step of `NEAR` apart have nothing in common. unanswered: the share of images that
-    it answers with NaN. changed: after the audit it answers otherwise than before.
+    it answers with NaN. answers: logits (n, K), before anything else was asked of it; None of a random
+    defence. changed: after the audit it answers otherwise than before.
     """
 
     classes: int
@@ -51,6 +52,7 @@ class Probe:
     broken: float
     turned: bool
     unanswered: float
+    answers: Tensor | None
     changed: bool = False
 
 
@@ -84,7 +86,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
     answered = ~logits.isnan().any(1)
     if not bool(answered.any()):
         raise ValueError(f"defences: expected logits; got NaN on all of {len(x)} images")
-    changes = any(one != sums[0] for one in sums) or not all(alike(logits, other) for other in answers[1:])
+    changes = any(one != sums[0] for one in sums) or not all(_alike(logits, other) for other in answers[1:])
     repeats = _repeats(model, x)
     shares = changes and not (repeats and _grows(model, x, drawn[0].counts))
     slopes, errors = _slopes(model, x, y, CALLS if changes else 1)
@@ -92,7 +94,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
     return Probe(
         classes=logits.shape[1],
         random=changes,
-        alone=shares or (not changes and not alike(*_together_and_alone(model, x))),
+        alone=shares or (not changes and not _alike(*_together_and_alone(model, x))),
         frozen=bool(sums[0]) and not changes,
         probabilities=are_probabilities(logits),
         batch_statistics=tuple(normalising),
@@ -103,13 +105,17 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
         broken=float((~slope.isfinite()).any(1).float().mean()) if len(slope) else 0.0,
         turned=bool(slopes) and repeats and _turned(model, x, y),
         unanswered=1 - float(answered.float().mean()),
+        answers=None if changes else logits,
     )
 
 
-def first_answers(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (n, K) of a defence that draws nothing, to be compared with later ones by `alike`."""
-    with torch.no_grad(), seeded(0):
-        return logits_of(model, x)
+@torch.no_grad()
+def asked_again(found: Probe, model: nn.Module, x: Tensor) -> Probe:
+    """What was found out, and whether the defence has come to answer otherwise on the same images x."""
+    if found.answers is None:
+        return found
+    with seeded(0):
+        return replace(found, changed=not _alike(found.answers, logits_of(model, x[: len(found.answers)])))
 
 
 class _Drawn(TorchDispatchMode):
@@ -146,7 +152,7 @@ def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[_Drawn]]:
     return answers, drawn
 
 
-def alike(logits: Tensor, other: Tensor) -> bool:
+def _alike(logits: Tensor, other: Tensor) -> bool:
     """Whether two answers are the same but for rounding."""
     logits, other = logits.nan_to_num(), other.nan_to_num()
     return float((other - logits).abs().max()) <= 1e-4 * float(logits.abs().max())
@@ -167,7 +173,7 @@ def _repeats(model: nn.Module, x: Tensor) -> bool:
     for _ in range(2):
         with seeded(0), restored(known[1:], states[1:]):
             again.append(logits_of(model, x))
-    return alike(again[0], again[1])
+    return _alike(again[0], again[1])
 
 
 @torch.no_grad()

@@ -6,60 +6,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coup_lib.attacks import CLASSES
 from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
-from coup_lib.evaluation.identity import of_images
-from coup_lib.evaluation.noise import DECIDE, image_seeds
-from coup_lib.evaluation.outcomes import Predictions, most_frequent, worst_case
-from coup_lib.evaluation.run import Runner, classes_of, predict
+from coup_lib.evaluation.outcomes import Predictions
+from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
+from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
 
 LONGER = 2  # times as many iterations, to see whether more still find something
 LARGER = (2.0, 4.0)  # times eps; beyond these, the radius at which every image can be made grey
-COUNTS = (1, 10, 128)  # draws behind a decision
-RULES = {
-    "worst": "All of N draws",
-    "average": "Mean logits of N draws",
-    "majority": "Majority of N draws",
+AUDITS = {  # budget → effort; what it says of images is not for audits
+    "smoke": SMOKE,
+    "quick": replace(QUICK_DIGITS["report"], square_queries=500),
+    "full": FULL["report"],
 }
+VOTE = "vote"  # the gradient of a defence that votes
+MANY_DRAWS = {"smoke": 4, "quick": 128, "full": 128}  # the most behind a decision
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much work an audit does. eps_images: of how many images the larger radii are."""
-
-    n_iter: int
-    eot: int
-    n_targets: int
-    square_queries: int
-    n_draws: int
-    eps_images: int
-    counts: tuple[int, ...] = COUNTS
-
-
-EFFORTS = {
-    "smoke": Effort(2, 2, 1, 5, 2, 4, (1, 2, 4)),
-    "quick": Effort(20, 5, 3, 500, 10, 64),
-    "full": Effort(100, 20, 9, 5000, 10, 256),
-}
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """Threat, effort and place of an audit, as `evaluation.config.Settings` has them."""
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings(Budget):
+    """Effort, threat and place of an audit, as `evaluation.config.Settings` has them."""
 
     profile: str
+    budget: str
     norm: str
     eps: float
-    n_images: int
-    n_iter: int
-    eot: int
-    n_targets: int
-    square_queries: int
-    n_draws: int
     torch_device: torch.device
     max_batch: int
     seed: int
@@ -68,41 +43,54 @@ class AuditSettings:
     shard: int = 0
     num_shards: int = 1
 
+    @property
+    def many_draws(self) -> int:
+        """The most draws that are behind a decision."""
+        return MANY_DRAWS[self.budget]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A defence that is ready to be attacked.
+
+    attacked: name of a gradient ("exact" is its own) → module. judge: the module that decides. identities:
+    gradient → hash, as of `identity.of_content`.
+    """
+
+    probe: Probe
+    attacked: Mapping[str, nn.Module]
+    judge: nn.Module
+    identities: Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class Bench:
-    """Defences by name, and what identifies them, as `run.Runner` asks for them.
+    """Defences by name, as `run.Runner` asks for them."""
 
-    models: defence → name of a gradient ("exact" is its own) → module to be attacked. judges: defence → the
-    module that decides. identities: defence → gradient → `fingerprint`.
-    """
-
-    models: Mapping[str, Mapping[str, nn.Module]]
-    judges: Mapping[str, nn.Module]
-    identities: Mapping[str, Mapping[str, str]]
+    defences: dict[str, Prepared]
     classifier_name: str = "audit"
 
     def attacked(self, spec: AttackSpec) -> nn.Module:
         """The defence as an attack meets it."""
         if spec.attack in WITHOUT_MODEL:
-            return next(iter(self.models.values()))["exact"]
-        return self.models[spec.surrogate][spec.gradient]
+            return next(iter(self.defences.values())).attacked["exact"]
+        return self.defences[spec.surrogate].attacked[spec.gradient]
 
     def defence(self, name: str) -> nn.Module:
         """The defence itself."""
-        return self.judges[name]
+        return self.defences[name].judge
 
     def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, Any]:
         """What the behaviour of a defence depends on."""
         if spec and spec.attack in WITHOUT_MODEL:
             return {}
-        return {"name": name, "sha256": self.identities[name]["exact"]}
+        return {"name": name, "sha256": self.defences[name].identities["exact"]}
 
     def how_attacked(self, spec: AttackSpec) -> dict[str, Any]:
         """What else an attack's numbers depend on: the module that is differentiated."""
         if spec.attack in WITHOUT_MODEL or spec.gradient == "exact":
             return {}
-        return {"gradient_sha256": self.identities[spec.surrogate][spec.gradient]}
+        return {"gradient_sha256": self.defences[spec.surrogate].identities[spec.gradient]}
 
     def precision(self, defence: str) -> str:
         """That of an attack on the defence."""
@@ -139,13 +127,19 @@ def attacks(
             row["kept"] = "APGD-ce, kept by all draws", AttackSpec("kept", name)
             row["em"] = "EM selection of draws", AttackSpec("em", name)
         row["low"] = "APGD-ce, low frequencies", AttackSpec("low-frequency", name, **more)
+        if found.random:
+            label = f"APGD-ce on the vote of {settings.n_draws}"
+            row[VOTE] = label, AttackSpec("apgd-ce", name, VOTE, eot=1)
         row["standard"] = "AutoAttack standard", AttackSpec("standard", name)
-    for gradient in gradients:
+    for gradient in (gradient for gradient in gradients if gradient != VOTE):
         label = gradient.replace("_", "-") if gradient != "bpda" else "BPDA"
         for loss in ("ce", "margin"):
             spec = AttackSpec(f"apgd-{loss}", name, gradient, **more)
             row[f"{gradient}-{loss}"] = f"APGD-{loss}, {label}", spec
-    return row | {"square": ("Square (black box)", AttackSpec("square", name))}
+    return row | {
+        "square": ("Square (black box)", AttackSpec("square", name)),
+        "rays": ("RayS (decisions alone)", AttackSpec("rays", name, **more)),
+    }
 
 
 LOCAL = ("clean", "noise", "fgsm", "single", "standard")  # not tried on others: stronger ones stand beside
@@ -156,42 +150,30 @@ class Measured:
     """What an audit has measured, per defence.
 
     labels: column → what the attack is called. rows: column or `Transfer` → predictions. eps: radius → the
-    share of right draws of each image, (n,), under APGD-ce. decided: (images, rule, N) → likewise, by N draws
-    each; the images are "clean" or "attacked", the latter each image's worst.
+    share of right draws of each image, (n,), under APGD-ce. many: of random defences, column → predictions by
+    `AuditSettings.many_draws`, on clean images, under the strongest attack, and under that on the vote.
     """
 
     labels: dict[str, dict[str, str]]
     rows: dict[str, dict[Any, Predictions]]
     eps: dict[str, dict[float, np.ndarray]]
-    decided: dict[str, dict[tuple[str, str, int], np.ndarray]]
+    many: dict[str, dict[Any, Predictions]]
 
 
-def measure(
-    bench: Bench,
-    probes: Mapping[str, Probe],
-    images: Images,
-    settings: AuditSettings,
-    effort: Effort,
-    *,
-    verbose: bool = True,
-) -> Measured:
+def measure(bench: Bench, images: Images, settings: AuditSettings, *, verbose: bool = True) -> Measured:
     """Run the whole protocol, or read back what of it is on record."""
-    faced = {name: attacks(name, [*bench.models[name]][1:], probes[name], settings) for name in probes}
+    faced = {
+        name: attacks(name, [*one.attacked][1:], one.probe, settings) for name, one in bench.defences.items()
+    }
     labels = {name: {key: label for key, (label, _) in row.items()} for name, row in faced.items()}
     own = {name: {key: spec for key, (_, spec) in row.items()} for name, row in faced.items()}
     lent = {key for row in own.values() for key in row if key not in LOCAL}
     specs = with_transfers(own, sorted(lent))
-    runner = _runner(bench, images, settings, verbose=verbose)
-    rows = runner.predictions(specs)
-    eps = _by_radius(
-        bench, rows, own, images, replace(settings, n_images=min(effort.eps_images, len(images)))
-    )
-    decided = {
-        name: _decided(runner, name, specs[name], rows[name], effort.counts)
-        for name, found in probes.items()
-        if found.random
-    }
-    return Measured(labels, rows, eps, decided)
+    rows = _runner(bench, images, settings, verbose=verbose).predictions(specs)
+    half = max(2, len(images) // 2)
+    eps = _by_radius(bench, rows, own, images, replace(settings, n_images=half))
+    many = _by_many(bench, rows, specs, images, replace(settings, n_draws=settings.many_draws))
+    return Measured(labels, rows, eps, many)
 
 
 def _runner(bench: Bench, images: Images, settings: AuditSettings, *, verbose: bool) -> Runner:
@@ -223,45 +205,17 @@ def _by_radius(
     return found
 
 
-def _decided(
-    runner: Runner,
-    name: str,
-    specs: Mapping[Any, AttackSpec],
-    row: Mapping[Any, Predictions],
-    counts: Sequence[int],
-) -> dict[tuple[str, str, int], np.ndarray]:
-    """(images, rule, N) → the share of right decisions of each image, (n,), by fresh draws."""
-    source, attacked = worst_case([*row.values()]).source, runner.images.x.clone()
-    for place, spec in enumerate(specs.values()):
-        chosen = torch.from_numpy(source == place)
-        if chosen.any():
-            attacked[chosen] = runner.x_adv(spec)[chosen]
-    found: dict[tuple[str, str, int], np.ndarray] = {}
-    for kind, x in (("clean", runner.images.x), ("attacked", attacked)):
-        drawn, y = _many_draws(runner, name, x, counts), runner.images.y.cpu().numpy()
-        for n in counts:
-            votes = np.array(drawn["classes"])[:, : max(counts) // n * n].reshape(len(y), -1, n)
-            ruled = {
-                "worst": (votes == y[:, None, None]).all(2),
-                "majority": most_frequent(votes) == y[:, None],
-                "average": np.array(drawn[f"average_{n}"]) == y[:, None],
-            }
-            found |= {(kind, rule, n): right.mean(1) for rule, right in ruled.items()}
-    return found
-
-
-def _many_draws(runner: Runner, name: str, x: Tensor, counts: Sequence[int]) -> dict[str, Any]:
-    """The record of a defence's decisions on images x by many draws, and by the mean logits of N of them."""
-    most, config = max(counts), runner.config
-
-    def compute(place: int) -> dict[str, Any]:
-        part = x[place : place + config.chunk_size]
-        seeds = image_seeds(config.seed, DECIDE, range(place, place + len(part)), most)
-        logits = predict(runner.bench.defence(name), part, seeds, runner.batch.most)
-        groups = {n: logits[:, : most // n * n].unflatten(1, (-1, n)).mean(2) for n in counts}
-        averages = {f"average_{n}": classes_of(group).tolist() for n, group in groups.items()}
-        return {"classes": classes_of(logits).tolist(), **averages}
-
-    settings: dict[str, Any] = {"target": runner.bench.settings(name), "counts": [*counts]}
-    settings |= {"images": of_images(Images(x, runner.images.y)), "seed": config.seed}
-    return runner.record(f"decisions-{name}", settings, compute).finish()["result"]
+def _by_many(
+    bench: Bench,
+    rows: Mapping[str, Mapping[Any, Predictions]],
+    specs: Mapping[str, Mapping[Any, AttackSpec]],
+    images: Images,
+    settings: AuditSettings,
+) -> dict[str, dict[Any, Predictions]]:
+    """Predictions of random defences under fewer attacks, by as many draws as `settings` say."""
+    faced = {}
+    for name, row in specs.items():
+        if bench.defences[name].probe.random:
+            strongest = min(row, key=lambda key: float(rows[name][key].right.mean()))
+            faced[name] = {key: row[key] for key in ("clean", strongest, VOTE) if key in row}
+    return _runner(bench, images, settings, verbose=False).predictions(faced)

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coup_lib.auditing import page
+from coup_lib.auditing.page import html_page
 from coup_lib.auditing.probe import Probe
-from coup_lib.auditing.protocol import RULES, AuditSettings, Measured
+from coup_lib.auditing.protocol import AuditSettings, Measured
 from coup_lib.auditing.signs import Sign, signs, strongest_of
 from coup_lib.checks import choice
 from coup_lib.evaluation.config import NORM_NAMES, radius
@@ -26,11 +26,13 @@ from coup_lib.evaluation.outcomes import (
     direct,
     transferred,
     worst_case,
+    worst_of,
 )
 from coup_lib.files import write_atomically
 from coup_lib.reporting.plots import PALETTE, points, use_style
-from coup_lib.reporting.tables import MISSING
+from coup_lib.reporting.tables import Row, accuracies, by_count, count_headings, long_form, markdown
 
+WORST = "worst case"
 LOOKS = "osDXp^vP*<>"  # markers, in the order of the defences
 ALTERNATIVE = "Accuracy of every defence under every attack, and against the radius"
 CAPTION = (
@@ -40,9 +42,10 @@ CAPTION = (
     "and random noise; AutoAttack's images are scored like all others, not by its own count."
 )
 DECIDED = (
-    "All of N: right in every one of N draws, as under an attacker who may submit again; the average and the "
-    "majority: a defender who draws N times. The images were made against a single draw; an attack that aims "
-    "at the vote may do more. Clean images are the control: what falls there falls unattacked."
+    "A defender may draw N times, and take the mean of the logits or the majority; an attacker may submit "
+    "again, so that all N draws have to be right. Each way under the worst of the attacks that were scored "
+    "by N draws: for the larger N, the strongest one and the one on the vote. Clean images are the control: "
+    "what falls there falls unattacked."
 )
 
 
@@ -87,7 +90,7 @@ class Audit:
     def verdict(self, name: str) -> str:
         """What is known of a defence's robustness, in one or two sentences."""
         accuracy, row = Accuracy.of(self.worst[name].right), self.measured.rows[name]
-        best = strongest_of(row)
+        best = strongest_of([*row], {key: score.suspicion for key, score in row.items()})
         text = (
             f"**{name}**: robust accuracy at most {accuracy.value:.1f} % [{accuracy.low:.1f}, "
             f"{accuracy.high:.1f}] ({self.threat}; the worst of {len(row) - 1} attacks on each image; the "
@@ -108,40 +111,37 @@ class Audit:
 
     def table(self) -> pd.DataFrame:
         """One row per defence: clean, under its own attacks, transfers, AutoAttack, and in the worst case."""
-        lines = {}
+        rows = []
         for name, row in self.measured.rows.items():
             own = [score for key, score in direct(row).items() if key != "clean"]
-            lent = [*transferred(row).values()]
-            shares = {
-                "Clean": row["clean"].right,
-                "Its own attacks": worst_case(own).right,
-                "Transfers": worst_case(lent).right if lent else None,
-                "AutoAttack standard": row["standard"].right if "standard" in row else None,
-                "Worst case": self.worst[name].right,
-            }
-            lines[name] = {
-                column: MISSING if right is None else str(Accuracy.of(right))
-                for column, right in shares.items()
-            } | {"n": self.settings.n_images}
-        return pd.DataFrame.from_dict(lines, orient="index").rename_axis("Accuracy (%)")
+            right = {"Clean": row["clean"].right, "Its own attacks": worst_of(own)}
+            if lent := [*transferred(row).values()]:
+                right["Transfers"] = worst_of(lent)
+            if "standard" in row:
+                right["AutoAttack standard"] = row["standard"].right
+            right["Worst case"] = self.worst[name].right
+            rows.append(Row(name, right, self.settings, {"defence": name}))
+        names = ("Clean", "Its own attacks", "Transfers", "AutoAttack standard", "Worst case")
+        found = accuracies(rows, dict(zip(names, names, strict=True)), "Accuracy (%)")
+        return found.assign(n=self.settings.n_images)
 
     def attacks(self) -> pd.DataFrame:
-        """One row per attack, one column per defence."""
-        lines: dict[str, dict[str, str]] = {}
-        for name, row in self.measured.rows.items():
-            labels = self._labels(name)
-            for key, score in row.items():
-                lines.setdefault(labels[key], {})[name] = str(Accuracy.of(score.right))
-        return pd.DataFrame.from_dict(lines, orient="index").fillna(MISSING).rename_axis("Accuracy (%) under")
+        """One row per attack and for the worst case, one column per defence."""
+        return accuracies(self._rows(), self._headings()).T.rename_axis("Accuracy (%) under")
 
     def decisions(self) -> pd.DataFrame:
-        """Random defences, decided by N draws: on clean images, and on each image's worst attack."""
-        lines: dict[tuple[str, str, int], dict[str, Any]] = {}
-        for name, found in self.measured.decided.items():
-            for kind, rule, n in found:
-                line = lines.setdefault((name, kind, n), {"Defence": name, "Images": kind, "N": n})
-                line[RULES[rule]] = str(Accuracy.of(found[kind, rule, n]))
-        return pd.DataFrame([*lines.values()]).set_index("Defence") if lines else pd.DataFrame()
+        """Random defences, decided by N draws: in the worst case, and on clean images."""
+        rows: list[Row] = []
+        settings = self.settings
+        for n, columns in ((settings.n_draws, self.measured.rows), (settings.many_draws, self.measured.many)):
+            faced = {name: columns[name] for name in self.measured.many}
+            worst = {name: worst_case([*row.values()]) for name, row in faced.items()}
+            rows += [
+                Row(name, right, settings, {"defence": name}, {"N": str(n)})
+                for name, right in by_count(faced, worst, n).items()
+            ]
+        title = "Decided by N draws (%)"
+        return accuracies(rows, count_headings("N"), title) if rows else pd.DataFrame()
 
     def claim(self, better: str, than: str) -> str:
         """The verdict on "better is more robust than …", by the paired difference of the worst cases.
@@ -156,21 +156,15 @@ class Audit:
     def figure(self) -> Figure:
         """Accuracy under every attack, and against the radius."""
         use_style()
-        names = [*self.measured.rows]
-        called = {key: label for name in names for key, label in self._labels(name).items()}
-        own = [label for key, label in called.items() if not isinstance(key, Transfer) and key != "clean"]
-        lent = [label for key, label in called.items() if isinstance(key, Transfer)]
-        labels = [*own, *lent, "worst case", called["clean"]]
+        labels, rows = [*self._headings()], self._rows()
         figure, (under, larger) = plt.subplots(
             1, 2, figsize=(9.5, 1.2 + 0.24 * len(labels)), width_ratios=(3, 2), layout="constrained"
         )
-        for place, (name, offset) in enumerate(zip(names, np.linspace(-0.25, 0.25, len(names)), strict=True)):
+        for place, (row, offset) in enumerate(zip(rows, np.linspace(-0.25, 0.25, len(rows)), strict=True)):
+            name, marker = row.label, LOOKS[place % len(LOOKS)]
             look: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "markersize": 4.5}
-            marker = LOOKS[place % len(LOOKS)]
-            shares = {self._labels(name)[key]: score.right for key, score in self.measured.rows[name].items()}
-            shares["worst case"] = self.worst[name].right
-            places = [labels.index(label) + offset for label in shares]
-            points(under, places, [*shares.values()], sideways=True, fmt=marker, label=name, **look)
+            places = [labels.index(label) + offset for label in row.right]
+            points(under, places, [*row.right.values()], sideways=True, fmt=marker, label=name, **look)
             by_radius = self.measured.eps.get(name, {})
             if by_radius:
                 places = np.arange(len(by_radius)) + 0.3 * offset
@@ -184,18 +178,18 @@ class Audit:
         under.grid(visible=False, axis="y")
         larger.set(ylim=(-2, 102), ylabel="accuracy (%), 95 % interval")
         larger.set_xlabel(f"{NORM_NAMES[self.settings.norm]} radius, under APGD-ce")
-        figure.legend(loc="outside upper center", ncols=min(len(names), 4))
+        figure.legend(loc="outside upper center", ncols=min(len(rows), 4))
         return figure
 
-    def content(self) -> list[page.Part]:
-        """The whole audit: verdicts, tables and warnings, in the order of a page."""
-        parts: list[page.Part] = ["# Audit", *map(self.verdict, self.worst), self.table()]
-        parts += [f"{self.threat}. {CAPTION}", page.Figure("audit.png", ALTERNATIVE)]
-        parts += ["## Warnings", *(f"- {text}" for text in self.warnings or ["none"])]
-        parts += ["## Every attack", self.attacks()]
-        if self.measured.decided:
-            parts += ["## Decisions by several draws", DECIDED, self.decisions()]
-        return parts
+    def text(self) -> str:
+        """The whole audit in Markdown: verdicts, tables and warnings; the figure is audit.png beside it."""
+        parts = ["# Audit", *map(self.verdict, self.worst), markdown(self.table())]
+        parts += [f"{self.threat}. {CAPTION}", f"![{ALTERNATIVE}](audit.png)"]
+        parts += ["## Warnings", "\n".join(f"- {text}" for text in self.warnings or ["none"])]
+        parts += ["## Every attack", markdown(self.attacks())]
+        if self.measured.many:
+            parts += ["## Decisions by several draws", DECIDED, markdown(self.decisions())]
+        return "\n\n".join(parts) + "\n"
 
     def save(self) -> Path:
         """Write audit.md, audit.csv, audit.png and audit.html into the folder; the path of the last one."""
@@ -203,11 +197,12 @@ class Audit:
         figure = self.figure()
         figure.savefig(drawn, format="png", dpi=200)
         plt.close(figure)
+        text, png = self.text(), drawn.getvalue()
         files = {
-            "audit.md": page.markdown_page(self.content()).encode(),
-            "audit.csv": self._long_form().to_csv(index=False).encode(),
-            "audit.png": drawn.getvalue(),
-            "audit.html": page.html_page(self.content(), drawn.getvalue()).encode(),
+            "audit.md": text.encode(),
+            "audit.csv": long_form(self._rows(), self._headings()).to_csv(index=False).encode(),
+            "audit.png": png,
+            "audit.html": html_page(text, {"audit.png": png}).encode(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -231,16 +226,22 @@ class Audit:
             for key in self.measured.rows[name]
         }
 
-    def _long_form(self) -> pd.DataFrame:
-        """One line per defence and attack, with the accuracy, its interval, n and the threat."""
-        threat = {"norm": self.settings.norm, "eps": self.settings.eps}
-        return pd.DataFrame(
-            [
-                {"defence": name, "attack": label} | vars(Accuracy.of(right)) | threat
-                for name, row in self.measured.rows.items()
-                for label, right in [
-                    *((self._labels(name)[key], score.right) for key, score in row.items()),
-                    ("worst case", self.worst[name].right),
-                ]
-            ]
-        )
+    def _rows(self) -> list[Row]:
+        """Every defence under its attacks and in the worst case; the columns are what attacks are called."""
+        return [
+            Row(
+                name,
+                {label: row[key].right for key, label in self._labels(name).items()}
+                | {WORST: self.worst[name].right},
+                self.settings,
+                {"defence": name},
+            )
+            for name, row in self.measured.rows.items()
+        ]
+
+    def _headings(self) -> dict[str, str]:
+        """All columns: own attacks, those that were made against others, the worst case, clean images."""
+        called = {key: label for name in self.worst for key, label in self._labels(name).items()}
+        clean = called.pop("clean")
+        order = sorted(called, key=lambda key: isinstance(key, Transfer))
+        return {label: label for label in [*(called[key] for key in order), WORST, clean]}

@@ -1,34 +1,54 @@
-"""Signs of gradient masking, and what else makes an audit's numbers mean less than they seem to."""
+"""Signs of gradient masking, and what else makes an attack's numbers mean less than they seem to.
 
-from collections.abc import Mapping
+The rules are those of Athalye et al. (arXiv:1802.00420, Sec. 3.1) and Carlini et al. (arXiv:1902.06705).
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from coup_lib.auditing.probe import Probe
-from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_of
+from coup_lib.evaluation.outcomes import Difference, Predictions, Transfer, worst_of
 from coup_lib.evaluation.stats import LEVEL
 
-EXACT = ("ce", "long", "dlr", "margin", "kept", "em", "low")  # attacks by the defence's own gradient
-WEAKER = ("fgsm", "square", "noise")
+# Attacks by the defence's own gradient, by their columns.
+OWN = ("ce", "long", "dlr", "margin", "kept", "em", "low", "vote")
+WEAKER = ("fgsm", "square", "rays", "noise")
+EFFORTS = ("short", "ce", "long")  # each with more iterations than the one before
+NOT_COMPARED = ("clean", "single", "standard", "restart", "worst", *EFFORTS)
 TOLERANCE = 2.0  # points by which a cheaper attack or more work may win
 LOSS_TOLERANCE = 5.0  # points that a loss may be better than another one
 NOISE_TOLERANCE = 10.0  # points that several draws a gradient may be better than one
 ZERO_TOLERANCE = 0.05  # share of images that may have a gradient of zero
 
+# What an attack gets over by itself, or what may be meant.
+HARMLESS = (
+    "parts in train mode",
+    "batch normalisation in train mode",
+    "probabilities instead of logits",
+    "another loss is stronger than the cross-entropy",
+)
+
 
 @dataclass(frozen=True)
 class Sign:
-    """Something that an attacker or a reader should know of a defence.
+    """Something that an attacker or a reader should know of a defence, if it is seen.
 
-    masking: whether it is a sign of gradient masking. shown: by which numbers.
+    shown: by which numbers.
     """
 
     defence: str
     name: str
     shown: str
-    masking: bool = True
+    seen: bool = True
+
+    @property
+    def masking(self) -> bool:
+        """Whether it is a sign of gradient masking."""
+        return self.seen and self.name not in HARMLESS
 
     def __str__(self) -> str:
         return f"{self.defence}: {self.name} ({self.shown})"
@@ -41,33 +61,22 @@ def signs(
     label: Mapping[Any, str],
     by_radius: Mapping[float, np.ndarray],
 ) -> list[Sign]:
-    """Every sign on one defence; differences count where a paired interval excludes zero.
+    """Every sign that is seen on one defence.
 
     Args:
         row: column or `Transfer` → predictions.
-        label: likewise → what the attack is called.
-        by_radius: radius → the share of right draws of each image, (n,), as the radius grows.
+        label, by_radius: those of `compared`.
     """
-    shown = _asked(found)
+    shown = asked(defence, found)
     if not found.error:
-        shown |= _compared(row, label)
-        shown |= _at_large_radius(by_radius, row["clean"].labels)
-        worst = worst_of([*row.values()])
-        shown |= _like_noise(row["noise"].right, row["ce"].right, worst)
-    return [Sign(defence, name, text, masking=name not in HARMLESS) for name, text in shown.items()]
+        right = {key: score.right for key, score in row.items()} | {"worst": worst_of([*row.values()])}
+        others = {key: score.suspicion for key, score in row.items()}
+        shown += compared(defence, right, others, label, by_radius, row["clean"].labels)
+    return [sign for sign in shown if sign.seen]
 
 
-# What an attack gets over by itself, or what may be meant.
-HARMLESS = (
-    "parts in train mode",
-    "batch normalisation in train mode",
-    "probabilities instead of logits",
-    "another loss is stronger than the cross-entropy",
-)
-
-
-def _asked(found: Probe) -> dict[str, str]:
-    """Name of a sign → what showed it, from what was found out by asking."""
+def asked(defence: str, found: Probe) -> list[Sign]:
+    """What was found out by asking."""
     shown = {
         "no gradient": found.error,
         "no gradient in some calls": f"{found.missing:.0%} of them" if 0 < found.missing < 1 else "",
@@ -82,74 +91,89 @@ def _asked(found: Probe) -> dict[str, str]:
         "batch normalisation in train mode": ", ".join(found.batch_statistics),
         "parts in train mode": ", ".join(found.dropping),
     }
-    return {name: text for name, text in shown.items() if text}
+    return [Sign(defence, name, text, seen=bool(text)) for name, text in shown.items()]
 
 
-def _compared(row: Mapping[Any, Predictions], label: Mapping[Any, str]) -> dict[str, str]:
-    """The signs that one attack gives beside another."""
-    right = {key: score.right for key, score in row.items()}
-    exact = {key: row[key] for key in EXACT if key in row}
-    strongest = strongest_of(exact)
-    others = [key for key in right if key not in (*EXACT, "clean", "single", "standard")]
-    beaten = {
-        key: right[key]
-        for key in others
-        if _wins(right[key], right[strongest], TOLERANCE, 1 - (1 - LEVEL) / len(others))
-    }
+def compared(
+    defence: str,
+    right: Mapping[Any, np.ndarray],
+    suspicion: Mapping[Any, np.ndarray],
+    label: Mapping[Any, str],
+    by_radius: Mapping[float, np.ndarray],
+    labels: np.ndarray,
+    own: Sequence[str] = OWN,
+) -> list[Sign]:
+    """Whether one attack beside another, or a larger radius, is a sign; seen or not.
 
-    def said(keys: list[Any], than: Any) -> str:
-        best = strongest_of({key: row[key] for key in keys})
-        return f"{label[best]} leaves {_percent(right[best])}, {label[than]} {_percent(right[than])}"
+    A difference counts where it is above the tolerance and its paired interval excludes zero, which is the
+    wider (Bonferroni) the more attacks are tried.
 
-    borrowed = [key for key in beaten if isinstance(key, Transfer)]
-    cheaper = [key for key in beaten if key not in (*borrowed, *WEAKER)]
-    weaker = [key for key in beaten if key in WEAKER]
-    losses = [key for key in ("dlr", "margin") if key in right]
-    found = {}
-    if borrowed:
-        found["images made against another defence are stronger"] = said(borrowed, strongest)
-    if cheaper:
-        found["another gradient is stronger than its own"] = said(cheaper, strongest)
-    if weaker:
-        found["an attack that sees less is stronger"] = said(weaker, strongest)
-    if any(_wins(right[key], right["ce"], LOSS_TOLERANCE, LEVEL) for key in losses):
-        found["another loss is stronger than the cross-entropy"] = said(losses, "ce")
-    if "single" in right and _wins(right["ce"], right["single"], NOISE_TOLERANCE, LEVEL):
-        found["its noise hides the gradient"] = said(["ce"], "single")
-    if _wins(right["long"], right["ce"], TOLERANCE, LEVEL):
-        found["more iterations still find something"] = said(["long"], "ce")
-    return found
+    Args:
+        right: column or `Transfer` → the share of right draws of each image, (n,). There are "ce" (APGD on
+            the cross-entropy by its own gradient), "noise" and "worst" (the worst case); what else is not
+            there is not asked for.
+        suspicion: likewise → the share of other draws, by which the strongest attack is chosen.
+        label: likewise → what the attack is called.
+        by_radius: radius → the share of right draws of each image, (m,), as the radius grows.
+        labels: (n,), which classes there are.
+        own: attacks by its own gradient, to the strongest of which the others are compared.
+    """
+    found: list[Sign] = []
+    strongest = strongest_of([key for key in own if key in right], suspicion)
+    others = [key for key in right if key not in (*OWN, *NOT_COMPARED)]
+
+    def ask(name: str, keys: Sequence[Any], than: Any, tolerance: float = TOLERANCE) -> None:
+        keys = [key for key in keys if key in right]
+        if keys and than in right:
+            won = [key for key in keys if _wins(right[key], right[than], tolerance, len(keys))]
+            best = strongest_of(won or keys, suspicion)
+            shown = f"{label[best]} leaves {_percent(right[best])}, {label[than]} {_percent(right[than])}"
+            found.append(Sign(defence, name, shown, seen=bool(won)))
+
+    borrowed = [key for key in others if isinstance(key, Transfer)]
+    cheaper = [key for key in others if key not in (*borrowed, *WEAKER)]
+    ask("images made against another defence are stronger", borrowed, strongest)
+    ask("another gradient is stronger than its own", cheaper, strongest)
+    ask("an attack that sees less is stronger", WEAKER, strongest)
+    ask("another loss is stronger than the cross-entropy", ("dlr", "margin"), "ce", LOSS_TOLERANCE)
+    ask("its noise hides the gradient", ("ce",), "single", NOISE_TOLERANCE)
+    ask("another start still finds something", ("restart",), "ce")
+    efforts = [key for key in EFFORTS if key in right]
+    shown = ", ".join(f"{label[key]} {_percent(right[key])}" for key in efforts)
+    seen = any(_wins(right[more], right[less]) for less, more in pairwise(efforts))
+    found.append(Sign(defence, "more iterations still find something", shown, seen=seen))
+    return found + _at_large_radius(defence, by_radius, labels) + _like_noise(defence, right)
 
 
-def strongest_of(scores: Mapping[Any, Predictions]) -> Any:
-    """The key of the attack that leaves least, by other draws than those that are reported."""
-    return min(scores, key=lambda key: float(scores[key].suspicion.mean()))
+def strongest_of(keys: Sequence[Any], suspicion: Mapping[Any, np.ndarray]) -> Any:
+    """The attack that leaves least, by other draws than those that are reported."""
+    return min(keys, key=lambda key: float(suspicion[key].mean()))
 
 
-def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float, level: float) -> bool:
-    """Whether an attack leaves less than another, by more than the tolerance and than noise explains."""
-    difference = Difference.of(stronger, weaker, level)
+def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float = TOLERANCE, tried: int = 1) -> bool:
+    """Whether an attack, one of those tried, leaves less than another by more than tolerance and noise."""
+    difference = Difference.of(stronger, weaker, 1 - (1 - LEVEL) / tried)
     return difference.value < -tolerance and difference.high < 0
 
 
-def _like_noise(noise: np.ndarray, exact: np.ndarray, worst: np.ndarray) -> dict[str, str]:
+def _like_noise(defence: str, right: Mapping[Any, np.ndarray]) -> list[Sign]:
     """The gradient is no better than random noise, though the defence can be attacked."""
-    if _wins(exact, noise, 0.0, LEVEL) or not _wins(worst, exact, TOLERANCE, LEVEL):
-        return {}
-    return {"random noise does as much as the gradient": f"{_percent(noise)} against {_percent(exact)}"}
+    noise, exact, worst = (right[key] for key in ("noise", "ce", "worst"))
+    seen = not _wins(exact, noise, 0.0) and _wins(worst, exact)
+    shown = f"{_percent(noise)} against {_percent(exact)}"
+    return [Sign(defence, "random noise does as much as the gradient", shown, seen=seen)]
 
 
-def _at_large_radius(by_radius: Mapping[float, np.ndarray], labels: np.ndarray) -> dict[str, str]:
-    """At the last radius every image can be made grey, so that no more than one class can be right."""
+def _at_large_radius(defence: str, by_radius: Mapping[float, np.ndarray], labels: np.ndarray) -> list[Sign]:
+    """Accuracy has to fall with the radius, and where every image can be made grey, to chance."""
     if not by_radius:
-        return {}
+        return []
     radius, right = [*by_radius.items()][-1]
-    chance = 100 * np.bincount(labels[: len(right)]).max() / len(right)
-    left = Accuracy.of(right)
-    if left.low <= chance:
-        return {}
-    shown = f"{left} % at {radius:.3g}, commonest class {chance:.0f} %"
-    return {"accuracy at a large radius stays above chance": shown}
+    chance = 1 / len(np.unique(labels))
+    rises = any(_wins(less, more, 0.0) for less, more in pairwise(by_radius.values()))
+    shown = f"{_percent(right)} at {radius:.3g}, chance {100 * chance:.0f} %" + ", and rises" * rises
+    seen = rises or float(right.mean()) > chance
+    return [Sign(defence, "accuracy at a large radius stays above chance", shown, seen=seen)]
 
 
 def _percent(right: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from coup_lib.checks import choice
 from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.identity import of_network
+from coup_lib.evaluation.identity import of_content, of_network
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.gradients import GRADIENTS
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
@@ -180,7 +180,7 @@ class Bench:
             return _identity_in_zoo(self.config.setup.dataset, name, is_score, is_smoke())
         network = getattr(self, attribute) if in_hand else self._classifier(name)
         # Of the zoo's networks the name says what they compute with their weights.
-        return of_network(network, constants=network not in self._from_zoo)
+        return of_network(network) if network in self._from_zoo else of_content(network)[0]
 
     @property
     def _guide(self) -> str:

@@ -15,11 +15,12 @@ SPENT = {
     "noise": (),
     "fgsm": ("eot",),
     "square": ("square_queries",),
+    "rays": ("eot", "square_queries"),
     "standard": ("n_iter", "n_targets", "square_queries"),
 }
 ITERATED = ("n_iter", "eot")
 WITHOUT_MODEL = ("clean", "noise")
-WITHOUT_GRADIENT = (*WITHOUT_MODEL, "square")
+WITHOUT_GRADIENT = (*WITHOUT_MODEL, "square", "rays")
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ class AttackSpec:
     def calls(self, config: Settings) -> tuple[int, int]:
         """(gradients, forward passes without one) of the surrogate, per image."""
         spent = self.budget(config)
-        gradients = spent.get("n_iter", 1) * spent.get("eot", 0)
+        gradients, forwards = spent.get("n_iter", 1) * spent.get("eot", 0), spent.get("square_queries", 0)
         if self.attack == "standard":
             gradients = config.n_iter * (1 + 2 * config.n_targets)
-        forwards = spent.get("square_queries", 0)
+        if self.attack in WITHOUT_GRADIENT:
+            gradients = 0
         return (0, gradients + forwards) if self.gradient == "bpda" else (gradients, forwards)
 
 

@@ -101,7 +101,7 @@ def by_count(
     }
 
 
-def count_headings(draws: int) -> dict[str, str]:
+def count_headings(draws: int | str) -> dict[str, str]:
     """The columns of `by_count` with their headings."""
     said = {
         "single": "one draw",
@@ -132,7 +132,7 @@ class Row:
 
     label: str
     right: Right
-    config: Config
+    config: Any  # a `Config`, or the settings of an audit
     keys: Mapping[str, Any]
     shown: Mapping[str, str] = field(default_factory=dict)
 

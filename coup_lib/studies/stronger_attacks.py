@@ -1,8 +1,7 @@
 """Every attack the field has thought of, and its sanity checks (notebook 07)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coup_lib.auditing.signs import Sign, compared
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config, radius
@@ -19,6 +19,7 @@ from coup_lib.evaluation.outcomes import (
     Accuracy,
     Difference,
     Predictions,
+    Transfer,
     WorstCase,
     direct,
     transferred,
@@ -36,8 +37,6 @@ Columns = dict[str, dict[Any, Predictions]]  # defence → name of a source, or 
 
 PGD_FACTOR = 4  # PGD takes this many times APGD's iterations: 200 at the full size
 EPS_FACTORS = {"linf": (0.5, 1.0, 2.0, 4.0), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
-TOLERANCE = 2.0  # points that a larger effort may still win
-NOISE_TOLERANCE = 5.0  # points that random noise of size eps may cost
 
 # What is tried on the other defences, too: what spent the whole number of iterations, and other losses.
 TRANSFERRED = (
@@ -201,35 +200,21 @@ def difference_table(results: PerImage, config: Config) -> pd.DataFrame:
 # --- The sanity checks of the field -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check on one defence: does it hold, and by which numbers?"""
-
-    name: str
-    target: str
-    holds: bool
-    numbers: str
-
-
-CHECKS = {
-    "eps": "accuracy falls with eps, to chance or below",
-    "one_step": "iterative beats one-step",
-    "black_box": "white-box beats black-box",
-    "cheaper": "no cheaper or borrowed attack is stronger",
-    "iterations": "more iterations converge",
-    "restarts": "more restarts converge",
-    "loss": "loss rises along the gradient",
-    "noise": "random noise does little",
-}
-MASKING = ("cheaper", "black_box", "one_step")  # what fails where a gradient is masked
-CHEAPER = {  # what knows less of the defence than the exact attack, and what it is called
-    "first_order": "first-order",
-    "adjoint": "adjoint",
-    "bpda": "BPDA",
-    "coarse": "half of the steps",
-    "from_none": "transfer from undefended",
-    "from_reverse": "transfer from reverse SDE",
-    "from_diffpure": "transfer from DiffPure",
+# What is compared: name → (its column by `auditing.signs`, what it is called).
+COMPARED = {
+    "exact": ("ce", "exact"),
+    "short": ("short", "half of the iterations"),
+    "pgd": ("long", "PGD"),
+    "fgsm": ("fgsm", "one step"),
+    "square": ("square", "Square"),
+    "noise": ("noise", "random noise"),
+    "first_order": ("first_order", "first-order"),
+    "adjoint": ("adjoint", "adjoint"),
+    "bpda": ("bpda", "BPDA"),
+    "coarse": ("coarse", "half of the steps"),
+    "from_none": (Transfer("none", "exact"), "transfer from undefended"),
+    "from_reverse": (Transfer("reverse", "exact"), "transfer from reverse SDE"),
+    "from_diffpure": (Transfer("diffpure", "exact"), "transfer from DiffPure"),
 }
 
 
@@ -261,73 +246,35 @@ def clean_landscapes(config: Config) -> dict[str, np.ndarray]:
 
 def checks(
     columns: Columns, eps: Mapping[str, Mapping[float, np.ndarray]], losses: Mapping[str, np.ndarray]
-) -> list[Check]:
-    """Every check on every defence; orders are judged within noise, by paired 95 % intervals."""
+) -> list[Sign]:
+    """On every defence an audit's signs of masking, seen or not, and the loss along the gradient."""
+    label = dict(COMPARED.values()) | {"restart": "the worse of two starts"}
     found = []
     for target, row in columns.items():
-        right = {name: score.right for name, score in row.items()}
-        chance = 1 / len(np.unique(row["clean"].labels))
-        verdicts = {
-            "eps": _falls(eps[target], chance),
-            "one_step": _ordered(right["fgsm"], right["exact"]),
-            "black_box": _ordered(right["square"], right["exact"]),
-            "cheaper": _strongest(right),
-            "iterations": _converged(right["short"], right["exact"], right["pgd"]),
-            "restarts": _converged(right["exact"], worst_of([row["exact"], row["restart"]])),
-            "loss": _rises(losses[target]),
-            "noise": _converged(right["clean"], right["noise"], tolerance=NOISE_TOLERANCE),
-        }
-        found += [Check(name, target, *verdict) for name, verdict in verdicts.items()]
+        right = {key: row[name].right for name, (key, _) in COMPARED.items() if name in row}
+        right["restart"] = worst_of([row["exact"], row["restart"]])
+        right["worst"] = worst_of([*row.values()])
+        suspicion = right | {key: row[name].suspicion for name, (key, _) in COMPARED.items() if name in row}
+        labels = row["clean"].labels
+        found += compared(target, right, suspicion, label, eps[target], labels, own=("ce",))
+        mean = losses[target].mean(1)
+        shown, falls = f"{mean[0]:.2f} → {mean[-1]:.2f}", bool((np.diff(mean) <= 0).any())
+        found.append(Sign(target, "the loss does not rise along the gradient", shown, seen=falls))
     return found
 
 
-def _falls(series: Mapping[float, np.ndarray], chance: float) -> tuple[bool, str]:
-    shares = [series[factor] for factor in sorted(series)]
-    ordered = all(_ordered(a, b)[0] for a, b in pairwise(shares))
-    last = float(shares[-1].mean())
-    return ordered and last <= chance, f"{100 * last:.1f} % at {max(series):g} eps"
-
-
-def _ordered(weaker: np.ndarray, stronger: np.ndarray) -> tuple[bool, str]:
-    """The stronger attack leaves no more than the weaker, unless by what noise explains."""
-    return Difference.of(stronger, weaker).low <= 0, _listed(weaker, stronger)
-
-
-def _strongest(right: Mapping[Any, np.ndarray]) -> tuple[bool, str]:
-    cheaper = {name: right[name] for name in CHEAPER if name in right}
-    worst = min(cheaper, key=lambda name: float(cheaper[name].mean()))
-    holds = all(_ordered(shares, right["exact"])[0] for shares in cheaper.values())
-    exact, other = 100 * right["exact"].mean(), 100 * cheaper[worst].mean()
-    return holds, f"exact {exact:.1f}, {CHEAPER[worst]} {other:.1f} %"
-
-
-def _converged(*efforts: np.ndarray, tolerance: float = TOLERANCE) -> tuple[bool, str]:
-    """Each larger effort wins no more than so many points, or what noise explains."""
-    gains = [Difference.of(before, after) for before, after in pairwise(efforts)]
-    return all(gain.value <= tolerance or gain.low <= 0 for gain in gains), _listed(*efforts)
-
-
-def _listed(*shares: np.ndarray) -> str:
-    return " → ".join(f"{100 * right.mean():.1f}" for right in shares) + " %"
-
-
-def _rises(losses: np.ndarray) -> tuple[bool, str]:
-    mean = losses.mean(1)
-    return bool((np.diff(mean) > 0).all()), f"{mean[0]:.2f} → {mean[-1]:.2f}"
-
-
-def check_table(found: Sequence[Check]) -> str:
-    """Markdown: checks × defences, whether each holds, by which numbers; and where a gradient is masked."""
-    cells: dict[str, dict[str, str]] = {label: {} for label in CHECKS.values()}
-    for check in found:
-        cells[CHECKS[check.name]][LABELS[check.target]] = f"{'✓' if check.holds else '✗'} {check.numbers}"
-    frame = pd.DataFrame.from_dict(cells, orient="index").rename_axis("Exact gradient")
-    masked = [LABELS[check.target] for check in found if check.name in MASKING and not check.holds]
-    names = ", ".join(dict.fromkeys(masked)) or "none of them"
+def check_table(found: Sequence[Sign]) -> str:
+    """Markdown: signs × defences, whether each is seen, by which numbers; and where a gradient is masked."""
+    cells: dict[str, dict[str, str]] = {}
+    for sign in found:
+        cell = f"{'✗' if sign.seen else '✓'} {sign.shown}"
+        cells.setdefault(sign.name, {})[LABELS[sign.defence]] = cell
+    frame = pd.DataFrame.from_dict(cells, orient="index").fillna(tables.MISSING)
+    names = ", ".join(dict.fromkeys(LABELS[sign.defence] for sign in found if sign.masking)) or "none of them"
     return (
-        f"{tables.markdown(frame)}\n\n{sum(check.holds for check in found)} of {len(found)} checks are not "
-        "refuted by their paired 95 % intervals (✓), which with few images little is. "
-        f"Gradient masking is shown in: **{names}**."
+        f"{tables.markdown(frame.rename_axis('Exact gradient: ✗ is a sign of masking'))}\n\n"
+        f"{sum(not sign.seen for sign in found)} of {len(found)} signs are not seen (✓) by paired 95 % "
+        f"intervals, which with few images little is. Gradient masking is shown in: **{names}**."
     )
 
 

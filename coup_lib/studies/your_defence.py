@@ -7,9 +7,9 @@ from typing import Any
 
 from coup_lib import paths
 from coup_lib.attacks import NORMS
-from coup_lib.auditing.protocol import EFFORTS
 from coup_lib.checks import choice, count, number
 from coup_lib.data import split_size
+from coup_lib.evaluation.profiles import BUDGETS
 
 SMOKE_IMAGES = 6
 
@@ -32,7 +32,7 @@ class Parameters:
         fill = partial(object.__setattr__, self)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         fill("eps", number("eps", self.eps, 0))
-        choice("budget", self.budget, EFFORTS)
+        choice("budget", self.budget, BUDGETS)
         fill("n_images", count("n_images", self.n_images, split_size("digits", "test"), low=2))
         fill("seed", count("seed", self.seed, 2**31 - 9, low=0))
         if paths.is_smoke():
