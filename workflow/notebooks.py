@@ -60,7 +60,7 @@ class Kernel:
     stdin = stdout = stderr = None
 
     def __init__(self, arguments: list[str], environment: dict[str, str], folder: str) -> None:
-        self.process = FORKED.Process(target=start, args=(arguments, environment, folder), daemon=True)
+        self.process = FORKED.Process(target=start, args=(arguments, environment, folder))
         self.process.start()
         self.pid = self.process.pid or 0
         self.kill, self.terminate = self.process.kill, self.process.terminate
