@@ -20,7 +20,7 @@ from coup_lib.evaluation.config import Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference, joint
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.records import record
-from coup_lib.evaluation.stats import student
+from coup_lib.evaluation.stats import mean_interval
 from coup_lib.guidance import to_image
 from coup_lib.purify import Purified, coup
 from coup_lib.reporting import plots
@@ -241,7 +241,7 @@ def verdicts(study: CaseStudy, group: str) -> dict[str, str]:
     late, before = free[-1 - tenth] - free[-1], free[0] - free[-1 - tenth]
     parts = {
         "1": [change(free[-1], free[0]), change(p_adv["reverse"][0], p_adv["reverse"][-1])],
-        "1b": [change(np.zeros_like(late), late), change(before, late)],
+        "1b": [change(np.zeros_like(late), late), change(before, late, most=2)],
         "2": [change(guided[0], guided[tenth]), change(free[tenth], guided[tenth])],
         "3": [_above_half(study.rescued(group))],
     }
@@ -250,12 +250,15 @@ def verdicts(study: CaseStudy, group: str) -> dict[str, str]:
     }
 
 
-def change(before: np.ndarray, after: np.ndarray) -> Difference | None:
-    """The mean of after - before, confidences, with Student's interval; None for fewer than two cases."""
+def change(before: np.ndarray, after: np.ndarray, most: float = 1) -> Difference | None:
+    """The mean of after - before, in points, none larger than `most`; None for fewer than two cases.
+
+    Its interval is `mean_interval`'s: Student's misses the mean where few cases flip, and those wholly.
+    """
     if len(after) < 2:
         return None
-    low, high = student(after - before)
-    return Difference(100 * float((after - before).mean()), 100 * float(low), 100 * float(high), len(after))
+    low, high = mean_interval(after - before, -most, most)
+    return Difference(100 * float((after - before).mean()), 100 * low, 100 * high, len(after))
 
 
 def _above_half(right: np.ndarray) -> Difference | None:

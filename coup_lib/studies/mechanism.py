@@ -28,7 +28,7 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Measurement
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
-from coup_lib.evaluation.stats import Estimate, student
+from coup_lib.evaluation.stats import Estimate, mean_interval, student
 from coup_lib.guidance import FirstOrder, to_image
 from coup_lib.purify import Purified, Purifier, images_per_call
 from coup_lib.reporting.plots import PALETTE, band, estimates, titles
@@ -442,15 +442,18 @@ def _side(found: Any, reference: float | None) -> str:
 def findings(found: Mechanism) -> pd.DataFrame:
     """Each measured quantity with its 95 % interval, and what the interval says of no difference.
 
-    Medians and ratios have bootstrap intervals and mean losses Student's; accuracies and their differences
-    have those of `Accuracy` and `Difference`. "No difference" is a ratio of 1, and a difference of 0.
+    Medians and ratios have bootstrap intervals and mean losses Student's; shares, accuracies and their
+    differences have `stats.mean_interval`'s. "No difference" is a ratio of 1, and a difference of 0.
     """
     statistics, controls = found.gradient_statistics, found.controls
     share, draws = statistics["second_order"].max(0), max(found.reached["exact"])
+    switched = statistics["switched"]
     plain: dict[str, Any] = {
         "Cosine of the exact and the first-order mean gradient, median": _median(statistics["cosine"]),
         "Second-order term over a step's vector-Jacobian product, largest step, median": _median(share),
-        "Share of the paths on which the classifier's decision changes": _mean(statistics["switched"]),
+        "Share of the paths on which the classifier's decision changes": Estimate(
+            float(switched.mean()), *mean_interval(switched)
+        ),
     }
     for kind, label in NAMES.items():
         plain[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
