@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
 from coup_lib.evaluation.progress import Plan
-from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.tables import PerImage, Right, Row
 
@@ -33,15 +33,19 @@ def title(training: str) -> str:
 
 def measure(configs: Mapping[str, Config]) -> Panels:
     """Every classifier alone, behind the reverse SDE and behind COUP, under attack in every norm."""
-    found: Panels = {}
-    plan = Plan([1.0] * sum(len(classifiers(config)) for config in configs.values()), verbose=True)
-    for norm, config in configs.items():
-        found[norm] = {}
-        for training, name in classifiers(config).items():
-            plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
-            evaluation = Evaluation(config, name, verbose=False)
-            columns = evaluation.columns(DEFENCES)
-            found[norm][training] = tables.per_image_accuracy(columns, evaluation.recorded(columns))
+    found: Panels = {norm: {} for norm in configs}
+    evaluations = {
+        (norm, training): Evaluation(config, name, verbose=False)
+        for norm, config in configs.items()
+        for training, name in classifiers(config).items()
+    }
+    left = [one.left(paper_attacks(DEFENCES, one.config)) for one in evaluations.values()]
+    plan = Plan([sum(costs.values()) for costs in left], verbose=True)
+    for (norm, training), evaluation in evaluations.items():
+        plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
+        columns = evaluation.columns(DEFENCES)
+        found[norm][training] = tables.per_image_accuracy(columns, evaluation.recorded(columns))
+    plan.end()
     return found
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from coup_lib import paths
 from coup_lib.attacks import NORMS
-from coup_lib.checks import choice
+from coup_lib.checks import choice, in_one_line
 from coup_lib.defences import LABELS, MAXIMISERS, PAPER
 from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
@@ -285,6 +285,24 @@ PARTS = (
 )  # fmt: skip
 
 
+@in_one_line()
+def checked_parts(parts: Sequence[str] | None, classifiers: Sequence[str], fig2b: Spending) -> list[str]:
+    """The parts of the paper that are asked for; None is all.
+
+    ValueError for an unknown one, or for what `fig2b` says of an unknown classifier or setting.
+    """
+    given = list(fig2b.values()) if isinstance(fig2b, Mapping) else [fig2b]
+    if not all(isinstance(spent, Mapping) for spent in given):
+        raise ValueError(f'fig2b: expected {{"resnet20": {{"n_images": 256}}}} or the like; got {fig2b!r}')
+    for classifier, spent in fig2b.items():
+        choice("fig2b", classifier, classifiers)
+        for name in spent:
+            choice(f"fig2b, {classifier}", name, SPENDABLE)
+    if isinstance(parts, str):
+        raise ValueError(f"parts: expected a list out of {', '.join(PARTS)}; got {parts!r}")
+    return [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
+
+
 def everything(
     config: Config,
     classifiers: Sequence[str],
@@ -304,16 +322,7 @@ def everything(
     Raises:
         ValueError: for an unknown part, classifier or setting.
     """
-    given = list(fig2b.values()) if isinstance(fig2b, Mapping) else [fig2b]
-    if not all(isinstance(spent, Mapping) for spent in given):
-        raise ValueError(f'fig2b: expected {{"resnet20": {{"n_images": 256}}}} or the like; got {fig2b!r}')
-    for classifier, spent in fig2b.items():
-        choice("fig2b", classifier, classifiers)
-        for name in spent:
-            choice(f"fig2b, {classifier}", name, SPENDABLE)
-    if isinstance(parts, str):
-        raise ValueError(f"parts: expected a list out of {', '.join(PARTS)}; got {parts!r}")
-    chosen = [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
+    chosen = checked_parts(parts, classifiers, fig2b)
     kept = ("profile", "budget", "classifier", "subset", "device", "seed")
     same: dict[str, Any] = {name: getattr(config, name) for name in kept}
 
