@@ -407,16 +407,16 @@ def counts(lines: Sequence[Line]) -> str:
     """Markdown: how many claims hold, do not hold, or are not decided, in both ways of attacking."""
 
     def said(verdicts: Sequence[str]) -> str:
-        words = {"holds": "hold", "does not hold": "do not", "is not decided": "are not decided"}
+        words = {"does not hold": "do not hold", "is not decided": "are not decided", "holds": "hold"}
         counted = {word: sum(verdict == word for verdict in verdicts) for word in words}
         return ", ".join(f"{n} {words[word]}" for word, n in counted.items())
 
+    ours, worst = (said([getattr(line, name) for line in lines]) for name in ("verdict", "worst_verdict"))
     rest = sum(line.verdict.startswith("not comparable") for line in lines)
     return (
-        f"Of the paper's claims, under its own protocol: {said([line.verdict for line in lines])}. Of those "
-        f"about robustness, in the worst case on record: {said([line.worst_verdict for line in lines])}. "
-        f"Without a verdict, number by number: {rest} accuracies that the paper quotes from others, or that "
-        "belong to its own data and networks."
+        f"Of the paper's claims {ours} under its own protocol. Of those about robustness {worst} in the "
+        f"worst case on record. Another {rest} of the paper's numbers get no verdict: it quotes them from "
+        "other papers, or they are accuracies on its own data and networks."
     )
 
 
