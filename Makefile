@@ -11,6 +11,7 @@ SHELL := /bin/bash -o pipefail
 
 PYTHON ?= python3
 BUDGET ?= quick
+BUILDER ?= html
 VENV ?= .venv
 BIN := $(VENV)/bin
 # results/, figures/ and notebooks/ hold what is committed. A reproduction computes its own, here, and compares
@@ -36,6 +37,7 @@ full:
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir notebooks \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags injected-parameters \
 		$$(find build/notebooks-full -name '*.ipynb' ! -name '*_l2.ipynb')
+	@$(MAKE) --no-print-directory readme
 
 figures:
 	@COUP_PDF=1 $(MAKE) --no-print-directory run BUDGET=full FIGURES=build/figures
@@ -51,7 +53,7 @@ $(VENV)/installed: pyproject.toml
 
 run: setup
 	@$(BIN)/python -m workflow.notebooks $(BUDGET)
-	@$(if $(filter quick,$(BUDGET)),$(BIN)/python -m coup_lib.reporting.readme --times build/notebooks-quick)
+	@$(if $(filter quick,$(BUDGET)),$(BIN)/python -m workflow.times build/notebooks-quick)
 	@echo "Executed notebooks: build/notebooks-$(BUDGET); figures and tables: $(FIGURES); records: $(RESULTS)"
 
 LINT = run $(BIN)/ruff check .; run $(BIN)/ruff format --check .; run $(BIN)/mypy
@@ -77,14 +79,15 @@ lint: setup
 weights: setup
 	$(BIN)/coup train
 
-# Puts the committed tables and numbers into README.md and the pages of docs/.
+# Puts the committed tables and numbers into README.md, the pages of docs/ and the notebooks' first cells.
 readme: setup
 	@$(BIN)/python -m coup_lib.reporting.readme
 
 # Runs no notebook and fetches nothing; a broken link between pages, or any other warning, is an error.
+# Where there is a network, make docs BUILDER=linkcheck asks every address on the pages, too.
 docs: setup
 	@rm -rf build/docs
-	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -b $(BUILDER) -c docs -d build/doctrees . build/docs
 	@echo "The site: build/docs/index.html"
 
 # For an idle machine. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.

@@ -338,7 +338,7 @@ def write(summaries: Mapping[str, Summary]) -> None:
     """figures/benchmarks: a page and a figure for each device, and what docs/speed.md shows."""
     plots.use_style()
     for name, found in summaries.items():
-        plots.save(cost_figure(found), "benchmarks", f"{name}_cost")
+        plots.save(cost_figure(found), "benchmarks", f"{name}_cost", "Seconds of purifications and gradients")
         _write(paths.FIGURES / "benchmarks" / f"{name}.md", page(found))
     _write(paths.FIGURES / "benchmarks" / "summary.md", paragraph(summaries))
 

@@ -1,6 +1,8 @@
 """What inputs have to be: every error names what was expected and what came."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -8,6 +10,17 @@ import torch
 from torch import Tensor, nn
 
 ROUNDING = 1e-6  # how far beyond [0, 1] an image may lie
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """A ValueError from inside ends a notebook in its message alone, without the code that refused."""
+    try:
+        yield
+    except ValueError as error:
+        line = f"{type(error).__name__}: {error}"
+        vars(error)["_render_traceback_"] = lambda: [line]  # what IPython asks an exception for
+        raise
 
 
 def choice(name: str, value: Any, known: Any) -> Any:

@@ -3,12 +3,14 @@
 The source is the whole repository, so a link on a page leads to the same file on GitHub and on the site.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -99,6 +101,17 @@ def setup(app):
         writer.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
         raise nodes.SkipNode
 
+    def described(app, docname, source):
+        """An image's text for readers who cannot see it, where myst-nb looks for it: at the cell."""
+        if not docname.startswith("notebooks/"):
+            return
+        notebook = json.loads(source[0])
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", []):
+                if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+                    cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
+        source[0] = json.dumps(notebook)
+
     def titled(app, docname, source):
         """Every committed table is a page that others link to; its title is the name of its file."""
         if docname.startswith(TABLES) and not source[0].startswith("# "):
@@ -113,6 +126,12 @@ def setup(app):
         if path.name == "README.md":
             content[0] = re.sub(r"\]\((?!https?:|#)", "](../", content[0])
 
+    def checked(app, doctree):
+        """A warning, which is an error here, for an image without a text for readers who cannot see it."""
+        for image in doctree.findall(nodes.image):
+            if not image.get("alt", "").strip():
+                logging.getLogger(__name__).warning("no alternative text: %s", image["uri"], location=image)
+
     def unbroken(app, doctree):
         """An interval in a table stays on one line."""
         for cell in doctree.findall(nodes.entry):
@@ -120,7 +139,9 @@ def setup(app):
                 kept = INTERVAL.sub("[\\1,\N{NO-BREAK SPACE}\\2]", text.astext())
                 text.parent.replace(text, nodes.Text(kept))
 
+    app.connect("source-read", described)
     app.connect("source-read", titled)
     app.connect("include-read", included)
+    app.connect("doctree-read", checked)
     app.connect("doctree-read", unbroken)
     app.connect("autodoc-process-docstring", docstring, priority=100)  # before napoleon

@@ -1,12 +1,13 @@
 """The count of what the whole paper takes, against a count by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
-from workflow import cost
+from workflow import cost, times
 from workflow.estimate import Job
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +54,20 @@ def test_hours_and_days_are_those_of_the_operations():
 
 def test_the_committed_page_is_what_the_command_prints():
     assert (ROOT / "workflow" / "cost.md").read_text() == cost.page() + "\n"
+
+
+def test_times_are_those_of_the_executed_notebooks(tmp_path):
+    for name, norm, seconds in (("04_autoattack", "linf", 30.0), ("04_autoattack_l2", "l2", 90.0)):
+        ran = {
+            "duration": seconds,
+            "input_path": "notebooks/04_autoattack.ipynb",
+            "parameters": {"norm": norm},
+        }
+        cells = [{"cell_type": "markdown", "source": ["# AutoAttack (Tables 1 and 2)\n", "Text."]}]
+        document = {"metadata": {"papermill": ran}, "cells": cells}
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(document))
+    command = "`papermill notebooks/04_autoattack.ipynb out.ipynb"
+    assert times.times(tmp_path).splitlines()[2:] == [
+        f"| AutoAttack (Tables 1 and 2) | {command}` | 0.5 | – |",
+        f"| AutoAttack (Tables 1 and 2) | {command} -p norm l2` | 1.5 | – |",
+    ]

@@ -15,6 +15,9 @@ import papermill
 import pytest
 
 from coup_lib import paths
+from coup_lib.evaluation.config import Config
+from coup_lib.reporting import readme
+from coup_lib.studies import grids
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -49,6 +52,58 @@ def test_kernel_and_outputs(path):
     outputs = [output for cell in code for output in cell["outputs"]]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no executed figure"
     assert not any(output["output_type"] == "error" for output in outputs)
+
+
+VERDICTS = re.compile(r"\*\*(holds|does not hold|is not decided)\*\*")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_says_what_came_out_and_how_long_it_takes(path):
+    first = nbformat.read(path, 4).cells[0].source
+    template, told = re.search(r"<!-- filled\n(.*?)\n-->\n(.*?)\n<!-- end -->", first, re.DOTALL).groups()
+    assert re.search(r"\*\*Time:\*\* \d+\.\d minutes", told)
+    assert re.match(r"\*\*(Verdict|What it does)", told) and "{" not in told
+    assert not VERDICTS.search(template), "a verdict is taken from a table"
+    found = VERDICTS.findall(told)
+    assert found[:1] != ["holds"], "failures come first"
+    assert found or path.stem[:2] in ("09", "10", "11")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_is_in_step_with_the_committed_tables(path):
+    regenerated = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures"], cwd=ROOT)
+    if regenerated.returncode:
+        pytest.skip("figures were regenerated here; notebooks quote the committed ones")
+    first = nbformat.read(path, 4).cells[0].source
+    assert readme.filled(first) == first, "run `make readme`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_short_readable_and_of_the_size_that_is_said(path):
+    notebook = nbformat.read(path, 4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = [line for output in outputs for line in output.get("text", "").splitlines()]
+    assert len(printed) <= 8 and not any(" gone" in line or "done in" in line for line in printed)
+    for output in outputs:
+        data = output.get("data", {})
+        assert not re.search(r"Config\(|Parameters\(", data.get("text/plain", ""))
+        if "image/png" in data:
+            assert len(output.metadata["image/png"]["alt"]) > 40
+    budget = notebook.metadata["papermill"]["parameters"].get("budget", "quick")
+    assert f"`-p budget {budget}`" in notebook.cells[0].source or budget == "quick"
+
+
+def test_long_work_begins_with_a_line_that_says_what_is_to_be_done(capsys, monkeypatch):
+    config = Config(n_images=2, n_iter=1, eot=1, n_steps=2)
+    (experiment,) = grids.grid("01_case_study", config, eps_factors=[1.0])
+    grids.prepare([experiment])
+    said = r"To do: 1 attacks and 1 evaluations of what they found; about 0:\d\d min on cpu\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
+    experiment.predictions()
+    assert "all 2 done in 0:" in capsys.readouterr().out
+    grids.prepare([experiment])
+    experiment.predictions()
+    assert capsys.readouterr().out == "Every attack is on record, so none is run.\n"
 
 
 def begin(path, given):
@@ -88,12 +143,37 @@ def test_mistakes_stop_at_once(notebook, given, message):
         begin(ROOT / "notebooks" / f"{notebook}.ipynb", given)
 
 
-def test_papermill_ends_with_what_is_wrong(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "04_autoattack.ipynb")]
-    command += [str(tmp_path / "out.ipynb"), "-p", "normm", "l2"]
+@pytest.mark.parametrize(
+    ("notebook", "given", "line"),
+    [
+        (
+            "04_autoattack",
+            "normm l2",
+            "ValueError: unknown parameter 'normm'; this notebook knows budget, .*",
+        ),
+        ("04_autoattack", "norm l3", "ValueError: norm: expected one of linf, l2; got 'l3'"),
+        (
+            "04_autoattack",
+            "lambda 2",
+            "ValueError: unknown parameter 'lambda'; did you mean guidance_weight?",
+        ),
+        ("05_bpda", "eot_counts 3", "ValueError: eot_counts: expected a list of whole numbers; got 3"),
+    ],
+)
+def test_papermill_ends_with_what_is_wrong_in_one_line(tmp_path, notebook, given, line):
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{notebook}.ipynb")]
+    command += [str(tmp_path / "out.ipynb"), "-p", *given.split()]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode != 0
-    assert "ValueError: unknown parameter 'normm'; this notebook knows budget, " in run.stderr
+    told = run.stderr.split("Exception encountered at")[1].strip().splitlines()[1:]
+    assert len(told) == 1 and re.fullmatch(line.replace("?", r"\?"), told[0]), told
+    outputs = [
+        output
+        for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+    ]
+    (error,) = [output for output in outputs if output["output_type"] == "error"]
+    assert error["traceback"] == told
 
 
 def test_outputs_lie_beside_the_notebooks_whatever_folder_they_are_run_from(tmp_path, monkeypatch):

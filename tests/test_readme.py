@@ -174,6 +174,32 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+ADDRESS = re.compile(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./~%+=&?#@:-]*)?")
+KNOWN = {  # what an address at these hosts has to look like
+    "arxiv.org": r"/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?",
+    "doi.org": r"/10\.\d{4,9}/\S+",
+    "github.com": r"/[\w.-]+/[\w.-]+(/.*)?",
+}
+MORE = [*map(Path, ("CITATION.cff", "workflow/cost.md"))]
+MORE += [path.relative_to(ROOT) for path in ROOT.glob("coup_lib/weights/*/README.md")]
+WRITTEN = PAGES | {path: (ROOT / path).read_text() for path in MORE}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=str)
+def test_every_address_is_well_formed(page):
+    """Whether it answers, `make docs BUILDER=linkcheck` asks, where there is a network."""
+    for address in re.findall(r"https?:[^\s)>\]\"'`]+", WRITTEN[page]):
+        address = address.rstrip(".,;")
+        assert ADDRESS.fullmatch(address), address
+        host, _, rest = address.removeprefix("https://").partition("/")
+        assert re.fullmatch(KNOWN.get(host, ".*"), f"/{rest}"), address
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_image_of_a_page_says_what_it_shows(page):
+    assert all(len(alt) > 20 for alt in re.findall(r"!\[(.*?)\]", PAGES[page]))
+
+
 def test_every_number_of_the_verdict_stands_in_a_committed_table():
     """The sentences are written by hand, so a table that is published anew can leave them behind."""
     verdict = README.split("## Verdict\n")[1].split("<!-- claims -->")[0]

@@ -58,8 +58,8 @@ def test_what_is_kept_of_a_classifiers_own_accuracy():
 def test_counts_and_table():
     lines = [claim(20, worst=0), claim(0), Line("Table 1", "AWP", 59.18, verdict=report.QUOTED)]
     text = report.counts(lines)
-    assert "protocol: 1 hold, 0 do not, 1 are not decided" in text
-    assert "number by number: 1 accuracies" in text
+    assert "claims 0 do not hold, 1 are not decided, 1 hold under its own protocol" in text
+    assert "Another 1 of the paper's numbers get no verdict" in text
     assert report.table(lines).shape == (3, 7)
     assert list(report.table(lines)["n"]) == ["100", "100", report.NOTHING]
 

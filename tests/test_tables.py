@@ -161,10 +161,10 @@ def test_the_figure_shows_every_accuracy_with_its_interval(results, config, tmp_
         assert container.get_label() == LABELS[defence]
         heights = container.lines[0].get_ydata()
         np.testing.assert_allclose(heights, [100 * row[name].mean() for name in columns])
-    plots.save(figure, "digits", "panel")
+    plots.save(figure, "digits", "panel", "Accuracies")
     assert {path.suffix for path in (tmp_path / "digits").iterdir()} == {".png"}
     monkeypatch.setenv(paths.PDF_VARIABLE, "1")
-    plots.save(figure, "digits", "panel")
+    plots.save(figure, "digits", "panel", "Accuracies")
     assert {path.suffix for path in (tmp_path / "digits").iterdir()} == {".png", ".pdf"}
 
 
@@ -187,8 +187,10 @@ def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
     for _ in range(2):
         figure, axes = plt.subplots()
         axes.plot([1, 2])
-        png = plots.save(figure, "digits", "line")
-        files.append((png.read_bytes(), png.with_suffix(".pdf").read_bytes()))
+        shown = plots.save(figure, "digits", "line", "A line from 1 to 2")
+        assert shown.alt == "A line from 1 to 2" and not plt.fignum_exists(figure.number)
+        files.append([(tmp_path / "digits" / f"line.{kind}").read_bytes() for kind in ("png", "pdf")])
+        assert files[-1][0] == shown.data, "notebooks show what is written"
     assert files[0] == files[1]
 
 
@@ -200,23 +202,6 @@ def test_readme_blocks_are_replaced_and_nothing_else(tmp_path, monkeypatch):
     filled = readme.filled(text)
     assert filled == "before\n<!-- digits/table1 -->\n| new |\n<!-- end -->\nafter <!-- other -->\n"
     assert readme.filled(filled) == filled
-
-
-def test_times_are_those_of_the_executed_notebooks(tmp_path):
-    for name, norm, seconds in (("04_autoattack", "linf", 30.0), ("04_autoattack_l2", "l2", 90.0)):
-        ran = {
-            "duration": seconds,
-            "input_path": "notebooks/04_autoattack.ipynb",
-            "parameters": {"norm": norm},
-        }
-        cells = [{"cell_type": "markdown", "source": ["# AutoAttack (Tables 1 and 2)\n", "Text."]}]
-        document = {"metadata": {"papermill": ran}, "cells": cells}
-        (tmp_path / f"{name}.ipynb").write_text(json.dumps(document))
-    command = "`papermill notebooks/04_autoattack.ipynb out.ipynb"
-    assert readme.times(tmp_path).splitlines()[2:] == [
-        f"| AutoAttack (Tables 1 and 2) | {command}` | 0.5 |",
-        f"| AutoAttack (Tables 1 and 2) | {command} -p norm l2` | 1.5 |",
-    ]
 
 
 def test_compare_says_what_agrees(tmp_path):
@@ -251,6 +236,33 @@ def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
         "[2/3] second: 1 of 2 done; 0:20 gone, about 2:20 left",
         "[3/3] third: started; 0:40 gone, about 2:00 left",
     ]
+
+
+def test_nothing_is_said_of_what_is_read_back_nor_twice_in_a_moment(capsys, monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    plan = Plan([0.0, 0.0], verbose=True)
+    for label in ("first", "second"):
+        plan.start(label)
+        plan.advance(1, 2)
+    plan.end()
+    assert capsys.readouterr().out == ""
+    plan = Plan([1.0, 1.0], verbose=True)
+    for label in ("first", "second"):
+        plan.start(label)
+        plan.advance(1, 2)
+    plan.end()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["[1/2] first: started; 0:00 gone", "all 2 done in 0:00"]
+
+
+def test_in_a_notebook_a_line_takes_the_place_of_the_one_before(monkeypatch):
+    cleared = []
+    monkeypatch.setattr("coup_lib.evaluation.progress.get_ipython", object)
+    monkeypatch.setattr("coup_lib.evaluation.progress.clear_output", lambda wait: cleared.append(wait))
+    plan = Plan([1.0], verbose=True)
+    plan.start("first")
+    plan.end()
+    assert cleared == [True, True]
 
 
 def test_a_label_is_broken_where_it_is_told(results, config):

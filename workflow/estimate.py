@@ -60,7 +60,7 @@ def jobs(grid: Grid) -> list[Job]:
         for spec in specs:
             name, settings = named.attack_settings(spec)
             key = name, config_hash(settings)
-            scored = {target: (key, target, str(part.config)) for target, row in part.attacks.items()}
+            scored = {target: (key, target, repr(part.config)) for target, row in part.attacks.items()}
             scored = {target: scored[target] for target, row in part.attacks.items() if spec in row.values()}
             left = tuple(target for target, score in scored.items() if score not in known)
             if left or key not in known:

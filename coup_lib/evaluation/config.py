@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from coup_lib.attacks import NORM_LABELS, NORMS
-from coup_lib.checks import choice, count, number, yes_or_no
+from coup_lib.checks import choice, count, in_one_line, number, yes_or_no
 from coup_lib.data import SPLITS, split_size, subsets
 from coup_lib.evaluation.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
 from coup_lib.gradients import GRADIENTS
@@ -57,6 +57,7 @@ def device(name: str) -> torch.device:
     return torch.device(choice("device", name, known))
 
 
+@in_one_line()
 def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[str] = (), **fixed: Any) -> T:
     """Build the dataclass `settings` from a notebook's parameters: `from_notebook(Config, globals())`.
 
@@ -88,6 +89,7 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
     return result
 
 
+@in_one_line()
 def check_names(lines: list[str]) -> list[str]:
     """The lines of a cell, unless a parameter in it has a name that Python cannot read.
 
@@ -235,6 +237,13 @@ class Config:
         fill("seed", count("seed", self.seed, 2**31, low=0))
         fill("num_shards", count("num_shards", self.num_shards))
         fill("shard", count("shard", self.shard, self.num_shards - 1, low=0))
+
+    def __str__(self) -> str:
+        """What a notebook says of its settings, in a line."""
+        sizes = f"{self.n_images} images of the {self.split} split"
+        threat = f"{NORM_NAMES[self.norm]}, eps = {radius(self.eps)}"
+        defence = f"t* = {self.t_star:g}, λ = {self.guidance_weight:g}, {self.n_steps} steps"
+        return f"{self.profile}, budget {self.budget}: {sizes}; {threat}; {self.classifier}; {defence}"
 
     @property
     def torch_device(self) -> torch.device:

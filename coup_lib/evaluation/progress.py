@@ -3,51 +3,61 @@
 import time
 from collections.abc import Sequence
 
+from IPython import get_ipython
+from IPython.display import clear_output
+
 
 class Plan:
     """Progress over a list of jobs of foreseen cost, with an estimate of the time left.
 
-    Jobs that are done already are passed over in silence.
+    Jobs that are done already are passed over in silence. In a notebook a line takes the place of the one
+    before, so that its output ends with the last.
 
     Args:
         costs: of each job, in any unit; 0 for one that is done already.
-        every: seconds between two lines within a job; the first estimate comes after as many.
+        every: seconds between two lines; the first estimate comes after as many.
     """
 
     def __init__(self, costs: Sequence[float], *, verbose: bool, every: float = 10.0) -> None:
         self.costs, self.verbose, self.every = list(costs), verbose, every
         self.index, self.here = -1, 0.0
-        self.began = self.last = time.monotonic()
+        self.began = time.monotonic()
+        self.last = self.began - every
 
     def start(self, label: str) -> None:
         """Begin the next job."""
         self.index, self.label, self.here = self.index + 1, label, 0.0
-        if self.costs[self.index]:
-            self._say("started")
+        self._say("started")
 
     def advance(self, done: int, total: int) -> None:
         """`done` of the current job's `total` parts are finished."""
         self.here = self.costs[self.index] * done / total
-        if done < total and time.monotonic() - self.last > self.every:
+        if done < total:
             self._say(f"{done} of {total} done")
 
     def end(self) -> None:
-        """Say how long it took."""
-        self._print(f"all {len(self.costs)} done in {_clock(time.monotonic() - self.began)}")
+        """Say how long it took, unless all was done already."""
+        if any(self.costs):
+            self._print(f"all {len(self.costs)} done in {clock(time.monotonic() - self.began)}")
 
     def _say(self, what: str) -> None:
+        if not self.costs[self.index] or time.monotonic() - self.last < self.every:
+            return
         worked = sum(self.costs[: self.index]) + self.here
         left, elapsed = sum(self.costs) - worked, time.monotonic() - self.began
         known = worked > 0 and elapsed > self.every
-        estimate = f", about {_clock(elapsed / worked * left)} left" if known else ""
+        estimate = f", about {clock(elapsed / worked * left)} left" if known else ""
         job = f"[{self.index + 1}/{len(self.costs)}] {self.label}: {what}"
-        self._print(f"{job}; {_clock(elapsed)} gone{estimate}")
+        self._print(f"{job}; {clock(elapsed)} gone{estimate}")
 
     def _print(self, text: str) -> None:
         self.last = time.monotonic()
         if self.verbose:
+            if get_ipython():
+                clear_output(wait=True)
             print(text, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as 2:05."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -243,8 +243,11 @@ class Runner:
         """
         specs = list(dict.fromkeys(spec for row in rows.values() for spec in row.values()))
         faced = {target: list(dict.fromkeys(row.values())) for target, row in rows.items()}
-        costs = [0.0 if is_complete(self._attack_record(spec).path) else self._cost(spec) for spec in specs]
-        plan = Plan([*costs, *(self._prediction_cost(*row) for row in faced.items())], verbose=self.verbose)
+        left = self.left(rows)
+        costs = [left.get(self._attack_record(spec).path, 0.0) for spec in specs]
+        for target, scored in faced.items():
+            costs.append(sum(left.get(self._prediction_record(target, spec).path, 0.0) for spec in scored))
+        plan = Plan(costs, verbose=self.verbose)
         for spec in specs:
             plan.start(f"{self.bench.classifier_name}: {spec}")
             self._attack_record(spec).share(plan.advance)
@@ -260,6 +263,18 @@ class Runner:
         return {
             target: {name: found[target][spec] for name, spec in row.items()} for target, row in rows.items()
         }
+
+    def left(self, rows: Rows) -> dict[Path, float]:
+        """Those of `costs` that are yet to be made."""
+        return {path: cost for path, cost in self.costs(rows).items() if not is_complete(path)}
+
+    def costs(self, rows: Rows) -> dict[Path, float]:
+        """The records that `predictions` takes → about how many score evaluations each of them costs."""
+        pairs = [(target, spec) for target, row in rows.items() for spec in row.values()]
+        found = {self._attack_record(spec).path: self._cost(spec) for _, spec in pairs}
+        for target, spec in pairs:
+            found[self._prediction_record(target, spec).path] = self._prediction_cost(target)
+        return found
 
     def attack(self, spec: AttackSpec) -> Values:
         """The record of an attack: AutoAttack's verdicts and warnings under "result"."""
@@ -364,10 +379,8 @@ class Runner:
         path = path_cost(spec.surrogate, spec.n_steps or self.config.n_steps)
         return self.config.n_images * path * (2 * gradients + forwards) + 1
 
-    def _prediction_cost(self, target: str, specs: Sequence[AttackSpec]) -> float:
-        left = sum(not is_complete(self._prediction_record(target, spec).path) for spec in specs)
-        path = path_cost(target, self.config.n_steps)
-        return left * self.config.n_images * 2 * self.config.n_draws * path
+    def _prediction_cost(self, target: str) -> float:
+        return self.config.n_images * 2 * self.config.n_draws * path_cost(target, self.config.n_steps)
 
 
 def path_cost(defence: str, n_steps: int) -> float:

@@ -100,8 +100,7 @@ def with_transfers(
 ) -> dict[str, dict[Any, AttackSpec]]:
     """Every target also on the images made against the others: target → key → attack.
 
-    An attacker is free to try them, and a defence whose gradient finds good images would otherwise be alone
-    in facing them. The key of an attack on another target is a `Transfer`.
+    An attacker is free to try these images too. The key of an attack on another target is a `Transfer`.
 
     names: the columns that are transferred, by default all.
     """

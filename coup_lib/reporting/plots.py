@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from IPython.display import Image as Shown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -55,28 +56,38 @@ def use_style() -> None:
     )
 
 
-def save(figure: Figure, profile: str, name: str) -> Path:
-    """Write figures/<profile>/<name>.png, of few colours, and return its path; with COUP_PDF a PDF, too."""
+def save(figure: Figure, profile: str, name: str, alt: str) -> Shown:
+    """Write figures/<profile>/<name>.png and return its `picture`; with COUP_PDF write a PDF, too."""
     folder = paths.FIGURES / profile
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png")
-    write_atomically(folder / f"{name}.png", partial(_of_few_colours, Image.open(drawn).convert("RGB")))
+    shown = picture(figure, alt)
+    write_png = partial(Path.write_bytes, data=shown.data)
+    write_atomically(publishing.note(folder / f"{name}.png"), write_png)
     if os.environ.get(paths.PDF_VARIABLE):  # without a creation date: the same records give the same file
         write_pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
         write_atomically(folder / f"{name}.pdf", write_pdf)
-    return publishing.note(folder / f"{name}.png")
+    return shown
 
 
-def _of_few_colours(image: Image.Image, path: Path) -> None:
-    """Write a PNG of as many of `COLOURS_KEPT` as `MOST_BYTES` allow.
+def picture(figure: Figure, alt: str) -> Shown:
+    """The figure, closed, as a PNG for a notebook's last line; Jupyter and the site show the same bytes.
 
-    Of a photograph it takes close looking to tell; the file is a third of the size.
+    It has as many of `COLOURS_KEPT` as `MOST_BYTES` allow: of a photograph it takes close looking to tell,
+    and the file is a third of the size.
+
+    Args:
+        alt: what is shown, for readers who cannot see it.
     """
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    plt.close(figure)
+    image = Image.open(drawn).convert("RGB")
     for colours, method in COLOURS_KEPT:
-        image.quantize(colours, method, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
-        if path.stat().st_size <= MOST_BYTES:
-            return
+        written = BytesIO()
+        image.quantize(colours, method, dither=Image.Dither.NONE).save(written, format="png", optimize=True)
+        if written.tell() <= MOST_BYTES:
+            break
+    return Shown(written.getvalue(), width=image.width // 2, alt=alt)
 
 
 def estimates(axes: Axes, places: Any, found: Sequence[Any], *, sideways: bool = False, **look: Any) -> None:

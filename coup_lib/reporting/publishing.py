@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 
 from coup_lib import paths
-from coup_lib.checks import yes_or_no
+from coup_lib.checks import in_one_line, yes_or_no
 from coup_lib.evaluation import records, store
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.profiles import BUDGETS
@@ -43,6 +43,7 @@ def incomplete(what: str) -> None:
     _missing.append(what)
 
 
+@in_one_line()
 def finish(publish: Any) -> None:
     """At a notebook's end: publish the figures, tables and records that it wrote or read, if asked to.
 

@@ -1,17 +1,22 @@
-"""Puts committed tables and measured times into README.md and the pages of docs/: `make readme`."""
+"""Puts committed tables, numbers and times into README.md, docs/ and the notebooks' text: `make readme`."""
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
-from coup_lib.files import write_atomically
-from coup_lib.paths import FIGURES, ROOT
+import nbformat
+
+from coup_lib.paths import ROOT
 
 BLOCK = re.compile(r"(<!-- (?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Sentences with cells of the tables in figures/: {table; part of a row; part of a heading}, or what of a file
+# is found by {table; regular expression}. The template stays in the page, where it is not shown.
+SENTENCES = re.compile(r"(<!-- filled\n(?P<template>.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
+CELL = re.compile(r"\{([\w/-]+); ([^{};]+)(?:; ([^{};]+))?\}")
 # Where the four claims of the README's table are judged: profile → norm → table in figures/.
 CLAIMS = {
     "digits": {"L∞": "digits/table1_claims", "L2": "digits/table2_claims"},
@@ -29,8 +34,30 @@ def pages() -> list[Path]:
 
 
 def filled(text: str) -> str:
-    """The text with every `<!-- name -->` block replaced by figures/<name>.md or by a table made here."""
+    """The text with `SENTENCES` filled, and `<!-- name -->` blocks replaced by figures/<name>.md or a table.
+
+    ValueError for a place that a sentence names and that is not there, or not the only one.
+    """
+    text = SENTENCES.sub(lambda match: f"{match[1]}{CELL.sub(_cell, match['template'])}\n{match[3]}", text)
     return BLOCK.sub(lambda match: f"{match[1]}{_content(match['name'])}\n{match[3]}", text)
+
+
+def _cell(wanted: re.Match[str]) -> str:
+    """What stands in the place that a `CELL` names."""
+    table, row, column = wanted.groups()
+    text = _figure(table)
+    heads: list[str] = []
+    found: list[str] = []
+    for before, line in pairwise(["", *text.splitlines()]):
+        heads = before.split(" | ") if re.match(r"\| ?---", line) else heads
+        if column and line.startswith("| ") and row in line:
+            cells = zip(heads, line.split(" | "), strict=True)
+            found += [cell.strip("| ") for head, cell in cells if column in head]
+    if column is None:
+        found = re.findall(row, text)
+    if len(found) != 1:
+        raise ValueError(f"{wanted[0]}: expected one such place; found {len(found)}")
+    return found[0]
 
 
 def _content(name: str) -> str:
@@ -91,29 +118,15 @@ def audit_help() -> str:
     return f"```text\n{printed.strip()}\n```"
 
 
-def times(executed: Path) -> str:
-    """Notebook → command → minutes, as papermill noted them in the executed notebooks of a folder."""
-    lines = ["| notebook | command | minutes |", "|---|---|---|"]
-    for path in sorted(executed.glob("*.ipynb")):
-        document = json.loads(path.read_text())
-        ran, title = document["metadata"]["papermill"], document["cells"][0]["source"][0].strip("# \n")
-        norm = " -p norm l2" if ran["parameters"].get("norm") == "l2" else ""
-        command = f"papermill notebooks/{Path(ran['input_path']).name} out.ipynb{norm}"
-        lines.append(f"| {title} | `{command}` | {ran['duration'] / 60:.1f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Fill the pages, or, given a folder of executed notebooks, write their times to figures/times.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=Path, help="folder of executed notebooks")
-    executed = parser.parse_args().times
-    if executed:
-        text = times(executed) + "\n"
-        write_atomically(FIGURES / "times.md", lambda temporary: temporary.write_text(text))
-    else:
-        for page in pages():
-            page.write_text(filled(page.read_text()))
+    """Fill the pages, and the first cell of each notebook."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for page in pages():
+        page.write_text(filled(page.read_text()))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells[0].source = filled(notebook.cells[0].source)
+        nbformat.write(notebook, path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from coup_lib.checks import count
+from coup_lib.checks import count, in_one_line
 from coup_lib.data import split_size
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import Config
@@ -23,6 +23,7 @@ ALONE = "none"
 CLEAN_IMAGES = {defence: {"clean": CLEAN} for defence in (ALONE, *PURIFIERS)}
 
 
+@in_one_line()
 def sized(config: Config, n_clean: Any) -> Config:
     """The configuration for n_clean images, unless that is None. ValueError for more than the split has."""
     if n_clean is None:

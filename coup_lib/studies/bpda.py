@@ -7,7 +7,7 @@ from itertools import product
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from coup_lib.checks import count
+from coup_lib.checks import count, in_one_line
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
@@ -24,6 +24,7 @@ PURIFICATIONS = {"smoke": 4, "quick": 20, "full": 150}
 RULES = {"single": "a single draw", "averaged": "mean logits of {}", "majority": "majority of {}"}
 
 
+@in_one_line()
 def checked_counts(eot_counts: Sequence[int] | None, config: Config) -> list[int]:
     """The EOT counts in order, each once; None means those of the configuration's budget.
 

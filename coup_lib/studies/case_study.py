@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from coup_lib.checks import number
+from coup_lib.checks import in_one_line, number
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference, joint
@@ -120,6 +120,7 @@ class CaseStudy:
         return max(1, round(TENTH * (len(self.times) - 1)))
 
 
+@in_one_line()
 def radii(config: Config, eps_factors: Any) -> list[Config]:
     """The configuration at each multiple of its eps, in rising order; one number will do for a list."""
     given = eps_factors if isinstance(eps_factors, list | tuple) else [eps_factors]

@@ -1,18 +1,23 @@
 """Every experiment of the notebooks as data: which defences face which attacks, under which settings.
 
-Notebooks ask `obtain` before long work; workflow/ counts and shares the same grids.
+Notebooks ask `prepare` before long work; workflow/ counts and shares the same grids.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from coup_lib.attacks import NORMS
-from coup_lib.checks import choice
-from coup_lib.data import load_split
+from coup_lib.checks import choice, in_one_line
+from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.protocol import Experiment, Grid, Measurement, paper_attacks
+from coup_lib.evaluation.progress import clock
+from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measurement, paper_attacks
 from coup_lib.networks import published, zoo
 from coup_lib.studies import (
     ablation,
@@ -123,6 +128,7 @@ NOTEBOOKS = {
 }
 
 
+@in_one_line()
 def grid(name: str, *configs: Config, **own: Any) -> Grid:
     """What a notebook attacks with these configurations; own: parameters of this notebook alone.
 
@@ -140,6 +146,42 @@ def obtain(experiments: Grid) -> None:
     for which in {(one.config.setup.dataset, one.config.split, one.config.subset) for one in experiments}:
         load_split(*which)
     published.obtain(networks(experiments, zoo.needed))
+
+
+def prepare(experiments: Grid) -> None:
+    """Before long work: `obtain`, then print in one line what is to be done, and for how long.
+
+    The time is that of a call of the score network here; what is measured beside the attacks is not counted.
+    """
+    obtain(experiments)
+    left: dict[Path, float] = {}
+    for one in experiments:
+        if isinstance(one, Experiment):
+            left |= Evaluation(one.config, one.classifier).left(one.attacks)
+    if left:
+        config = experiments[0].config
+        took = sum(left.values()) * _seconds_of_a_call(config)
+        scored = sum(path.name.startswith("score-") for path in left)
+        todo = f"{len(left) - scored} attacks and {scored} evaluations of what they found"
+        print(f"To do: {todo}; about {clock(took)} min on {config.torch_device}", flush=True)
+    else:
+        print("Every attack is on record, so none is run.", flush=True)
+
+
+def _seconds_of_a_call(config: Config) -> float:
+    """Of the score network, per image."""
+    setup, device = config.setup, config.torch_device
+    score = zoo.load_score(setup.dataset, setup.score, trained=False).to(device)
+    fast = device.type != "cpu" or zoo.is_ours(setup.dataset, setup.score)
+    n = min(256, config.max_batch) if fast else 1
+    x, t = torch.rand(n, *SHAPES[setup.dataset], device=device), torch.tensor(0.1, device=device)
+    took = []
+    with torch.no_grad():
+        for _ in range(3 if fast else 1):  # the first call of a shape is slower
+            began = time.perf_counter()
+            score(x, t).cpu()
+            took.append(time.perf_counter() - began)
+    return min(took) / n
 
 
 def networks(experiments: Grid, which: Callable[..., list[str]]) -> list[str]:

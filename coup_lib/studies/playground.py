@@ -30,8 +30,8 @@ class Choice:
         ValueError: for a value out of its range.
     """
 
-    index: int = 0
-    eps: Any = 0.15
+    index: int = 5
+    eps: Any = "0.15"
     t_star: Any = 0.1
     guidance_weight: Any = 1.0
     seed: int = 0

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from coup_lib import paths
 from coup_lib.attacks import NORMS
-from coup_lib.checks import choice
+from coup_lib.checks import choice, in_one_line
 from coup_lib.defences import LABELS, MAXIMISERS, PAPER
 from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.outcomes import Accuracy, Difference
@@ -266,6 +266,24 @@ PARTS = (
 )  # fmt: skip
 
 
+@in_one_line()
+def checked_parts(parts: Sequence[str] | None, classifiers: Sequence[str], fig2b: Spending) -> list[str]:
+    """The parts of the paper that are asked for; None is all.
+
+    ValueError for an unknown one, or for what `fig2b` says of an unknown classifier or setting.
+    """
+    given = list(fig2b.values()) if isinstance(fig2b, Mapping) else [fig2b]
+    if not all(isinstance(spent, Mapping) for spent in given):
+        raise ValueError(f'fig2b: expected {{"resnet20": {{"n_images": 256}}}} or the like; got {fig2b!r}')
+    for classifier, spent in fig2b.items():
+        choice("fig2b", classifier, classifiers)
+        for name in spent:
+            choice(f"fig2b, {classifier}", name, SPENDABLE)
+    if isinstance(parts, str):
+        raise ValueError(f"parts: expected a list out of {', '.join(PARTS)}; got {parts!r}")
+    return [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
+
+
 def everything(
     config: Config,
     classifiers: Sequence[str],
@@ -285,14 +303,7 @@ def everything(
     Raises:
         ValueError: for an unknown part, classifier or setting.
     """
-    given = list(fig2b.values()) if isinstance(fig2b, Mapping) else [fig2b]
-    if not all(isinstance(spent, Mapping) for spent in given):
-        raise ValueError(f'fig2b: expected {{"resnet20": {{"n_images": 256}}}} or the like; got {fig2b!r}')
-    for classifier, spent in fig2b.items():
-        choice("fig2b", classifier, classifiers)
-        for name in spent:
-            choice(f"fig2b, {classifier}", name, SPENDABLE)
-    chosen = [choice("parts", part, PARTS) for part in (PARTS if parts is None else parts)]
+    chosen = checked_parts(parts, classifiers, fig2b)
     kept = ("profile", "budget", "classifier", "subset", "device", "seed")
     same: dict[str, Any] = {name: getattr(config, name) for name in kept}
 
@@ -365,16 +376,16 @@ def counts(lines: Sequence[Line]) -> str:
     """Markdown: how many claims hold, do not hold, or are not decided, in both ways of attacking."""
 
     def said(verdicts: Sequence[str]) -> str:
-        words = {"holds": "hold", "does not hold": "do not", "is not decided": "are not decided"}
+        words = {"does not hold": "do not hold", "is not decided": "are not decided", "holds": "hold"}
         counted = {word: sum(verdict == word for verdict in verdicts) for word in words}
         return ", ".join(f"{n} {words[word]}" for word, n in counted.items())
 
+    ours, worst = (said([getattr(line, name) for line in lines]) for name in ("verdict", "worst_verdict"))
     rest = sum(line.verdict.startswith("not comparable") for line in lines)
     return (
-        f"Of the paper's claims, under its own protocol: {said([line.verdict for line in lines])}. Of those "
-        f"about robustness, in the worst case on record: {said([line.worst_verdict for line in lines])}. "
-        f"Without a verdict, number by number: {rest} accuracies that the paper quotes from others, or that "
-        "belong to its own data and networks."
+        f"Of the paper's claims {ours} under its own protocol. Of those about robustness {worst} in the "
+        f"worst case on record. Another {rest} of the paper's numbers get no verdict: it quotes them from "
+        "other papers, or they are accuracies on its own data and networks."
     )
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coup_lib.checks import number
+from coup_lib.checks import in_one_line, number
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
@@ -33,6 +33,7 @@ STYLES = {"clean": "^:", "adaptive": "D-", "first_order": "v--", "worst": "o-"}
 JUDGED = ("adaptive", "worst")  # what the paper looks at, and what a claim has to stand on
 
 
+@in_one_line()
 def values_to_sweep(config: Config, name: str, values: Any) -> list[float]:
     """The values in order, with the profile's own (the paper's choice) among them.
 
@@ -78,11 +79,13 @@ def measure(config: Config) -> Right:
 
 def sweep(config: Config, name: str, values: Sequence[float]) -> Sweep:
     """COUP's columns for every value of "t_star" or "guidance_weight", all else as in `config`."""
-    plan, found = Plan([1.0] * len(values), verbose=True), {}
-    for value in values:
-        here = at(config, name, value)
+    settings, found = {value: at(config, name, value) for value in values}, {}
+    left = [Evaluation(here).left(attacks(here)) for here in settings.values()]
+    plan = Plan([sum(costs.values()) for costs in left], verbose=True)
+    for value, here in settings.items():
         plan.start(f"t* = {here.t_star:g}, λ = {here.guidance_weight:g}")
         found[value] = measure(here)
+    plan.end()
     return found
 
 
