@@ -29,12 +29,14 @@ BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
 PLAIN = ("reverse", "averaged")  # without guidance; what is made against them is tried on all
 WEIGHTS = {"smoke": (1.0,), "quick": (1.0,), "full": (0.5, 1.0, 3.0)}
+GOING_ON = 5  # iterations of the attack that looks at every draw, from where another one ended
 SOURCES = {
     "clean": "Clean",
     "exact": "APGD-ce, exact",
     "first_order": "APGD-ce, first-order",
     "margin": "APGD on the margin, exact",
     "warm": "APGD-ce, first-order, warm start",
+    "worst_draw": "Worst draw, from the first-order images",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse SDE",
     "from_diffpure": "Transfer from DiffPure",
@@ -60,7 +62,8 @@ class Found:
     def right(self) -> dict[str, np.ndarray]:
         """The columns of `COLUMNS`: column → share of right draws per image, (n,)."""
         found = {name: score.right for name, score in direct(self.scores).items()}
-        found["transferred"] = worst_of([*transferred(self.scores).values()])
+        if others := transferred(self.scores):
+            found["transferred"] = worst_of([*others.values()])
         found["worst"] = worst_of([*self.scores.values()])
         return found | {"recorded": self.recorded.right}
 
@@ -77,14 +80,21 @@ class Setting:
 
 
 def sources(defence: str) -> dict[str, AttackSpec]:
-    """The attacks that a defence faces, of the same kinds for every defence, by the names of `SOURCES`."""
+    """The attacks that a defence faces, of the same kinds for every defence, by the names of `SOURCES`.
+
+    Those that begin from other images go by the gradient that is the stronger one: first-order, but exact
+    where the guidance is made from the attacked image.
+    """
     undefended = against("apgd-ce", "none")
+    stronger = "exact" if defence in PURIFIERS and PURIFIERS[defence].reads_image else "first_order"
+    start = against("apgd-ce", defence, stronger)
     return {
         "clean": CLEAN,
         "exact": against("apgd-ce", defence),
         "first_order": against("apgd-ce", defence, "first_order"),
         "margin": against("apgd-margin", defence),
-        "warm": against("apgd-ce", defence, "first_order", start=undefended),
+        "warm": against("apgd-ce", defence, stronger, start=undefended),
+        "worst_draw": against("worst-draw", defence, stronger, n_iter=GOING_ON, start=start),
         "from_none": undefended,
         "from_reverse": against("apgd-ce", "reverse"),
         "from_diffpure": against("apgd-ce", "diffpure"),
@@ -100,26 +110,28 @@ def settings(weights: Sequence[float]) -> list[Setting]:
     ]
 
 
-def measure(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False) -> dict[Setting, Found]:
-    """Every setting against its own set of sources, and against what is made against `PLAIN` ones.
+def measure(
+    config: Config, chosen: Sequence[Setting], *, lent: Sequence[str] = PLAIN, both_ways: bool = False
+) -> dict[Setting, Found]:
+    """Every setting against its own set of sources, and against what is made against those in `lent`.
 
     both_ways: what is made against any setting without guidance is tried on all, and what is made against a
     guided one on those without.
     """
     found: dict[Setting, dict[Any, Predictions]] = {setting: {} for setting in chosen}
-    for setting, experiment in experiments(config, chosen, both_ways=both_ways):
+    for setting, experiment in experiments(config, chosen, lent=lent, both_ways=both_ways):
         for row in experiment.predictions().values():
             found[setting] |= row
     return {setting: Found(row, _recorded(config, setting, row)) for setting, row in found.items()}
 
 
 def experiments(
-    config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
+    config: Config, chosen: Sequence[Setting], *, lent: Sequence[str] = PLAIN, both_ways: bool = False
 ) -> list[tuple[Setting, Experiment]]:
     """What each setting faces, in the order of `measure`; a setting may have several parts."""
     found = []
     plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
-    surrogates = (*PLAIN, *(setting.defence for setting in plain))
+    surrogates = (*lent, *(setting.defence for setting in plain))
     for setting in chosen:
         here, defence = _at(config, setting), setting.defence
         row = with_transfers({name: sources(name) for name in dict.fromkeys((*surrogates, defence))})[defence]
@@ -158,7 +170,7 @@ def controls(winner: Setting) -> list[Setting]:
     twin = next(
         name
         for name, other in PURIFIERS.items()
-        if not other.guidance and (other.forward_noise, other.draws) == (recipe.forward_noise, recipe.draws)
+        if not other.guidance and (other.path, other.draws) == (recipe.path, recipe.draws)
     )
     return [Setting(name) for name in dict.fromkeys((BASELINE, twin))]
 
