@@ -29,14 +29,14 @@ BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
 PLAIN = ("reverse", "averaged")  # without guidance; what is made against them is tried on all
 WEIGHTS = {"smoke": (1.0,), "quick": (1.0,), "full": (0.5, 1.0, 3.0)}
-GOING_ON = 5  # iterations of the attack that looks at every draw, from where another one ended
+LOOKING = 8  # iterations of the attack that looks at every draw: half of the others' or fewer
 SOURCES = {
     "clean": "Clean",
     "exact": "APGD-ce, exact",
     "first_order": "APGD-ce, first-order",
     "margin": "APGD on the margin, exact",
     "warm": "APGD-ce, first-order, warm start",
-    "worst_draw": "Worst draw, from the first-order images",
+    "worst_draw": "Worst draw, first-order",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse SDE",
     "from_diffpure": "Transfer from DiffPure",
@@ -82,19 +82,18 @@ class Setting:
 def sources(defence: str) -> dict[str, AttackSpec]:
     """The attacks that a defence faces, of the same kinds for every defence, by the names of `SOURCES`.
 
-    Those that begin from other images go by the gradient that is the stronger one: first-order, but exact
-    where the guidance is made from the attacked image.
+    "warm" and "worst_draw" go by the gradient that is the stronger one: first-order, but exact where the
+    guidance is made from the attacked image.
     """
     undefended = against("apgd-ce", "none")
     stronger = "exact" if defence in PURIFIERS and PURIFIERS[defence].reads_image else "first_order"
-    start = against("apgd-ce", defence, stronger)
     return {
         "clean": CLEAN,
         "exact": against("apgd-ce", defence),
         "first_order": against("apgd-ce", defence, "first_order"),
         "margin": against("apgd-margin", defence),
         "warm": against("apgd-ce", defence, stronger, start=undefended),
-        "worst_draw": against("worst-draw", defence, stronger, n_iter=GOING_ON, start=start),
+        "worst_draw": against("worst-draw", defence, stronger, n_iter=LOOKING),
         "from_none": undefended,
         "from_reverse": against("apgd-ce", "reverse"),
         "from_diffpure": against("apgd-ce", "diffpure"),
