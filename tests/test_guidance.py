@@ -354,7 +354,7 @@ def test_by_distance_the_exact_gradient_follows_the_image_and_the_first_order_on
 
 def test_the_probability_flow_of_a_gaussian_has_a_closed_form():
     """The distance to the mean shrinks as the standard deviation does; Euler's error halves with the step."""
-    _, classifier, x = small_problem()
+    x = small_problem()[2]
     mean, spread, sde, errors = torch.full((1, 4), 0.2, dtype=torch.float64), 0.3, VPSDE(), []
     for n_steps in (200, 400):
         purifier = ProbabilityFlow(GaussianMixtureScore(mean, spread), n_steps=n_steps)

@@ -1,6 +1,6 @@
 """The search of notebook 08: a guided purifier that keeps its gain under the worst of its attacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -78,6 +78,11 @@ class Setting:
     def __str__(self) -> str:
         return LABELS[self.defence] + ("" if self.weight is None else f", λ = {self.weight:g}")
 
+    def guide_norm(self, config: Config) -> str | None:
+        """The norm for which its guide was adversarially trained; None of any other guide."""
+        recipe = PURIFIERS[self.defence]
+        return recipe.guide_norm(config.norm) if recipe.robust_guide else None
+
 
 def sources(defence: str) -> dict[str, AttackSpec]:
     """The attacks that a defence faces, of the same kinds for every defence, by the names of `SOURCES`.
@@ -132,7 +137,7 @@ def experiments(
     plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
     surrogates = (*lent, *(setting.defence for setting in plain))
     for setting in chosen:
-        here, defence = _at(config, setting), setting.defence
+        here, defence = at(config, setting), setting.defence
         row = with_transfers({name: sources(name) for name in dict.fromkeys((*surrogates, defence))})[defence]
         found.append((setting, Experiment(here, {defence: row})))
         if is_guided(defence):
@@ -141,18 +146,24 @@ def experiments(
     return found
 
 
-def _at(config: Config, setting: Setting) -> Config:
+def at(config: Config, setting: Setting) -> Config:
+    """The configuration with the setting's λ, if it has one."""
     return config if setting.weight is None else replace(config, guidance_weight=setting.weight)
 
 
 def _recorded(config: Config, setting: Setting, row: dict[str, Predictions]) -> WorstCase:
-    return Evaluation(_at(config, setting)).recorded({setting.defence: row})[setting.defence]
+    return Evaluation(at(config, setting)).recorded({setting.defence: row})[setting.defence]
 
 
 def best_guided(found: Mapping[Setting, Found]) -> Setting:
     """The guided setting, COUP's own among them, with the highest accuracy under the worst of its sources."""
-    guided = [setting for setting in found if is_guided(setting.defence)]
-    return max(guided, key=lambda setting: float(found[setting].right["worst"].mean()))
+    return best(found, [setting.defence for setting in found if is_guided(setting.defence)])
+
+
+def best(found: Mapping[Setting, Found], defences: Collection[str]) -> Setting:
+    """The setting of these defences with the highest accuracy under the worst of its sources."""
+    possible = [setting for setting in found if setting.defence in defences]
+    return max(possible, key=lambda setting: float(found[setting].right["worst"].mean()))
 
 
 def to_confirm(winner: Setting, weight: float) -> list[Setting]:
@@ -165,13 +176,20 @@ def controls(winner: Setting) -> list[Setting]:
 
     What averaging or forward noise does is not guidance's merit.
     """
-    recipe = PURIFIERS[winner.defence]
-    twin = next(
-        name
+    return list(dict.fromkeys((Setting(BASELINE), twin(winner))))
+
+
+def twin(setting: Setting) -> Setting:
+    """A guided setting's own purifier without guidance; the baseline of one that has no guidance."""
+    if setting.weight is None:
+        return Setting(BASELINE)
+    same = ("path", "draws", "maximised")
+    recipe = PURIFIERS[setting.defence]
+    return next(
+        Setting(name)
         for name, other in PURIFIERS.items()
-        if not other.guidance and (other.path, other.draws) == (recipe.path, recipe.draws)
+        if not other.guidance and all(getattr(other, field) == getattr(recipe, field) for field in same)
     )
-    return [Setting(name) for name in dict.fromkeys((BASELINE, twin))]
 
 
 # --- what is shown ---
