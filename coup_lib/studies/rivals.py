@@ -1,7 +1,8 @@
-"""The rivals of notebook 08: what others guide by, and what a robust guide is worth, under the same attacks."""
+"""The rivals of notebook 08: what others guide by, and what a robust guide is worth, attacked alike."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def compression(config: Config, setting: Setting) -> np.ndarray:
     def compute(place: int) -> dict[str, list[float]]:
         both = evaluation.images.x, evaluation.x_adv(spec)
         x, attacked = (images[place : place + config.chunk_size] for images in both)
-        purifier = evaluation.bench.defence(setting.defence).purifier
+        purifier: Any = evaluation.bench.defence(setting.defence).purifier
         seeds = image_seeds(config.seed, REPORT, range(place, place + len(x)), config.n_draws)
         with torch.no_grad():
             apart = [_distance(purifier(attacked, draw), purifier(x, draw)) for draw in seeds.unbind(1)]
