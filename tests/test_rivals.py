@@ -14,7 +14,7 @@ from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.studies import beyond, rivals
 from coup_lib.studies.beyond import Setting
 
-CONFIG = Config(n_images=3, n_draws=2, n_iter=1, eot=1, purpose="sweep")
+CONFIG = Config(n_images=3, n_draws=2, n_iter=1, eot=1, purpose="rivals")
 
 
 def test_each_rival_is_measured_at_its_best_weight_beside_its_own_purifier_without_guidance():

@@ -123,7 +123,7 @@ NOTEBOOKS = {
     ),
     "07_stronger_attacks": Notebook(({"purpose": "probe"},), _stronger_attacks),
     "08_beyond": Notebook(
-        ({"purpose": "search"} | VALIDATION, {"purpose": "compare"}, {"purpose": "sweep"}), _beyond
+        ({"purpose": "search"} | VALIDATION, {"purpose": "compare"}, {"purpose": "rivals"}), _beyond
     ),
 }
 
