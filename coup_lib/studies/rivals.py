@@ -27,6 +27,10 @@ UNGUIDED = ("reverse", "diffpure", "flow")
 ALONE = {"clean": CLEAN, "exact": against("apgd-ce", "none"), "margin": against("apgd-margin", "none")}
 COLUMNS = {name: heading for name, heading in beyond.COLUMNS.items() if name != "transferred"}
 RATE = "Compression rate"
+NOTE = (
+    "GDMP and guidance to the prediction face warm start and worst draw by their exact gradient. "
+    "Compression rate: the mean over images, with Student's 95 % interval."
+)
 JUDGED = {"exact": "Each one's own exact attack", "worst": tables.COLUMNS["worst"]}
 
 
