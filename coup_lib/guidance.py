@@ -182,18 +182,9 @@ class ImageGuided(Guided):
     """Guidance that reads the attacked image; a `Purifier` carries the image beside the state.
 
     The score is that of pairs (state, image) along the channels, (B, 2C, H, W), so that every gradient of a
-    path follows the image, too. The image's half, -x/2, is where the reverse SDE has no drift.
+    path follows the image, too. The image's half, -x/2, is where the reverse SDE has no drift. A subclass has
+    a `guidance` of pairs, like the states among them.
     """
-
-    sde: VPSDE
-
-    def __init__(self, score: nn.Module, classifier: nn.Module, weight: float = 1.0) -> None:
-        super().__init__(score, classifier, weight)
-        self.sde = agreed_sde(score, None)
-
-    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
-        """Of the pairs x (B, 2C, H, W), like the states among them."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided score at pairs x (B, 2C, H, W) in [-1, 1] and t of shape () or (B,), like x."""
@@ -214,8 +205,8 @@ class DistanceGuided(ImageGuided):
 
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:
         """-λ (std/m) (x - m y), like the states."""
-        state, image = x.chunk(2, dim=1)
-        mean, std = per_image(self.sde.mean_coeff(t), x), per_image(self.sde.std(t), x)
+        (state, image), sde = x.chunk(2, dim=1), agreed_sde(self.score, None)
+        mean, std = per_image(sde.mean_coeff(t), x), per_image(sde.std(t), x)
         return -self.weight * std / mean * (state - mean * image)
 
 

@@ -157,17 +157,17 @@ class Purifier(StochasticPurifier):
         return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, increments))
 
     def _begin(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(the state at t*, the increments of the path from there)."""
+        """(the state at t*, the increments from there), each beside the image's where guidance reads that."""
         state, increments = self.start(to_state(x), noise[0]), noise[1:]
-        return self._beside(state, to_state(x)), self._beside(increments, torch.zeros_like(increments))
-
-    def _beside(self, state: Tensor, image: Tensor) -> Tensor:
-        """Both along the channels, where guidance reads the image; else the state alone."""
-        return torch.cat([state, image], dim=-3) if self.reads_image else state
+        if self.reads_image:
+            state = torch.cat([state, to_state(x)], dim=1)
+            increments = torch.cat([increments, torch.zeros_like(increments)], dim=2)
+        return state, increments
 
     def images_kept(self, x: Tensor) -> int:
         """How many images like x are differentiated without walking their paths again, see `gradients`."""
-        return images_kept(self.gradient, self.score, self.sde, self._beside(x, x), self.times)
+        state = torch.cat([x, x], dim=1) if self.reads_image else x
+        return images_kept(self.gradient, self.score, self.sde, state, self.times)
 
     def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
         """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""

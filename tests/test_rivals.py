@@ -1,13 +1,11 @@
 """The rivals of notebook 08: their controls, their verdicts, and the compression of their paths."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from test_beyond import row
 
-from coup_lib.defences import RIVALS
+from coup_lib.defences import PURIFIERS, RIVALS
 from coup_lib.evaluation.bench import Bench
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Evaluation
@@ -51,15 +49,11 @@ def test_the_verdict_judges_guidance_the_guide_and_the_gradients():
 
 def test_a_guide_of_the_other_norm_is_the_one_trained_for_it():
     named = {
-        (norm, defence): Setting(defence, 1.0).guide_norm(replace(CONFIG, norm=norm, eps=None))
+        (norm, name): PURIFIERS[name].guide_norm(norm)
         for norm in ("linf", "l2")
-        for defence in ("robust-guide", "other-norm-guide", "coup")
+        for name in ("robust-guide", "other-norm-guide")
     }
-    assert [named["linf", name] for name in ("robust-guide", "other-norm-guide", "coup")] == [
-        "linf",
-        "l2",
-        None,
-    ]
+    assert [named["linf", name] for name in ("robust-guide", "other-norm-guide")] == ["linf", "l2"]
     assert [named["l2", name] for name in ("robust-guide", "other-norm-guide")] == ["l2", "linf"]
     own, other = (
         Bench(CONFIG).defence(name).purifier.score.classifier.state_dict()
@@ -85,7 +79,7 @@ def test_compression_is_the_distance_after_over_the_distance_before(results_fold
 
 def test_guides_alone_and_rows_are_shown_beside_the_rest(results_folder):
     which = [Setting("reverse"), Setting("gdmp", 30.0)]
-    found, alone = rivals.measure(CONFIG, which), rivals.guides_alone(CONFIG)
+    found, alone = beyond.measure(CONFIG, which, lent=()), rivals.guides_alone(CONFIG)
     assert {*alone} == {"linf", "l2"} and {*alone["l2"].right} == {*rivals.ALONE, "worst", "recorded"}
     rows = rivals.rows(found, alone, CONFIG)
     assert [row.label for row in rows[2:]] == [f"the guide alone, trained for {n}" for n in ("L∞", "L2")]

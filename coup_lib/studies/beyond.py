@@ -46,6 +46,7 @@ COLUMNS = SOURCES | {
     "worst": tables.COLUMNS["worst"],
     "recorded": tables.COLUMNS["recorded"],
 }
+JUDGED = {"exact": "Each one's own exact attack", "worst": COLUMNS["worst"]}
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,6 @@ class Setting:
 
     def __str__(self) -> str:
         return LABELS[self.defence] + ("" if self.weight is None else f", λ = {self.weight:g}")
-
-    def guide_norm(self, config: Config) -> str | None:
-        """The norm for which its guide was adversarially trained; None of any other guide."""
-        recipe = PURIFIERS[self.defence]
-        return recipe.guide_norm(config.norm) if recipe.robust_guide else None
 
 
 def sources(defence: str) -> dict[str, AttackSpec]:
@@ -243,7 +239,6 @@ def verdict(found: Mapping[Setting, Found], winner: Setting) -> str:
         for rival, each in found.items()
         if rival != winner
     }
-    names = {"exact": "Each one's own exact attack", "worst": COLUMNS["worst"]}
     beaten = all(
         Difference.of(found[winner].right["worst"], found[control].right["worst"]).low > 0
         for control in controls(winner)
@@ -255,5 +250,9 @@ def verdict(found: Mapping[Setting, Found], winner: Setting) -> str:
     )
     faced = ", ".join(f"{setting}: {each.recorded.n_sources}" for setting, each in found.items())
     return "\n\n".join(
-        [tables.claims(pairs, names), closing, f"Attacks on record, which are not the same for all: {faced}."]
+        [
+            tables.claims(pairs, JUDGED),
+            closing,
+            f"Attacks on record, which are not the same for all: {faced}.",
+        ]
     )

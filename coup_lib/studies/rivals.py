@@ -1,6 +1,6 @@
 """The rivals of notebook 08: what others guide by, and what a robust guide is worth, attacked alike."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coup_lib.defences import PURIFIERS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import NORM_NAMES, Config
 from coup_lib.evaluation.noise import REPORT, image_seeds
@@ -31,7 +32,6 @@ NOTE = (
     "GDMP and guidance to the prediction face warm start and worst draw by their exact gradient. "
     "Compression rate: the mean over images, with Student's 95 % interval."
 )
-JUDGED = {"exact": "Each one's own exact attack", "worst": tables.COLUMNS["worst"]}
 
 
 def settings(budget: str) -> list[Setting]:
@@ -50,17 +50,12 @@ def chosen(tried: Mapping[Setting, Found], weight: float) -> list[Setting]:
 
 
 def planned(config: Config) -> Grid:
-    """What `measure`, `guides_alone` and `compression` take, as if every λ were the configuration's."""
+    """What `beyond.measure`, `guides_alone` and `compression` take, as if every λ were that of COUP."""
     names = (*WEIGHTS, "robust-guide", "other-norm-guide")
     which = [*map(Setting, UNGUIDED), *(Setting(name, config.guidance_weight) for name in ("coup", *names))]
     rates = [Measurement(config, one.defence, (0, 2 * config.n_draws), config.n_images) for one in which]
     attacks = [experiment for _, experiment in beyond.experiments(config, which, lent=())]
     return [*attacks, *_alone(config).values(), *rates]
-
-
-def measure(config: Config, which: Iterable[Setting]) -> dict[Setting, Found]:
-    """Every setting against its own set of attacks, and what all are tried on."""
-    return beyond.measure(config, [*which], lent=())
 
 
 def guides_alone(config: Config) -> dict[str, Found]:
@@ -140,7 +135,8 @@ def verdict(found: Mapping[Setting, Found], alone: Mapping[str, Found], config: 
         if setting.weight is not None:
             exact, held = ({"it": each.right[name]} for name in ("exact", "first_order"))
             gradients[f"{setting}: the first-order gradient is the stronger attack"] = exact, held
-        if norm := setting.guide_norm(config):
+        if (recipe := PURIFIERS[setting.defence]).robust_guide:
+            norm = recipe.guide_norm(config.norm)
             pairs[f"{setting} is more robust than {_named(norm)}"] = each.right, alone[norm].right
     said = {"it": "Accuracy under the exact attack − under the first-order one"}
-    return f"{tables.claims(pairs, JUDGED)}\n\n{tables.claims(gradients, said)}"
+    return f"{tables.claims(pairs, beyond.JUDGED)}\n\n{tables.claims(gradients, said)}"
