@@ -36,7 +36,8 @@ def test_the_verdict_judges_guidance_the_guide_and_the_gradients():
         Setting("robust-guide", 3.0): row(exact=10, first_order=1),
     }
     alone = {"linf": row(exact=0), "l2": row()}
-    lines = rivals.verdict(found, alone, CONFIG).splitlines()
+    tried = {Setting("coup", 3.0): row(exact=9, first_order=0)}
+    lines = rivals.verdict(found, alone, tried, CONFIG).splitlines()
     (gdmp,) = (line for line in lines if "distance (GDMP), λ = 30 is more robust than DiffPure" in line)
     assert gdmp.count("does not hold") == 2 and "-90.00" in gdmp
     (guide,) = (line for line in lines if "is more robust than the guide alone, trained for L∞" in line)
@@ -44,7 +45,7 @@ def test_the_verdict_judges_guidance_the_guide_and_the_gradients():
     judged = {line.split(":")[0]: line for line in lines if "first-order gradient is the stronger" in line}
     assert len(judged) == 2
     assert "does not hold" in judged["| guided by distance (GDMP), λ = 30"]
-    assert "**holds**" in judged["| guided by a robust classifier, λ = 3"]
+    assert "**holds**" in judged["| COUP, λ = 3"]
 
 
 def test_a_guide_of_the_other_norm_is_the_one_trained_for_it():

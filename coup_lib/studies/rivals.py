@@ -123,20 +123,31 @@ def _named(norm: str) -> str:
     return f"the guide alone, trained for {NORM_NAMES[norm]}"
 
 
-def verdict(found: Mapping[Setting, Found], alone: Mapping[str, Found], config: Config) -> str:
+def verdict(
+    found: Mapping[Setting, Found],
+    alone: Mapping[str, Found],
+    tried: Mapping[Setting, Found],
+    config: Config,
+) -> str:
     """Markdown: each guidance against its own purifier without it, and a robust guide against itself alone.
 
-    Then, of each guidance, whether the first-order gradient is the stronger attack.
+    Then whether the first-order gradient is the stronger attack, also at the weights tried on validation.
     """
-    pairs, gradients = {}, {}
+    pairs = {}
     for setting, each in found.items():
         if (control := beyond.twin(setting)) != setting:
             pairs[f"{setting} is more robust than {control}"] = each.right, found[control].right
-        if setting.weight is not None:
-            exact, held = ({"it": each.right[name]} for name in ("exact", "first_order"))
-            gradients[f"{setting}: the first-order gradient is the stronger attack"] = exact, held
         if (recipe := PURIFIERS[setting.defence]).robust_guide:
             norm = recipe.guide_norm(config.norm)
             pairs[f"{setting} is more robust than {_named(norm)}"] = each.right, alone[norm].right
-    said = {"it": "Accuracy under the exact attack − under the first-order one"}
-    return f"{tables.claims(pairs, beyond.JUDGED)}\n\n{tables.claims(gradients, said)}"
+    return "\n\n".join([tables.claims(pairs, beyond.JUDGED), _gradients(found), _gradients(tried)])
+
+
+def _gradients(found: Mapping[Setting, Found]) -> str:
+    """Claims, of COUP and of what reads the image: how exact and first-order attacks differ."""
+    pairs = {}
+    for setting, each in found.items():
+        if setting.defence in ("coup", *WEIGHTS):
+            exact, held = ({"it": each.right[name]} for name in ("exact", "first_order"))
+            pairs[f"{setting}: the first-order gradient is the stronger attack"] = exact, held
+    return tables.claims(pairs, {"it": "Accuracy under the exact attack − under the first-order one"})
