@@ -1,21 +1,25 @@
-"""Every defence by name: the paper's four, and the candidates of notebook 08."""
+"""Every defence by name: the paper's four, and the candidates and rivals of notebook 08."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from coup_lib.ascent import NORMS
 from coup_lib.guidance import (
     POWER,
     ConfidenceGuided,
     DenoisedGuided,
+    DistanceGuided,
     GuidanceInterval,
     Guided,
+    ImageGuided,
+    PredictionGuided,
     Smoothed,
     SmoothMax,
 )
 from coup_lib.likelihood import likelihood
-from coup_lib.purify import Averaged, DiffPurePurifier, Purified, Purifier
+from coup_lib.purify import Averaged, DiffPurePurifier, ProbabilityFlow, Purified, Purifier
 from coup_lib.score import ScoreDenoiser
 
 AVERAGED = 4  # purifications behind one decision of an averaging candidate
@@ -31,21 +35,31 @@ class Recipe:
     """What a defence is made of.
 
     label: its name in figures and tables. guidance: of the score (None: no guidance). times: between which
-    there is guidance. smoothing: noise over which the guide is averaged. forward_noise: starts like DiffPure.
-    robust_guide: guided by the adversarially trained classifier. draws: purifications whose logits are
-    averaged. maximised: no SDE but likelihood maximisation. differentiates_score: its own exact gradient is a
-    second derivative of the score.
+    there is guidance. smoothing: noise over which the guide is averaged. path: from the image to the purified
+    one. robust_guide: guided by the adversarially trained classifier; other_norm: by that of the other norm.
+    draws: purifications whose logits are averaged. maximised: no SDE but likelihood maximisation.
+    differentiates_score: its own exact gradient is a second derivative of the score.
     """
 
     label: str
     guidance: type[Guided] | None = None
     times: tuple[float, float] = ALWAYS
     smoothing: float = 0.0
-    forward_noise: bool = False
+    path: type[Purifier] = Purifier
     robust_guide: bool = False
+    other_norm: bool = False
     draws: int = 1
     maximised: bool = False
     differentiates_score: bool = False
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether the guidance is made from the attacked image, and not from the state alone."""
+        return self.guidance is not None and issubclass(self.guidance, ImageGuided)
+
+    def guide_norm(self, norm: str) -> str:
+        """The norm that the robust guide was trained for, where the attack's is this one."""
+        return next(name for name in NORMS if (name != norm) == self.other_norm)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -63,10 +77,10 @@ class Recipe:
 
 
 PURIFIERS = {
-    "diffpure": Recipe("DiffPure", forward_noise=True),
+    "diffpure": Recipe("DiffPure", path=DiffPurePurifier),
     "reverse": Recipe("Reverse SDE"),
     "coup": Recipe("COUP", Guided),
-    "noised": Recipe("guided after forward noise", Guided, forward_noise=True),
+    "noised": Recipe("guided after forward noise", Guided, path=DiffPurePurifier),
     "denoised": Recipe("guided by x̂0", DenoisedGuided, differentiates_score=True),
     "late": Recipe("guided late", Guided, times=(0.0, SWITCH)),
     "early": Recipe("guided early", Guided, times=(SWITCH, 1.0)),
@@ -84,13 +98,20 @@ PURIFIERS = {
     "guided-likelihood": Recipe(
         "guided likelihood maximisation", Guided, maximised=True, differentiates_score=True
     ),
+    "gdmp": Recipe("guided by distance (GDMP)", DistanceGuided, path=DiffPurePurifier),
+    "prediction": Recipe("guided to the prediction of the input", PredictionGuided),
+    "flow": Recipe("probability flow", path=ProbabilityFlow),
+    "other-norm-guide": Recipe(
+        "guided by one robust in the other norm", Guided, robust_guide=True, other_norm=True
+    ),
 }
 LABELS = {"none": "No defence"} | {name: recipe.label for name, recipe in PURIFIERS.items()}
 DEFENCES = tuple(LABELS)
 PAPER = ("none", "diffpure", "reverse", "coup")
 MAXIMISERS = tuple(name for name in PURIFIERS if PURIFIERS[name].maximised)  # Sec. 5.2.1
 CONTROLS = ("smooth-max",)  # of notebook 07
-CANDIDATES = tuple(name for name in PURIFIERS if name not in (*PAPER, *MAXIMISERS, *CONTROLS))
+RIVALS = ("gdmp", "prediction", "flow", "other-norm-guide")  # of notebook 08
+CANDIDATES = tuple(name for name in PURIFIERS if name not in (*PAPER, *MAXIMISERS, *CONTROLS, *RIVALS))
 
 
 def build(
@@ -115,8 +136,7 @@ def build(
     guided = recipe.guidance(score, guide, guidance_weight) if recipe.guidance else score
     if isinstance(guided, Guided) and recipe.times != ALWAYS:
         guided = GuidanceInterval(guided, *recipe.times)
-    kind = DiffPurePurifier if recipe.forward_noise else Purifier
-    purifier = kind(guided, t_star=t_star, n_steps=n_steps, gradient=gradient)
+    purifier = recipe.path(guided, t_star=t_star, n_steps=n_steps, gradient=gradient)
     if recipe.draws > 1:
         return Averaged(classifier, purifier, recipe.draws)
     return Purified(classifier, purifier)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coup_lib.checks import check_like, check_logits, count, number, warn_of_probabilities
 from coup_lib.hessian import frozen_layers
 from coup_lib.score import agreed_sde, sde_of
-from coup_lib.sde import VPSDE
+from coup_lib.sde import VPSDE, per_image
 
 WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance with its sign flipped
 
@@ -70,7 +70,12 @@ class Guided(nn.Module):
         score: s(x, t).
         classifier: images (B, C, H, W) in [0, 1] → logits (B, K); not conditioned on t.
         weight: λ; 0 gives the score itself, 1 is the paper's choice.
+
+    Attributes:
+        calls: of the classifier in each step, a derivative counting as one.
     """
+
+    calls = 2
 
     def __init__(self, score: nn.Module, classifier: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
@@ -177,6 +182,55 @@ class GuidanceInterval(Guided):
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:
         """The guidance, or zero outside of the times, like x; t of shape ()."""
         return self.guided.guidance(x, t) if self.low <= float(t) <= self.high else torch.zeros_like(x)
+
+
+class ImageGuided(Guided):
+    """Guidance that reads the attacked image; a `Purifier` carries the image beside the state.
+
+    The score is that of pairs (state, image) along the channels, (B, 2C, H, W), so that every gradient of a
+    path follows the image, too. The image's half, -x/2, is where the reverse SDE has no drift. A subclass has
+    a `guidance` of pairs, like the states among them.
+    """
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided score at pairs x (B, 2C, H, W) in [-1, 1] and t of shape () or (B,), like x."""
+        state, image = x.chunk(2, dim=1)
+        score = check_like("score", self.score(state, t), state)
+        return torch.cat([score + self.guidance(held(x), t), -image / 2], dim=1)
+
+
+class DistanceGuided(ImageGuided):
+    """GDMP's guidance (Wang et al., arXiv 2205.14969): towards the attacked image y, noised to the same time.
+
+    Down the slope of half the squared distance, by λ std/m, which is that paper's schedule √(1-ᾱ)/√ᾱ; what
+    it divides by (the radius of the attack, the number of pixels) is in λ. The noise of y_t averages out, so
+    that the slope is x - m y. The classifier is not asked.
+    """
+
+    calls = 0
+
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """-λ (std/m) (x - m y), like the states."""
+        (state, image), sde = x.chunk(2, dim=1), agreed_sde(self.score, None)
+        mean, std = per_image(sde.mean_coeff(t), x), per_image(sde.std(t), x)
+        return -self.weight * std / mean * (state - mean * image)
+
+
+class PredictionGuided(ImageGuided):
+    """Guidance towards what the classifier says of the attacked image y, as DiffAP's (arXiv 2411.18956)."""
+
+    calls = 3
+
+    def guidance(self, x: Tensor, t: Tensor) -> Tensor:
+        """λ ∇ₓ Σ_k p(k|y) log p(k|x), like the states."""
+        state, image = x.chunk(2, dim=1)
+
+        def agreement(state: Tensor) -> Tensor:
+            # A copy, as in `gradient_of`: what comes from inference mode cannot be differentiated.
+            said = self.classifier(to_image(image.clone())).softmax(1)
+            return (said * F.log_softmax(self.classifier(to_image(state)), 1)).sum(1)
+
+        return self.weight * gradient_of(agreement, state)
 
 
 class Smoothed(nn.Module):

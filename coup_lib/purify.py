@@ -19,7 +19,7 @@ from coup_lib.checks import (
     warn_of_probabilities,
 )
 from coup_lib.gradients import GRADIENTS, THROUGH_STEPS, check_compiled, images_kept, solve_with_gradient
-from coup_lib.guidance import Guided, to_image, to_state
+from coup_lib.guidance import Guided, ImageGuided, to_image, to_state
 from coup_lib.score import agreed_sde
 from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import Callback, solve, time_grid
@@ -123,6 +123,7 @@ class Purifier(StochasticPurifier):
         super().__init__(gradient, seed)
         self.score, self.sde = freeze("score", score), agreed_sde(score, sde)
         check_compiled(gradient, score)
+        self.reads_image = any(isinstance(part, ImageGuided) for part in score.modules())
         self.t_star = number("t_star (DiffPure's 100 is 0.1 here)", t_star, T_END, 1)
         self.n_steps = count("n_steps", n_steps)
         self.times = time_grid(self.t_star, self.n_steps)
@@ -130,13 +131,15 @@ class Purifier(StochasticPurifier):
     def trajectory(
         self, x: Tensor, callback: Callback, *, brownian: bool = True, seeds: Tensor | None = None
     ) -> Tensor:
-        """Purify with callback(i, t_i, state_i) along the path; brownian=False leaves the noise out."""
+        """Purify with callback(i, t_i, state_i) along the path; brownian=False leaves the noise out.
+
+        A state is what `finish` takes: beside the image, where guidance reads that.
+        """
         check_images(x, self.margin)
         check_network("score", self.score, x)
-        noise = self._noise(x, seeds)
-        increments = noise[1:] if brownian else None
-        state = self.start(to_state(x), noise[0])
-        return self.finish(solve(self.score, self.sde, state, self.times, increments, callback))
+        state, increments = self._begin(x, self._noise(x, seeds))
+        noise = increments if brownian else None
+        return self.finish(solve(self.score, self.sde, state, self.times, noise, callback))
 
     def start(self, state: Tensor, noise: Tensor) -> Tensor:
         """The state at t*: the attacked image itself, unscaled and without forward noise."""
@@ -144,17 +147,27 @@ class Purifier(StochasticPurifier):
 
     def finish(self, state: Tensor) -> Tensor:
         """The image that the classifier sees."""
+        state = state.chunk(2, dim=1)[0] if self.reads_image else state
         return to_image(state.clamp(-1, 1) if self.clamp else state)
 
     def _run(self, x: Tensor, noise: Tensor) -> Tensor:
         check_network("score", self.score, x)
-        state = self.start(to_state(x), noise[0])
+        state, increments = self._begin(x, noise)
         gradient = "exact" if self.gradient == "bpda" else self.gradient
-        return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, noise[1:]))
+        return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, increments))
+
+    def _begin(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(the state at t*, the increments from there), each beside the image's where guidance reads that."""
+        state, increments = self.start(to_state(x), noise[0]), noise[1:]
+        if self.reads_image:
+            state = torch.cat([state, to_state(x)], dim=1)
+            increments = torch.cat([increments, torch.zeros_like(increments)], dim=2)
+        return state, increments
 
     def images_kept(self, x: Tensor) -> int:
         """How many images like x are differentiated without walking their paths again, see `gradients`."""
-        return images_kept(self.gradient, self.score, self.sde, x, self.times)
+        state = torch.cat([x, x], dim=1) if self.reads_image else x
+        return images_kept(self.gradient, self.score, self.sde, state, self.times)
 
     def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
         """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""
@@ -170,6 +183,36 @@ class DiffPurePurifier(Purifier):
         """√ᾱ·x + √(1-ᾱ)·ε with the discrete ᾱ of DiffPure's code."""
         mean, std = self.sde.discrete_marginal(self.t_star)
         return mean * state + std * noise
+
+
+class ProbabilityFlow(Purifier):
+    """The probability flow of Song et al. (2021): half the score, and no noise; deterministic.
+
+    Raises:
+        ValueError: for guidance that reads the image, which would be halved as well.
+    """
+
+    def __init__(self, score: nn.Module, **settings: Any) -> None:
+        super().__init__(Halved(score), **settings)
+        if self.reads_image:
+            raise ValueError("score: expected no guidance that reads the image; got one on the flow")
+
+    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
+        check_seeds(seeds, x)
+        return x.new_zeros(self.n_steps + 1, *x.shape)
+
+
+class Halved(nn.Module):
+    """s(x, t)/2: with it the drift of Eq. 4 is that of the probability flow."""
+
+    def __init__(self, score: nn.Module) -> None:
+        super().__init__()
+        check_module("score", score)
+        self.score = score
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Half the score at x (B, ...) and t of shape () or (B,), like x."""
+        return self.score(x, t) / 2
 
 
 class Purified(nn.Module):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coup_lib.defences import CANDIDATES
+from coup_lib.defences import CANDIDATES, RIVALS
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Predictions, Transfer, worst_case
 from coup_lib.reporting import tables
@@ -60,8 +60,16 @@ def test_every_candidate_is_tried_at_every_weight():
 
 
 def test_everyone_faces_the_same_kinds_of_attack():
-    for defence in (*beyond.RIVALS, *CANDIDATES):
+    for defence in (*beyond.RIVALS, *CANDIDATES, *RIVALS):
         assert set(beyond.sources(defence)) == set(beyond.SOURCES)
+
+
+def test_what_reads_the_image_is_attacked_by_its_exact_gradient_from_elsewhere_too():
+    """There the first-order gradient leaves out how the image guides, and is the weaker attack."""
+    for defence, gradient in (("coup", "first_order"), ("gdmp", "exact"), ("prediction", "exact")):
+        faced = beyond.sources(defence)
+        assert {faced[name].gradient for name in ("warm", "worst_draw")} == {gradient}
+        assert faced["first_order"].gradient == "first_order"
 
 
 def test_the_verdict_says_what_the_interval_says(found):
@@ -90,7 +98,7 @@ def test_a_search_on_a_few_images(results_folder):
     assert all(score.report.shape == (3, 2) for each in found.values() for score in each.scores.values())
     assert len(list(results_folder.rglob("*guided*"))) == 0
     assert list(results_folder.rglob("score-smoothed-on-*-apgd-margin-smoothed-exact-*.json"))
-    made = {Transfer("averaged", name) for name in ("exact", "margin", "warm")}
+    made = {Transfer("averaged", name) for name in ("exact", "margin", "warm", "worst_draw")}
     first, second = (set(found[setting].scores) for setting in tried)
     assert made < first and made | {Transfer("reverse", "margin")} < second
 
@@ -99,7 +107,7 @@ def test_both_ways_what_is_made_against_one_is_tried_on_the_other(results_folder
     config = Config(n_images=3, n_draws=2, purpose="compare", n_iter=1, eot=1)
     tried = [Setting("reverse"), Setting("diffpure"), Setting("coup", 1.0), Setting("smoothed", 2.0)]
     found = beyond.measure(config, tried, both_ways=True)
-    names = ("exact", "first_order", "margin", "warm")
+    names = ("exact", "first_order", "margin", "warm", "worst_draw")
     guided = {Transfer(str(setting), name) for setting in tried[2:] for name in names}
     assert all(guided < set(found[setting].scores) for setting in tried[:2])
     assert not guided & (set(found[tried[2]].scores) | set(found[tried[3]].scores))

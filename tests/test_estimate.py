@@ -227,7 +227,7 @@ def test_a_run_asks_for_the_networks_that_it_takes(monkeypatch, tmp_path):
     more = {
         "02_ablation": {"wrn-70-16-dropout"},
         "06_adversarial_training": {linf, l2},
-        "08_beyond": {linf},
+        "08_beyond": {linf, l2},
     }
     assert taken == {name: two | more.get(name, set()) for name in grids.NOTEBOOKS}
 

@@ -16,6 +16,7 @@ from coup_lib.defences import (
     MAXIMISERS,
     PAPER,
     PURIFIERS,
+    RIVALS,
     SWITCH,
     build,
     is_guided,
@@ -24,15 +25,17 @@ from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.guidance import (
     ConfidenceGuided,
     DenoisedGuided,
+    DistanceGuided,
     FirstOrder,
     GuidanceInterval,
     Guided,
+    PredictionGuided,
     Smoothed,
     to_image,
     to_state,
 )
 from coup_lib.likelihood import likelihood
-from coup_lib.purify import Averaged, DiffPurePurifier, Purifier, coup
+from coup_lib.purify import Averaged, ProbabilityFlow, Purifier, coup
 from coup_lib.score import ScoreDenoiser
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, step_times, time_grid
@@ -72,6 +75,18 @@ def made(name, gradient="exact", n_steps=4, t_star=0.1):
     return defence, 0.25 + x / 2  # away from the clamp's kink
 
 
+def state_of(name, x):
+    """What the named defence's score is of: states, beside the image where its guidance reads that."""
+    state = to_state(x)
+    return torch.cat([state, state.flip(0)], 1) if PURIFIERS[name].reads_image else state
+
+
+def unguided(guided, x, t):
+    """The score inside of a guided one, like x: of states, or of states beside an image."""
+    state = x[:, :1]
+    return torch.cat([guided.score(state, t), -x[:, 1:] / 2], 1)
+
+
 def input_gradient(defence, x):
     """The gradient of a fixed mixture of logits."""
     x = x.clone().requires_grad_()
@@ -97,7 +112,7 @@ def by_differences(function, x, step=1e-6):
 def test_every_name_has_a_label_of_its_own():
     assert set(LABELS) == set(DEFENCES) == {"none", *PURIFIERS}
     assert len(set(LABELS.values())) == len(LABELS)
-    assert sorted((*PAPER, *MAXIMISERS, *CANDIDATES, *CONTROLS)) == sorted(DEFENCES)
+    assert sorted((*PAPER, *MAXIMISERS, *CANDIDATES, *CONTROLS, *RIVALS)) == sorted(DEFENCES)
     assert not is_guided("none") and not is_guided("averaged") and is_guided("coup-averaged")
 
 
@@ -108,9 +123,9 @@ def test_every_defence_keeps_its_recipe(name):
     logits = defence(x, seeds=SEEDS)
     assert logits.shape == (5, 3) and logits.dtype == torch.float64 and logits.isfinite().all()
     assert torch.equal(defence(x, seeds=SEEDS), logits)
-    assert not torch.equal(defence(x), defence(x))
+    assert torch.equal(defence(x), defence(x)) == (recipe.path is ProbabilityFlow)
     assert not any(parameter.requires_grad for parameter in defence.parameters())
-    assert isinstance(defence.purifier, DiffPurePurifier) == recipe.forward_noise
+    assert type(defence.purifier) is recipe.path
     assert isinstance(defence.purifier.score, Guided) == is_guided(name)
     assert getattr(defence, "draws", 1) == recipe.draws
     if recipe.robust_guide:
@@ -147,13 +162,13 @@ def test_first_order_holds_the_guidance_and_nothing_else(name):
 
     class Detached(nn.Module):
         def forward(self, x, t):
-            return guided.score(x, t) + (guided(x, t) - guided.score(x, t)).detach()
+            return unguided(guided, x, t) + (guided(x, t) - unguided(guided, x, t)).detach()
 
     ends = {}
     for way, score in (("ours", FirstOrder(guided)), ("by hand", Detached()), ("exact", guided)):
-        state = to_state(x).requires_grad_()
+        state = state_of(name, x).requires_grad_()
         end = solve(score, sde, state, times)
-        ends[way] = end.detach(), torch.autograd.grad(end, state, torch.ones_like(x))[0]
+        ends[way] = end.detach(), torch.autograd.grad(end, state, torch.ones_like(end))[0]
     torch.testing.assert_close(ends["ours"][0], ends["exact"][0], rtol=0, atol=1e-14)
     assert relative_error(ends["ours"][1], ends["by hand"][1]) < 1e-12
     assert relative_error(ends["ours"][1], ends["exact"][1]) > 1e-4  # there is something to hold
@@ -177,21 +192,21 @@ def test_inference_mode_changes_nothing_but_that_nothing_is_differentiated(name)
         assert torch.equal(defence(inside, seeds=SEEDS), expected)
         if name in GUIDED:  # a score is of use in another sampler, too
             guided, t = defence.purifier.score, T.clone()
-            scored = guided(to_state(inside), t)
+            scored = guided(state_of(name, inside), t)
     assert torch.equal(defence(inside, seeds=SEEDS), expected)
     if name in GUIDED:
-        assert torch.equal(guided(to_state(x), T), scored)
+        assert torch.equal(guided(state_of(name, x), T), scored)
 
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_no_weight_is_no_guidance(name):
     recipe = PURIFIERS[name]
     score, classifier, x = small_problem()
-    state = to_state(x)
+    state = state_of(name, x)
     guided = recipe.guidance(score, classifier, 0.0)
     for t in (0.01, 0.05):
         t = torch.tensor(t, dtype=torch.float64)
-        assert torch.equal(guided(state, t), score(state, t))
+        assert torch.equal(guided(state, t), unguided(guided, state, t))
 
 
 # --- guidance ---
@@ -301,3 +316,71 @@ def test_smoothed_is_the_mean_probability_over_fixed_noise():
     torch.testing.assert_close(logits - math.log(3), by_hand.log())
     assert torch.equal(smoothed(x[2:4]), logits[2:4])  # the same noise in whatever batch
     torch.testing.assert_close(Smoothed(classifier, std=0.0)(x).softmax(1), classifier(x).softmax(1))
+
+
+# --- guidance that reads the attacked image, and the probability flow ---
+
+
+def test_guidance_by_distance_is_the_slope_of_the_distance():
+    """To the image noised to the same time, in the mean over that noise; by the schedule of GDMP."""
+    score, classifier, x = small_problem()
+    pair, sde = state_of("gdmp", x), VPSDE()
+    mean, std = sde.mean_coeff(T), sde.std(T)
+
+    def closeness(state):
+        return -(state - mean * pair[:, 1:]).square().flatten(1).sum(1) / 2
+
+    slope = std / mean * by_differences(closeness, pair[:, :1])
+    torch.testing.assert_close(DistanceGuided(score, classifier, 3.0).guidance(pair, T), 3 * slope)
+
+
+def test_guidance_to_the_prediction_is_the_slope_of_the_agreement():
+    score, classifier, x = small_problem()
+    pair = state_of("prediction", x)
+    said = classifier(to_image(pair[:, 1:])).softmax(1)
+
+    def agreement(state):
+        return (said * classifier(to_image(state)).log_softmax(1)).sum(1)
+
+    found = PredictionGuided(score, classifier, 2.0).guidance(pair, T)
+    torch.testing.assert_close(found, 2 * by_differences(agreement, pair[:, :1]), rtol=1e-6, atol=1e-8)
+
+
+def test_by_distance_the_exact_gradient_follows_the_image_and_the_first_order_one_does_not():
+    """On one Gaussian all is linear: two factors, of the state and of the image, step by step."""
+    _, classifier, x = small_problem()
+    mean, spread, weight, sde = torch.zeros(1, 4, dtype=torch.float64), 0.3, 20.0, VPSDE()
+    guided, x = DistanceGuided(GaussianMixtureScore(mean, spread), classifier, weight), 0.25 + x / 2
+    slopes = {}
+    for gradient in ("exact", "first_order"):
+        purifier, given = Purifier(guided, n_steps=5, gradient=gradient), x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(purifier(given, SEEDS).sum(), given)
+        exact, total = gradient == "exact", 1.0
+        for t, dt in step_times(purifier.times, x.dtype, x.device):
+            beta, m, std = sde.beta(t), sde.mean_coeff(t), sde.std(t)
+            own = -1 / (m**2 * spread**2 + std**2) - exact * weight * std / m
+            total = total * (1 + dt * beta * (0.5 + own)) + exact * dt * beta * weight * std
+        torch.testing.assert_close(slope, total * torch.ones_like(slope))
+        slopes[gradient] = float(total)
+    assert slopes["exact"] > 1.1 * slopes["first_order"]  # nearer to the image that the attacker moves
+
+
+def test_the_probability_flow_of_a_gaussian_has_a_closed_form():
+    """The distance to the mean shrinks as the standard deviation does; Euler's error halves with the step."""
+    x = small_problem()[2]
+    mean, spread, sde, errors = torch.full((1, 4), 0.2, dtype=torch.float64), 0.3, VPSDE(), []
+    for n_steps in (200, 400):
+        purifier = ProbabilityFlow(GaussianMixtureScore(mean, spread), n_steps=n_steps)
+        purifier.clamp = False
+        start, end = purifier.times[0], purifier.times[-1]
+        (m, s), (m_end, s_end) = ((sde.mean_coeff(t), sde.std(t)) for t in (start, end))
+        ratio = ((m_end**2 * spread**2 + s_end**2) / (m**2 * spread**2 + s**2)).sqrt()
+        expected = to_image(0.2 * m_end + ratio * (to_state(x) - 0.2 * m))
+        errors.append(float((purifier(x) - expected).abs().max()))
+    assert errors[0] < 2e-3 and errors[0] / errors[1] == pytest.approx(2, abs=0.1)
+
+
+def test_the_flow_takes_no_guidance_that_reads_the_image():
+    score, classifier, _ = small_problem()
+    with pytest.raises(ValueError, match=r"^score: expected no guidance that reads the image"):
+        ProbabilityFlow(PredictionGuided(score, classifier))

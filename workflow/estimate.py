@@ -130,8 +130,9 @@ def calls_of_a_step(defence: str) -> tuple[np.ndarray, np.ndarray]:
     recipe = PURIFIERS[defence]
     if recipe.maximised:  # by the gradient of a denoiser's error
         return np.array([2, 0]), np.array([0, 2 * is_guided(defence)])
+    calls = recipe.guidance.calls if recipe.guidance else 0
     draws = SMOOTHING_DRAWS if recipe.smoothing else 1
-    return np.array([1, 0]), np.array([2 * recipe.differentiates_score, 2 * draws * is_guided(defence)])
+    return np.array([1, 0]), np.array([2 * recipe.differentiates_score, calls * draws])
 
 
 def _guided_share(defence: str, t_star: float) -> float:

@@ -127,7 +127,7 @@ class Bench:
             recipe,
             self.classifier,
             score,
-            self._classifier(self._guide) if recipe.robust_guide else self.classifier,
+            self._classifier(self._guide(name)) if recipe.robust_guide else self.classifier,
             guidance_weight=self.config.guidance_weight if weight is None else weight,
             t_star=self.config.t_star,
             n_steps=n_steps or self.config.n_steps,
@@ -153,7 +153,7 @@ class Bench:
             found["guidance_weight"] = config.guidance_weight
         found |= PURIFIERS[name].constants
         if PURIFIERS[name].robust_guide:
-            found["guide_sha256"] = self._identity(self._guide)
+            found["guide_sha256"] = self._identity(self._guide(name))
         if spec and spec.n_steps:
             found["n_steps"] = spec.n_steps
         if spec and spec.guidance_weight is not None:
@@ -182,9 +182,8 @@ class Bench:
         # Of the zoo's networks the name says what they compute with their weights.
         return of_network(network) if network in self._from_zoo else of_content(network)[0]
 
-    @property
-    def _guide(self) -> str:
-        return self.config.setup.robust_classifiers[self.config.norm]
+    def _guide(self, defence: str) -> str:
+        return self.config.setup.robust_classifiers[PURIFIERS[defence].guide_norm(self.config.norm)]
 
     def _score_network(self, precision: str) -> nn.Module:
         config = self.config

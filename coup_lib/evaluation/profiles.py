@@ -36,8 +36,8 @@ class Profile:
 
 
 # What a run is for: a table of the paper; a few defences beside each other; many settings of one; a search
-# among many; many attacks; none, but clean images.
-PURPOSES = ("report", "compare", "sweep", "search", "probe", "clean")
+# among many; its rivals; many attacks; none, but clean images.
+PURPOSES = ("report", "compare", "sweep", "search", "rivals", "probe", "clean")
 BUDGETS = ("smoke", "quick", "full")
 SMOKE_STEPS = 3
 SMOKE = Budget(4, n_iter=2, eot=2, n_targets=1, square_queries=5, n_draws=2, bpda_eot=(1, 2))
@@ -46,6 +46,7 @@ FULL = {
     "compare": Budget(n_images=512, n_iter=20, eot=5, n_targets=9, square_queries=2000),
     "sweep": Budget(n_images=512, n_iter=16, eot=3, n_targets=9, square_queries=2000),
     "search": Budget(n_images=96, n_iter=16, eot=4, n_targets=9, square_queries=2000),
+    "rivals": Budget(n_images=256, n_iter=16, eot=4, n_targets=9, square_queries=2000),
     "probe": Budget(n_images=64, n_iter=50, eot=20, n_targets=9, square_queries=2000),
     "clean": Budget(n_images=512, n_iter=1, eot=1, n_targets=1, square_queries=1),
 }
@@ -53,7 +54,8 @@ QUICK_DIGITS = {
     "report": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
     "compare": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200),
     "sweep": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
-    "search": Budget(n_images=48, n_iter=8, eot=3, n_targets=3, square_queries=200),
+    "search": Budget(n_images=32, n_iter=8, eot=3, n_targets=3, square_queries=200, n_draws=5),
+    "rivals": Budget(n_images=32, n_iter=8, eot=3, n_targets=3, square_queries=200, n_draws=5),
     "probe": Budget(n_images=32, n_iter=20, eot=5, n_targets=3, square_queries=200),
     "clean": Budget(n_images=512, n_iter=1, eot=1, n_targets=1, square_queries=1, n_draws=2),
 }
@@ -66,6 +68,7 @@ QUICK_CIFAR_SMALL = {
     "compare": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "sweep": Budget(64, n_iter=10, eot=1, n_targets=1, square_queries=100, n_draws=2, bpda_eot=(1, 5)),
     "search": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
+    "rivals": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "probe": Budget(16, n_iter=10, eot=1, n_targets=1, square_queries=100),
     "clean": Budget(512, n_iter=1, eot=1, n_targets=1, square_queries=1, n_draws=2),
 }

@@ -117,9 +117,10 @@ class Experiment:
     def classifiers(self) -> list[str]:
         """The classifier that decides, and the robust one where that guides."""
         named = {spec.surrogate for row in self.attacks.values() for spec in row.values()} | {*self.attacks}
-        guided = any(PURIFIERS[name].robust_guide for name in named - {"none"})
-        robust = [self.config.setup.robust_classifiers[self.config.norm]] if guided else []
-        return [self.classifier or self.config.classifier, *robust]
+        recipes = [PURIFIERS[name] for name in sorted(named - {"none"})]
+        norms = [recipe.guide_norm(self.config.norm) for recipe in recipes if recipe.robust_guide]
+        robust = [self.config.setup.robust_classifiers[norm] for norm in norms]
+        return list(dict.fromkeys([self.classifier or self.config.classifier, *robust]))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The search of notebook 08: a guided purifier that keeps its gain under the worst of its attacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,12 +29,14 @@ BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
 PLAIN = ("reverse", "averaged")  # without guidance; what is made against them is tried on all
 WEIGHTS = {"smoke": (1.0,), "quick": (1.0,), "full": (0.5, 1.0, 3.0)}
+LOOKING = 8  # iterations of the attack that looks at every draw: half of the others' or fewer
 SOURCES = {
     "clean": "Clean",
     "exact": "APGD-ce, exact",
     "first_order": "APGD-ce, first-order",
     "margin": "APGD on the margin, exact",
     "warm": "APGD-ce, first-order, warm start",
+    "worst_draw": "Worst draw, first-order",
     "from_none": "Transfer from undefended",
     "from_reverse": "Transfer from reverse SDE",
     "from_diffpure": "Transfer from DiffPure",
@@ -44,6 +46,7 @@ COLUMNS = SOURCES | {
     "worst": tables.COLUMNS["worst"],
     "recorded": tables.COLUMNS["recorded"],
 }
+JUDGED = {"exact": "Each one's own exact attack", "worst": COLUMNS["worst"]}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Found:
     def right(self) -> dict[str, np.ndarray]:
         """The columns of `COLUMNS`: column → share of right draws per image, (n,)."""
         found = {name: score.right for name, score in direct(self.scores).items()}
-        found["transferred"] = worst_of([*transferred(self.scores).values()])
+        if others := transferred(self.scores):
+            found["transferred"] = worst_of([*others.values()])
         found["worst"] = worst_of([*self.scores.values()])
         return found | {"recorded": self.recorded.right}
 
@@ -77,14 +81,20 @@ class Setting:
 
 
 def sources(defence: str) -> dict[str, AttackSpec]:
-    """The attacks that a defence faces, of the same kinds for every defence, by the names of `SOURCES`."""
+    """The attacks that a defence faces, of the same kinds for every defence, by the names of `SOURCES`.
+
+    "warm" and "worst_draw" go by the gradient that is the stronger one: first-order, but exact where the
+    guidance is made from the attacked image.
+    """
     undefended = against("apgd-ce", "none")
+    stronger = "exact" if defence in PURIFIERS and PURIFIERS[defence].reads_image else "first_order"
     return {
         "clean": CLEAN,
         "exact": against("apgd-ce", defence),
         "first_order": against("apgd-ce", defence, "first_order"),
         "margin": against("apgd-margin", defence),
-        "warm": against("apgd-ce", defence, "first_order", start=undefended),
+        "warm": against("apgd-ce", defence, stronger, start=undefended),
+        "worst_draw": against("worst-draw", defence, stronger, n_iter=LOOKING),
         "from_none": undefended,
         "from_reverse": against("apgd-ce", "reverse"),
         "from_diffpure": against("apgd-ce", "diffpure"),
@@ -100,28 +110,30 @@ def settings(weights: Sequence[float]) -> list[Setting]:
     ]
 
 
-def measure(config: Config, chosen: Sequence[Setting], *, both_ways: bool = False) -> dict[Setting, Found]:
-    """Every setting against its own set of sources, and against what is made against `PLAIN` ones.
+def measure(
+    config: Config, chosen: Sequence[Setting], *, lent: Sequence[str] = PLAIN, both_ways: bool = False
+) -> dict[Setting, Found]:
+    """Every setting against its own set of sources, and against what is made against those in `lent`.
 
     both_ways: what is made against any setting without guidance is tried on all, and what is made against a
     guided one on those without.
     """
     found: dict[Setting, dict[Any, Predictions]] = {setting: {} for setting in chosen}
-    for setting, experiment in experiments(config, chosen, both_ways=both_ways):
+    for setting, experiment in experiments(config, chosen, lent=lent, both_ways=both_ways):
         for row in experiment.predictions().values():
             found[setting] |= row
     return {setting: Found(row, _recorded(config, setting, row)) for setting, row in found.items()}
 
 
 def experiments(
-    config: Config, chosen: Sequence[Setting], *, both_ways: bool = False
+    config: Config, chosen: Sequence[Setting], *, lent: Sequence[str] = PLAIN, both_ways: bool = False
 ) -> list[tuple[Setting, Experiment]]:
     """What each setting faces, in the order of `measure`; a setting may have several parts."""
     found = []
     plain = [setting for setting in chosen if both_ways and not is_guided(setting.defence)]
-    surrogates = (*PLAIN, *(setting.defence for setting in plain))
+    surrogates = (*lent, *(setting.defence for setting in plain))
     for setting in chosen:
-        here, defence = _at(config, setting), setting.defence
+        here, defence = at(config, setting), setting.defence
         row = with_transfers({name: sources(name) for name in dict.fromkeys((*surrogates, defence))})[defence]
         found.append((setting, Experiment(here, {defence: row})))
         if is_guided(defence):
@@ -130,18 +142,24 @@ def experiments(
     return found
 
 
-def _at(config: Config, setting: Setting) -> Config:
+def at(config: Config, setting: Setting) -> Config:
+    """The configuration with the setting's λ, if it has one."""
     return config if setting.weight is None else replace(config, guidance_weight=setting.weight)
 
 
 def _recorded(config: Config, setting: Setting, row: dict[str, Predictions]) -> WorstCase:
-    return Evaluation(_at(config, setting)).recorded({setting.defence: row})[setting.defence]
+    return Evaluation(at(config, setting)).recorded({setting.defence: row})[setting.defence]
 
 
 def best_guided(found: Mapping[Setting, Found]) -> Setting:
     """The guided setting, COUP's own among them, with the highest accuracy under the worst of its sources."""
-    guided = [setting for setting in found if is_guided(setting.defence)]
-    return max(guided, key=lambda setting: float(found[setting].right["worst"].mean()))
+    return best(found, [setting.defence for setting in found if is_guided(setting.defence)])
+
+
+def best(found: Mapping[Setting, Found], defences: Collection[str]) -> Setting:
+    """The setting of these defences with the highest accuracy under the worst of its sources."""
+    possible = [setting for setting in found if setting.defence in defences]
+    return max(possible, key=lambda setting: float(found[setting].right["worst"].mean()))
 
 
 def to_confirm(winner: Setting, weight: float) -> list[Setting]:
@@ -154,13 +172,20 @@ def controls(winner: Setting) -> list[Setting]:
 
     What averaging or forward noise does is not guidance's merit.
     """
-    recipe = PURIFIERS[winner.defence]
-    twin = next(
-        name
+    return list(dict.fromkeys((Setting(BASELINE), twin(winner))))
+
+
+def twin(setting: Setting) -> Setting:
+    """A guided setting's own purifier without guidance; the baseline of one that has no guidance."""
+    if setting.weight is None:
+        return Setting(BASELINE)
+    same = ("path", "draws", "maximised")
+    recipe = PURIFIERS[setting.defence]
+    return next(
+        Setting(name)
         for name, other in PURIFIERS.items()
-        if not other.guidance and (other.forward_noise, other.draws) == (recipe.forward_noise, recipe.draws)
+        if not other.guidance and all(getattr(other, field) == getattr(recipe, field) for field in same)
     )
-    return [Setting(name) for name in dict.fromkeys((BASELINE, twin))]
 
 
 # --- what is shown ---
@@ -214,7 +239,6 @@ def verdict(found: Mapping[Setting, Found], winner: Setting) -> str:
         for rival, each in found.items()
         if rival != winner
     }
-    names = {"exact": "Each one's own exact attack", "worst": COLUMNS["worst"]}
     beaten = all(
         Difference.of(found[winner].right["worst"], found[control].right["worst"]).low > 0
         for control in controls(winner)
@@ -226,5 +250,9 @@ def verdict(found: Mapping[Setting, Found], winner: Setting) -> str:
     )
     faced = ", ".join(f"{setting}: {each.recorded.n_sources}" for setting, each in found.items())
     return "\n\n".join(
-        [tables.claims(pairs, names), closing, f"Attacks on record, which are not the same for all: {faced}."]
+        [
+            tables.claims(pairs, JUDGED),
+            closing,
+            f"Attacks on record, which are not the same for all: {faced}.",
+        ]
     )

@@ -28,6 +28,7 @@ from coup_lib.studies import (
     fidelity,
     likelihood_study,
     mechanism,
+    rivals,
     stronger_attacks,
     sweeps,
 )
@@ -98,12 +99,14 @@ def _stronger_attacks(config: Config) -> Grid:
     ]
 
 
-def _beyond(search: Config, confirm: Config, weights: Sequence[float] | None = None) -> Grid:
-    tried = beyond.settings(weights or beyond.WEIGHTS[search.budget])
+def _beyond(
+    search: Config, confirm: Config, compared: Config, weights: Sequence[float] | None = None
+) -> Grid:
+    tried = beyond.settings(weights or beyond.WEIGHTS[search.budget]) + rivals.settings(search.budget)
     # Which setting wins is known after the search only; the paper's own stands for it.
     chosen = beyond.to_confirm(beyond.Setting("coup", confirm.guidance_weight), confirm.guidance_weight)
     found = [*beyond.experiments(search, tried), *beyond.experiments(confirm, chosen, both_ways=True)]
-    return [experiment for _, experiment in found]
+    return [*(experiment for _, experiment in found), *rivals.planned(compared)]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ NOTEBOOKS = {
         tuple({"purpose": "sweep", "norm": norm} for norm in NORMS), _adversarial_training
     ),
     "07_stronger_attacks": Notebook(({"purpose": "probe"},), _stronger_attacks),
-    "08_beyond": Notebook(({"purpose": "search"} | VALIDATION, {"purpose": "compare"}), _beyond),
+    "08_beyond": Notebook(
+        ({"purpose": "search"} | VALIDATION, {"purpose": "compare"}, {"purpose": "rivals"}), _beyond
+    ),
 }
 
 
