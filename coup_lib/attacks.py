@@ -21,8 +21,10 @@ from coup_lib.ascent import (
     Kept,
     Loss,
     LowFrequency,
+    PerStep,
     Selective,
     cross_entropy,
+    hidden_states,
     in_parts,
     low_frequencies,
     margin,
@@ -41,15 +43,17 @@ from coup_lib.checks import (
     count,
     number,
 )
+from coup_lib.outside import OUTSIDE, check_reach, climb
 from coup_lib.sde import per_image
 
-__all__ = ["ATTACKS", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
+__all__ = ["ATTACKS", "NAMES", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
 
 BY_DRAWS = ("kept", "worst-draw", "em")  # that look at every draw of a random model
 # Those that begin where they are told:
 STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", *BY_DRAWS, "low-frequency")
 SUITES = ("square", "standard")  # run by AutoAttack's own object
-ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)
+ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)  # in the ball, of any classifier
+NAMES = (*ATTACKS, "per-step", *OUTSIDE)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
 RESTARTS = ("margin", "ce", "dlr")  # the losses of "em", one after the other
 UNDECIDED = {
@@ -91,10 +95,13 @@ class Attack:
         as of an attacker who may submit again; its control is the same count at a tiny eps) and "em" (the
         gradient of the draws that can be broken together, see `ascent.selected`; a third of n_iter on each of
         the losses `RESTARTS`, images that are wrong in every draw left out, best point kept);
-        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "square" (black box)
-        and "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
-        that begins anew with the same noise are judged on the same noise; those in "rand" are not.
+        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "per-step" (kept,
+        with the `ascent.deviation` of a purifier's path added); "square" (black box) and "standard"
+        (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence that begins
+        anew with the same noise are judged on the same noise; those in "rand" are not. Outside the ball:
+        "filter" and "flow", see `outside`.
     norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
+        Outside the ball the norm means nothing, and eps is the reach of `outside.filtered` or `flowed`.
     seed: of the attack, at most 2³¹; torch's global generator is left as it was.
     n_targets: of APGD-t and FAB-t, which take no more than there are wrong classes.
     max_batch: the most images in one call of the model; EOT draws are batched up to it. To results it makes
@@ -115,8 +122,10 @@ class Attack:
     max_batch: int = 640
 
     def __post_init__(self) -> None:
-        choice("attack", self.name, ATTACKS)
+        choice("attack", self.name, NAMES)
         checked = {"norm": norm_label(self.norm), "eps": number("eps", self.eps, 0)}
+        if self.name in OUTSIDE:
+            checked["eps"] = check_reach(self.name, self.eps)
         checked["seed"] = count("seed", self.seed, 2**31, low=0)
         for name in ("n_iter", "eot", "n_targets", "square_queries", "max_batch"):
             checked[name] = count(name, getattr(self, name))
@@ -133,11 +142,14 @@ class Attack:
                 take none, and say so in `AttackResult.warnings`.
 
         Raises:
-            ValueError: for a model, images, labels or a start that are not so, or too few classes for
-                apgd-dlr. "rand" and "standard" leave out what needs more classes than there are, and say so.
+            ValueError: for a model, images, labels or a start that are not so, too few classes for apgd-dlr,
+                or per-step on a model that shows no states. "rand", "standard" and "em" leave out what needs
+                more classes than there are, and say so.
             FloatingPointError: for NaN or infinity from the model.
         """
         _check(model, x, y, start)
+        if self.name == "per-step" and (why := hidden_states(model)):
+            raise ValueError(why)
         x, y = x.detach().clone(), y.clone()
         whole = InParts(model, self.max_batch)
         # One pass over all of x comes first. It shows what the model gives, and is the clean draw of every
@@ -151,7 +163,7 @@ class Attack:
         parts, said = self._possible_parts(classes)
         if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()):
             said.append("the model returns probabilities, not logits: gradients through them are weak")
-        if start is not None and self.name not in STARTED:
+        if start is not None and self.name not in (*STARTED, "per-step"):
             said.append(f"{self.name} takes no start: what was given is not used")
         for warning in said:
             warnings.warn(warning, stacklevel=3)
@@ -216,8 +228,12 @@ class Attack:
             x_adv = self._pgd(task)
         elif name == "kept":
             x_adv = _kept(self, task).x
+        elif name == "per-step":
+            x_adv = _kept(self, task, PerStep).x
         elif name == "em":
             x_adv = _em(self, task)
+        elif name in OUTSIDE:
+            x_adv = climb(name, self._gradient(task), x, task.y, self.eps, self.n_iter)
         elif name == "low-frequency":
             return _low_frequency(self, task)
         else:
@@ -265,10 +281,10 @@ def _loss(attack: Attack, task: "_Task", name: str) -> Loss:
     return {"ce": cross_entropy, "dlr": _suite(attack, task).apgd.dlr_loss, "margin": margin}[name]
 
 
-def _kept(attack: Attack, task: "_Task") -> Kept:
+def _kept(attack: Attack, task: "_Task", kind: type[Keeping] = Keeping) -> Kept:
     """What the climb of apgd-ce leaves, if every draw of every gradient is looked at."""
     kept = Kept(task.x)
-    draws = Keeping(task.model, attack.eot, attack.max_batch, cross_entropy, kept)
+    draws = kind(task.model, attack.eot, attack.max_batch, cross_entropy, kept)
     _apgd(attack, task, draws)
     _say_alike(attack, task, draws)
     return kept
@@ -287,6 +303,7 @@ def _em(attack: Attack, task: "_Task") -> Tensor:
     """The best point for each image of restarts by several losses (Wang et al.'s DiffHammer, NeurIPS 2024).
 
     They start anew at random, and leave out the images that were wrong in every draw at some point before.
+    All others are attacked at once, so that it makes no difference which of them are the hardest.
     """
     kept, left = Kept(task.x), torch.arange(len(task.x), device=task.x.device)
     possible = [loss for loss in RESTARTS if task.classes >= CLASSES.get(f"apgd-{loss}", 2)]

@@ -22,6 +22,7 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.records import ChunkedRecord, Progress, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
+from coup_lib.outside import OUTSIDE
 from coup_lib.purify import FixedNoise, Purified, images_per_call
 
 T = TypeVar("T")
@@ -170,9 +171,10 @@ def attack_settings(
     settings: Values = {"attack": spec.attack, "n_images": config.n_images, **images}
     if spec.attack == "clean":
         return f"{name}-clean", settings
+    norm = "outside" if spec.attack in OUTSIDE else config.norm  # of no ball, so in no worst case on record
     settings |= {
         "classifier": name,
-        "norm": config.norm,
+        "norm": norm,
         "eps": config.eps,
         "gradient": spec.gradient,
         "seed": config.seed if spec.seed is None else spec.seed,
@@ -189,7 +191,7 @@ def attack_settings(
         settings["judged"] = True
     if spec.start:
         settings["start"] = attack_settings(spec.start, config, bench, images)[1]
-    return f"{name}-{config.norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
+    return f"{name}-{norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
 
 
 class Batch:

@@ -8,12 +8,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config, radius
+from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import (
     RULES,
     Accuracy,
@@ -21,18 +23,24 @@ from coup_lib.evaluation.outcomes import (
     Predictions,
     WorstCase,
     direct,
+    right_draws,
     transferred,
+    worst_case,
     worst_of,
 )
 from coup_lib.evaluation.protocol import Evaluation, Experiment
+from coup_lib.evaluation.records import Missing, reading_only
+from coup_lib.evaluation.run import classes_of, predict
 from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
+from coup_lib.outside import REACHES, SAID
 from coup_lib.reporting import tables
 from coup_lib.reporting.plots import COLOURS, MARKERS, points
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
 Columns = dict[str, dict[Any, Predictions]]  # defence → name of a source, or `Transfer` → score
+Reach = tuple[str, float]  # of an attack outside the ball: its name and its budget
 
 PGD_FACTOR = 4  # PGD takes this many times APGD's iterations: 200 at the full size
 EPS_FACTORS = {"linf": (0.5, 1.0, 2.0, 4.0), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
@@ -47,10 +55,13 @@ TRANSFERRED = (
 # What does not suit an undefended classifier, which has one gradient and no noise.
 FOR_PURIFIERS = (
     *("first_order", "adjoint", "bpda", "coarse", "eot", "pgd_first_order", "warm", "fixed"),
-    *("kept", "em", "low_first_order"),
+    *("kept", "em", "low_first_order", "per_step"),
 )
 # What each attack on these columns counted itself: images that no draw at any point got wrong.
 COUNTED = {"kept": "any_draw", "kept_first_order": "any_draw_first_order"}
+# Whose images are made anew where many draws decide: of the long attacks the two strongest but for PGD.
+DECIDED = ("first_order", "kept_first_order")
+MANY = 128  # draws that decide together, as in DiffBreak
 
 
 def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | None]]:
@@ -63,7 +74,7 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
     """
     half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
     many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
-    looks = (config.n_iter + 1) * config.eot
+    looks = draws_looked_at(config)
 
     def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
         return against(f"apgd-{loss}", target, gradient, **more)
@@ -100,6 +111,10 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
                 f"APGD-ce, {name}, low frequencies",
                 against("low-frequency", target, gradient, n_iter=half),
             ),
+            f"per_step{suffix}": (
+                f"APGD-ce and per-step losses, {name}, kept by all draws",
+                against("per-step", target, gradient, n_iter=half),
+            ),
         }
     surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
     for name in ("none", "reverse"):
@@ -117,6 +132,11 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
         "clean": ("clean images", against("clean", "none")),
         "recorded": (tables.COLUMNS["recorded"], None),
     }
+
+
+def draws_looked_at(config: Config) -> int:
+    """How many draws of an image the attacks of `COUNTED` look at: those of every gradient."""
+    return (config.n_iter + 1) * config.eot
 
 
 def sources(config: Config, target: str) -> dict[str, AttackSpec]:
@@ -163,7 +183,134 @@ def per_image_accuracy(columns: Columns, recorded: Mapping[str, WorstCase]) -> P
     return found
 
 
+# --- Decisions by many draws, and attacks outside the ball ------------------------------------------------
+
+
+def counts(
+    evaluation: Evaluation, columns: Columns, recorded: Mapping[str, WorstCase]
+) -> tuple[PerImage, dict[str, str]]:
+    """(defence → way to decide → share of right decisions per image (n,), way → heading).
+
+    By the draws on record in the worst case on record, as `tables.by_count` has it; by `MANY` fresh draws,
+    where it begins with "many_", on each image's strongest attack among `DECIDED`; each also on clean images.
+    "any_draw" is the control of `COUNTED`: clean images that none of as many draws gets wrong. "autoattack"
+    is AutoAttack's own count by notebook 04, where that is on record.
+    """
+    config, looks = evaluation.config, draws_looked_at(evaluation.config)
+    found, faced = tables.by_count(columns, recorded, config.n_draws), experiment(config, [*columns]).attacks
+    for defence, row in columns.items():
+        clean = {faced[defence]["clean"]: row["clean"]}
+        own = {faced[defence][name]: row[name] for name in DECIDED if name in row} or {
+            faced[defence]["exact"]: row["exact"]
+        }
+        for start, chosen in (("many_", own), ("many_clean_", clean)):
+            votes = drawn(evaluation, defence, chosen, MANY)
+            found[defence] |= {f"{start}{rule}": votes.decided(rule) for rule in RULES}
+        found[defence]["any_draw"] = drawn(evaluation, defence, clean, looks).decided("worst_draw")
+    for defence, right in autoattack(config, [*columns]).items():
+        found[defence]["autoattack"] = right
+    many = {f"many_{way}": label for way, label in tables.count_headings(MANY).items()}
+    many = {way: label.replace("Worst case", "Strongest") for way, label in many.items()}
+    head = tables.count_headings(config.n_draws) | many
+    head |= {"any_draw": f"Clean: all of {looks} draws", "autoattack": tables.COLUMNS["autoattack"]}
+    return found, head
+
+
+def drawn(
+    evaluation: Evaluation, target: str, scores: Mapping[AttackSpec, Predictions], draws: int
+) -> Predictions:
+    """A target's verdicts by so many fresh draws, on each image's strongest among these attacks; on record.
+
+    An attack's images are made again where they are not here.
+    """
+    config, source = evaluation.config, worst_case([*scores.values()]).source
+
+    def compute(place: int) -> dict[str, Any]:
+        x, here = evaluation.images.x.clone(), slice(place, place + config.chunk_size)
+        for number, spec in enumerate(scores):
+            if (chosen := torch.from_numpy(source == number)).any():
+                x[chosen] = evaluation.x_adv(spec)[chosen]
+        seeds = image_seeds(config.seed, DECIDE, range(config.n_images)[here], draws)
+        logits = predict(evaluation.bench.defence(target), x[here], seeds, evaluation.batch.most)
+        votes = torch.nn.functional.one_hot(classes_of(logits), logits.shape[2]).sum(1)
+        average, labels = classes_of(logits.mean(1)), evaluation.images.y[here]
+        return {"labels": labels.tolist(), "votes": votes.tolist(), "average": average.tolist()}
+
+    settings = {
+        "target": evaluation.bench.settings(target),
+        "attacks": [evaluation.attack_settings(spec)[1] for spec in scores],
+        "source": source.tolist(),
+        "draws": draws,
+        "seed": config.seed,
+    }
+    name = f"decisions-{target}-on-{evaluation.bench.classifier_name}-{config.norm}"
+    result = evaluation.record(name, settings, compute).finish()["result"]
+    labels, average = np.array(result["labels"]), np.array(result["average"])
+    report = np.stack([np.repeat(np.arange(len(votes)), votes) for votes in result["votes"]])
+    return Predictions(labels, report, average, right_draws(report, labels))
+
+
+def autoattack(config: Config, defences: Sequence[str]) -> PerImage:
+    """Defence → AutoAttack's own count of these images (n,) by notebook 04's protocol, where on record."""
+    threat = (
+        "profile",
+        "budget",
+        "norm",
+        "classifier",
+        "subset",
+        "device",
+        "eps",
+        "t_star",
+        "guidance_weight",
+    )
+    report = Config(**{name: getattr(config, name) for name in (*threat, "n_steps", "split", "seed")})
+    try:
+        with reading_only():
+            found = Evaluation(report, verbose=False).columns(defences, autoattack=True)
+    except Missing:
+        return {}
+    if report.n_images < config.n_images:
+        return {}
+    counted = tables.per_image_accuracy(found)
+    return {name: right["autoattack"][: config.n_images] for name, right in counted.items()}
+
+
+def outside_experiments(
+    config: Config, defences: Sequence[str] = PAPER
+) -> dict[tuple[str, float], Experiment]:
+    """(name, reach) → an attack outside the ball on every defence, first-order, by half of the iterations."""
+    found = {}
+    for name, reaches in REACHES.items():
+        faced = {defence: {"it": against(name, defence, "first_order")} for defence in defences}
+        found |= {(name, reach): Experiment(replace(halved(config), eps=reach), faced) for reach in reaches}
+    return found
+
+
+def outside(config: Config, defences: Sequence[str] = PAPER) -> dict[Reach, dict[str, Predictions]]:
+    """(name, reach) → defence → predictions, under the `outside_experiments`."""
+    return {
+        key: {name: row["it"] for name, row in one.predictions().items()}
+        for key, one in outside_experiments(config, defences).items()
+    }
+
+
 # --- Tables -----------------------------------------------------------------------------------------------
+
+
+def counts_table(rows: Sequence[Row], head: Mapping[str, str]) -> pd.DataFrame:
+    """Ways to decide × defences, "share right [95 % interval]" in percent; head: way → heading."""
+    return tables.accuracies(rows, head).T.rename_axis("Right (%)")
+
+
+def outside_table(found: Mapping[Reach, Mapping[str, Predictions]]) -> pd.DataFrame:
+    """Attacks outside the ball × defences, "accuracy [95 % interval]" in percent of a single fresh draw."""
+    lines = {
+        SAID[name].format(reach): {
+            LABELS[defence]: str(Accuracy.of(row["it"])) for defence, row in rows.items()
+        }
+        for (name, reach), rows in found.items()
+    }
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("Accuracy outside the ball (%)")
 
 
 def sources_table(rows: Sequence[Row], config: Config) -> pd.DataFrame:
