@@ -435,6 +435,32 @@ def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_p
     assert rows[1]["em"][1].eot is None and rows[0]["low"][1].eot == 1
 
 
+def test_a_purifier_of_this_library_also_faces_per_step_losses(digits, net, tmp_path):
+    mine = coup(net, load_score("digits", "score"), n_steps=2)
+    found = smoke({"mine": mine, "plain": net}, digits.x, digits.y, tmp_path)
+    assert (
+        "steps" in found.measured.rows["mine"] and Transfer("mine", "steps") in found.measured.rows["plain"]
+    )
+    assert "steps" not in found.measured.rows["plain"]
+    text = "Left out: per-step losses, which take a path whose states are shown, of plain."
+    assert text in found.save().with_suffix(".md").read_text()
+
+
+def test_what_leaves_the_ball_stands_apart_from_every_worst_case(digits, net, tmp_path):
+    alone, beside = (
+        smoke({"plain": net}, digits.x, digits.y, tmp_path / name, outside=name == "outside")
+        for name in ("alone", "outside")
+    )
+    assert alone.measured.rows["plain"].keys() == beside.measured.rows["plain"].keys()
+    assert (alone.worst["plain"].right == beside.worst["plain"].right).all()
+    assert alone.verdict("plain") == beside.verdict("plain") and not alone.measured.outside
+    weakened = "low-pass filter, high frequencies weakened by {} at most"
+    filters, flows = [weakened.format(share) for share in ("50%", "90%")], "flow, pixels moved by {} at most"
+    assert list(beside.outside().index) == [*filters, flows.format(0.5), flows.format(1)]
+    pages = [one.save().with_suffix(".md").read_text() for one in (alone, beside)]
+    assert ["## Outside the ball" in page for page in pages] == [False, True]
+
+
 def test_a_defences_other_gradients_by_name(digits, net, tmp_path):
     hidden = Changed(lambda x: x.detach(), net)
     found = smoke({"it": Defence(hidden, gradients={"through": net})}, digits.x, digits.y, tmp_path)

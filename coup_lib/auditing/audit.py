@@ -44,6 +44,7 @@ def audit(
     folder: str | Path = "build/audit",
     seed: int = 0,
     max_batch: int = 640,
+    outside: bool = False,
     verbose: bool = True,
 ) -> Audit:
     """Put defences through every attack of the protocol, and everything made against one on all the others.
@@ -63,6 +64,7 @@ def audit(
         budget: "quick", "full" (the paper's numbers), or "smoke" to see that it runs.
         folder: of the records and of what `Audit.save` writes.
         max_batch: the most images in one call; halved as long as memory runs out.
+        outside: also attack by filters and flows, which no radius bounds and no worst case counts.
         verbose: show progress, with the time left.
 
     Raises:
@@ -108,7 +110,7 @@ def audit(
         {name: one.identities for name, one in found.items()},
     )
     probes = {name: one.probe for name, one in found.items()}
-    measured = measure(bench, probes, flat, settings, effort, verbose=verbose)
+    measured = measure(bench, probes, flat, settings, effort, outside=outside, verbose=verbose)
     probes = {name: replace(one.probe, changed=one.changed(images)) for name, one in found.items()}
     return Audit(probes, measured, settings, place)
 

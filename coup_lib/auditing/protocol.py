@@ -1,13 +1,14 @@
 """What an audit does: the attacks that a defence faces, their run, and decisions by many draws."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coup_lib.ascent import hidden_states
 from coup_lib.attacks import CLASSES
 from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
@@ -16,6 +17,7 @@ from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import Predictions, most_frequent, worst_case
 from coup_lib.evaluation.run import Runner, classes_of, predict
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
+from coup_lib.outside import REACHES, SAID
 
 LONGER = 2  # times as many iterations, to see whether more still find something
 LARGER = (2.0, 4.0)  # times eps; beyond these, the radius at which every image can be made grey
@@ -110,13 +112,14 @@ class Bench:
 
 
 def attacks(
-    name: str, gradients: Sequence[str], found: Probe, settings: AuditSettings
+    name: str, gradients: Sequence[str], found: Probe, settings: AuditSettings, *, states: bool = False
 ) -> dict[str, tuple[str, AttackSpec]]:
     """Column → (label, attack) of all that a defence faces by itself.
 
     Args:
         name: of the defence.
         gradients: names of those it has beside its own.
+        states: it shows those of its path, see `ascent.hidden_states`.
     """
     more: dict[str, Any] = {} if found.random else {"eot": 1}  # without noise one draw tells all
     small = {CLASSES["apgd-dlr"]: "dlr"}
@@ -138,6 +141,8 @@ def attacks(
             row["single"] = "APGD-ce, one draw a gradient", AttackSpec("apgd-ce", name, eot=1)
             row["kept"] = "APGD-ce, kept by all draws", AttackSpec("kept", name)
             row["em"] = "EM selection of draws", AttackSpec("em", name)
+        if states:
+            row["steps"] = "APGD-ce and per-step losses", AttackSpec("per-step", name)
         row["low"] = "APGD-ce, low frequencies", AttackSpec("low-frequency", name, **more)
         row["standard"] = "AutoAttack standard", AttackSpec("standard", name)
     for gradient in gradients:
@@ -157,13 +162,16 @@ class Measured:
 
     labels: column → what the attack is called. rows: column or `Transfer` → predictions. eps: radius → the
     share of right draws of each image, (n,), under APGD-ce. decided: (images, rule, N) → likewise, by N draws
-    each; the images are "clean" or "attacked", the latter each image's worst.
+    each; the images are "clean" or "attacked", the latter each image's worst. outside: attack outside the
+    ball → likewise; no part of any worst case. hidden: defences without per-step losses.
     """
 
     labels: dict[str, dict[str, str]]
     rows: dict[str, dict[Any, Predictions]]
     eps: dict[str, dict[float, np.ndarray]]
     decided: dict[str, dict[tuple[str, str, int], np.ndarray]]
+    outside: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    hidden: Sequence[str] = ()
 
 
 def measure(
@@ -173,10 +181,15 @@ def measure(
     settings: AuditSettings,
     effort: Effort,
     *,
+    outside: bool = False,
     verbose: bool = True,
 ) -> Measured:
-    """Run the whole protocol, or read back what of it is on record."""
-    faced = {name: attacks(name, [*bench.models[name]][1:], probes[name], settings) for name in probes}
+    """Run the whole protocol, or read back what of it is on record; outside: leave the ball, too."""
+    hidden = [name for name in probes if hidden_states(bench.models[name]["exact"])]
+    faced = {
+        name: attacks(name, [*bench.models[name]][1:], found, settings, states=name not in hidden)
+        for name, found in probes.items()
+    }
     labels = {name: {key: label for key, (label, _) in row.items()} for name, row in faced.items()}
     own = {name: {key: spec for key, (_, spec) in row.items()} for name, row in faced.items()}
     lent = {key for row in own.values() for key in row if key not in LOCAL}
@@ -191,7 +204,8 @@ def measure(
         for name, found in probes.items()
         if found.random
     }
-    return Measured(labels, rows, eps, decided)
+    beyond = _outside(bench, probes, images, settings) if outside else {}
+    return Measured(labels, rows, eps, decided, beyond, hidden)
 
 
 def _runner(bench: Bench, images: Images, settings: AuditSettings, *, verbose: bool) -> Runner:
@@ -220,6 +234,18 @@ def _by_radius(
         at = _runner(bench, images, replace(settings, eps=radius), verbose=False)
         for name, row in at.predictions(faced).items():
             found[name][radius] = row["ce"].right
+    return found
+
+
+def _outside(
+    bench: Bench, probes: Mapping[str, Probe], images: Images, settings: AuditSettings
+) -> dict[str, dict[str, np.ndarray]]:
+    """Defence with a gradient → attack outside the ball → the share of right draws of each image, (n,)."""
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name, one in probes.items() if not one.error}
+    for kind, reach in ((kind, reach) for kind, reaches in REACHES.items() for reach in reaches):
+        at = _runner(bench, images, replace(settings, eps=reach), verbose=False)
+        for name, row in at.predictions({name: {"it": AttackSpec(kind, name)} for name in found}).items():
+            found[name][SAID[kind].format(reach)] = row["it"].right
     return found
 
 

@@ -44,6 +44,10 @@ DECIDED = (
     "majority: a defender who draws N times. The images were made against a single draw; an attack that aims "
     "at the vote may do more. Clean images are the control: what falls there falls unattacked."
 )
+OUTSIDE = (
+    "Filters and flows, each within a reach of its own. The radius does not bound them, so none of them is "
+    "counted in a worst case or a verdict; a defence without a gradient is left out."
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,14 @@ class Audit:
                 line[RULES[rule]] = str(Accuracy.of(found[kind, rule, n]))
         return pd.DataFrame([*lines.values()]).set_index("Defence") if lines else pd.DataFrame()
 
+    def outside(self) -> pd.DataFrame:
+        """One row per attack outside the ball, one column per defence, if they were asked for."""
+        columns = {
+            name: {label: str(Accuracy.of(right)) for label, right in row.items()}
+            for name, row in self.measured.outside.items()
+        }
+        return pd.DataFrame(columns).rename_axis("Accuracy outside the ball (%)")
+
     def claim(self, better: str, than: str) -> str:
         """The verdict on "better is more robust than …", by the paired difference of the worst cases.
 
@@ -193,8 +205,13 @@ class Audit:
         parts += [f"{self.threat}. {CAPTION}", page.Figure("audit.png", ALTERNATIVE)]
         parts += ["## Warnings", *(f"- {text}" for text in self.warnings or ["none"])]
         parts += ["## Every attack", self.attacks()]
+        if self.measured.hidden:
+            names = ", ".join(self.measured.hidden)
+            parts += [f"Left out: per-step losses, which take a path whose states are shown, of {names}."]
         if self.measured.decided:
             parts += ["## Decisions by several draws", DECIDED, self.decisions()]
+        if self.measured.outside:
+            parts += ["## Outside the ball", f"n = {self.settings.n_images}. {OUTSIDE}", self.outside()]
         return parts
 
     def save(self) -> Path:

@@ -10,7 +10,7 @@ from coup_lib.auditing.probe import Probe
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_of
 from coup_lib.evaluation.stats import LEVEL
 
-EXACT = ("ce", "long", "dlr", "margin", "kept", "em", "low")  # attacks by the defence's own gradient
+EXACT = ("ce", "long", "dlr", "margin", "kept", "em", "steps", "low")  # attacks by the defence's own gradient
 WEAKER = ("fgsm", "square", "noise")
 TOLERANCE = 2.0  # points by which a cheaper attack or more work may win
 LOSS_TOLERANCE = 5.0  # points that a loss may be better than another one
