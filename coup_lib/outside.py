@@ -13,10 +13,11 @@ from coup_lib.checks import number
 from coup_lib.sde import per_image
 
 OUTSIDE = ("filter", "flow")
-REACHES = {"filter": (0.5, 0.9), "flow": (0.5, 1.0)}  # that are tried
-SAID = {
-    "filter": "low-pass filter, high frequencies weakened by {:.0%} at most",
-    "flow": "flow, pixels moved by {:g} at most",
+TRIED = {  # (name, reach) → what it is called
+    ("filter", 0.5): "low-pass filter, frequencies weakened by half at most",
+    ("filter", 0.9): "low-pass filter, frequencies weakened by 90 % at most",
+    ("flow", 0.5): "flow, pixels moved by half a pixel at most",
+    ("flow", 1.0): "flow, pixels moved by one pixel at most",
 }
 KNOT = 4  # pixels between the knots of a flow, about
 STEP = 0.1  # of the climb, where 1 is the reach

@@ -17,7 +17,7 @@ from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import Predictions, most_frequent, worst_case
 from coup_lib.evaluation.run import Runner, classes_of, predict
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
-from coup_lib.outside import REACHES, SAID
+from coup_lib.outside import TRIED
 
 LONGER = 2  # times as many iterations, to see whether more still find something
 LARGER = (2.0, 4.0)  # times eps; beyond these, the radius at which every image can be made grey
@@ -242,10 +242,10 @@ def _outside(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Defence with a gradient → attack outside the ball → the share of right draws of each image, (n,)."""
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name, one in probes.items() if not one.error}
-    for kind, reach in ((kind, reach) for kind, reaches in REACHES.items() for reach in reaches):
+    for (kind, reach), label in TRIED.items():
         at = _runner(bench, images, replace(settings, eps=reach), verbose=False)
-        for name, row in at.predictions({name: {"it": AttackSpec(kind, name)} for name in found}).items():
-            found[name][SAID[kind].format(reach)] = row["it"].right
+        for name, row in at.predictions({name: {label: AttackSpec(kind, name)} for name in found}).items():
+            found[name][label] = row[label].right
     return found
 
 

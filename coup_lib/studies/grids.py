@@ -87,7 +87,7 @@ def _stronger_attacks(config: Config) -> Grid:
     decisions = 2 * stronger_attacks.MANY + stronger_attacks.draws_looked_at(config)
     return [
         stronger_attacks.experiment(config),
-        *stronger_attacks.outside_experiments(config).values(),
+        *stronger_attacks.outside_experiments(config),
         *(Measurement(config, name, (0, decisions), config.n_images) for name in PAPER),
         *stronger_attacks.eps_experiments(config).values(),
         *(Measurement(config, name, (draws, steps * draws), config.n_images) for name in PAPER),

@@ -33,14 +33,13 @@ from coup_lib.evaluation.records import Missing, reading_only
 from coup_lib.evaluation.run import classes_of, predict
 from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
-from coup_lib.outside import REACHES, SAID
+from coup_lib.outside import TRIED
 from coup_lib.reporting import tables
 from coup_lib.reporting.plots import COLOURS, MARKERS, points
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
 Columns = dict[str, dict[Any, Predictions]]  # defence → name of a source, or `Transfer` → score
-Reach = tuple[str, float]  # of an attack outside the ball: its name and its budget
 
 PGD_FACTOR = 4  # PGD takes this many times APGD's iterations: 200 at the full size
 EPS_FACTORS = {"linf": (0.5, 1.0, 2.0, 4.0), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
@@ -264,46 +263,32 @@ def autoattack(config: Config, defences: Sequence[str]) -> dict[str, np.ndarray]
     return {name: right["autoattack"][: config.n_images] for name, right in counted.items()}
 
 
-def outside_experiments(config: Config, defences: Sequence[str] = PAPER) -> dict[Reach, Experiment]:
-    """(name, reach) → a first-order attack outside the ball on every defence; a quarter of the iterations."""
-    found: dict[Reach, Experiment] = {}
+def outside_experiments(config: Config, defences: Sequence[str] = PAPER) -> list[Experiment]:
+    """First-order attacks outside the ball, by the names of `TRIED`, with a quarter of the iterations."""
     short = replace(config, n_iter=max(1, config.n_iter // 4))
-    for name, reaches in REACHES.items():
-        faced = {defence: {"it": against(name, defence, "first_order")} for defence in defences}
-        found |= {(name, reach): Experiment(replace(short, eps=reach), faced) for reach in reaches}
-    return found
+    return [
+        Experiment(
+            replace(short, eps=reach),
+            {defence: {label: against(name, defence, "first_order")} for defence in defences},
+        )
+        for (name, reach), label in TRIED.items()
+    ]
 
 
-def outside(config: Config, defences: Sequence[str] = PAPER) -> dict[Reach, dict[str, Predictions]]:
-    """(name, reach) → defence → predictions, under the `outside_experiments`."""
+def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
+    """Defence → name of an attack outside the ball → share of right draws of each image, (n,)."""
+    found = [one.predictions() for one in outside_experiments(config, defences)]
     return {
-        key: {name: row["it"] for name, row in one.predictions().items()}
-        for key, one in outside_experiments(config, defences).items()
+        name: {label: row.right for one in found for label, row in one[name].items()} for name in defences
     }
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
 
 
-def counts_table(rows: Sequence[Row], head: Mapping[str, str]) -> pd.DataFrame:
-    """Ways to decide × defences, "share right [95 % interval]" in percent; head: way → heading."""
-    return tables.accuracies(rows, head).T.rename_axis("Right (%)")
-
-
-def outside_table(found: Mapping[Reach, Mapping[str, Predictions]]) -> pd.DataFrame:
-    """Attacks outside the ball × defences, "accuracy [95 % interval]" in percent of a single fresh draw."""
-    lines = {
-        SAID[name].format(reach): {
-            LABELS[defence]: str(Accuracy.of(one.right)) for defence, one in row.items()
-        }
-        for (name, reach), row in found.items()
-    }
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("Accuracy outside the ball (%)")
-
-
-def sources_table(rows: Sequence[Row], config: Config) -> pd.DataFrame:
-    """Sources × defences, "accuracy [95 % interval]" in percent of a single fresh draw."""
-    return tables.accuracies(rows, labels(config)).T.rename_axis("Accuracy under (%)")
+def across(rows: Sequence[Row], names: Mapping[str, str], title: str = "Accuracy under (%)") -> pd.DataFrame:
+    """Columns by name × defences, "accuracy [95 % interval]" in percent; names: column → heading."""
+    return tables.accuracies(rows, names).T.rename_axis(title)
 
 
 def decisions_table(columns: Columns, config: Config) -> pd.DataFrame:
