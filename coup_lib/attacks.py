@@ -4,6 +4,7 @@ import inspect
 import math
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -43,24 +44,19 @@ from coup_lib.checks import (
     count,
     number,
 )
-from coup_lib.outside import OUTSIDE, check_reach, climb
+from coup_lib.outside import OUTSIDE, climb
 from coup_lib.sde import per_image
 
 __all__ = ["ATTACKS", "NAMES", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
 
-BY_DRAWS = ("kept", "worst-draw", "em")  # that look at every draw of a random model
 # Those that begin where they are told:
-STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", *BY_DRAWS, "low-frequency")
+STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", "kept", "worst-draw", "em", "low-frequency")
 SUITES = ("square", "standard")  # run by AutoAttack's own object
 ATTACKS = ("clean", "noise", "fgsm", *STARTED, *SUITES)  # in the ball, of any classifier
 NAMES = (*ATTACKS, "per-step", *OUTSIDE)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
-RESTARTS = ("margin", "ce", "dlr")  # the losses of "em", one after the other
-UNDECIDED = {
-    "margin": 0.0,
-    "ce": math.log(2),
-    "dlr": 0.0,
-}  # their values at the edge of a wrong decision; of ce at probability 1/2
+# The losses of "em", one after the other, and their values at the edge of a wrong decision (of ce at 1/2):
+RESTARTS = {"apgd-margin": 0.0, "apgd-ce": math.log(2), "apgd-dlr": 0.0}
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the fewest that a loss compares, where they are more than two
 PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
 
@@ -123,9 +119,8 @@ class Attack:
 
     def __post_init__(self) -> None:
         choice("attack", self.name, NAMES)
-        checked = {"norm": norm_label(self.norm), "eps": number("eps", self.eps, 0)}
-        if self.name in OUTSIDE:
-            checked["eps"] = check_reach(self.name, self.eps)
+        checked: dict[str, Any] = {"norm": norm_label(self.norm)}
+        checked["eps"] = number("eps", self.eps, 0, OUTSIDE.get(self.name, math.inf))
         checked["seed"] = count("seed", self.seed, 2**31, low=0)
         for name in ("n_iter", "eot", "n_targets", "square_queries", "max_batch"):
             checked[name] = count(name, getattr(self, name))
@@ -160,7 +155,7 @@ class Attack:
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("NaN or infinity from the model")
         check_labels(y, classes := logits.shape[1])
-        parts, said = self._possible_parts(classes)
+        parts, said = _possible(PARTS.get(self.name, (self.name,)), classes)
         if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()):
             said.append("the model returns probabilities, not logits: gradients through them are weak")
         if start is not None and self.name not in (*STARTED, "per-step"):
@@ -184,15 +179,6 @@ class Attack:
     def reseeded(self, generator: torch.Generator) -> "Attack":
         """This attack with a seed from the generator; adversarial training starts each step elsewhere."""
         return replace(self, seed=int(torch.randint(2**31, (), generator=generator, device=generator.device)))
-
-    def _possible_parts(self, classes: int) -> tuple[tuple[str, ...], list[str]]:
-        """(the parts whose loss has classes enough, what is to be said of others); ValueError if none has."""
-        parts = PARTS.get(self.name, (self.name,))
-        possible = tuple(name for name in parts if classes >= CLASSES.get(name, 2))
-        few = [f"{name} compares {CLASSES[name]} classes" for name in parts if name not in possible]
-        if not possible:
-            raise ValueError(f"attack: {few[0]}; the model has {classes}")
-        return possible, [f"left out, as the model has {classes} classes: {', '.join(few)}"] if few else []
 
     def _inside(self, start: Tensor, x: Tensor) -> Tensor:
         """The start, its images moved that are out of the ball around x or of [0, 1]; others to the bit."""
@@ -226,10 +212,8 @@ class Attack:
             x_adv = self._climb(x, self._gradient(task).mean_gradient(x, task.y)[0], x, self.eps)
         elif name == "pgd":
             x_adv = self._pgd(task)
-        elif name == "kept":
+        elif name in ("kept", "per-step"):
             x_adv = _kept(self, task).x
-        elif name == "per-step":
-            x_adv = _kept(self, task, PerStep).x
         elif name == "em":
             x_adv = _em(self, task)
         elif name in OUTSIDE:
@@ -263,6 +247,15 @@ class Attack:
         return project(x_adv + step * steepest(slope, self.norm), x, self.norm, self.eps)
 
 
+def _possible(parts: Iterable[str], classes: int) -> tuple[tuple[str, ...], list[str]]:
+    """(the parts whose loss has classes enough, what is to be said of others); ValueError if none has."""
+    possible = tuple(name for name in parts if classes >= CLASSES.get(name, 2))
+    few = [f"{name} compares {CLASSES[name]} classes" for name in parts if name not in possible]
+    if not possible:
+        raise ValueError(f"attack: {few[0]}; the model has {classes}")
+    return possible, [f"left out, as the model has {classes} classes: {', '.join(few)}"] if few else []
+
+
 def _apgd(attack: Attack, task: "_Task", draws: BatchedEOT) -> tuple[Tensor, Tensor]:
     """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
 
@@ -281,9 +274,9 @@ def _loss(attack: Attack, task: "_Task", name: str) -> Loss:
     return {"ce": cross_entropy, "dlr": _suite(attack, task).apgd.dlr_loss, "margin": margin}[name]
 
 
-def _kept(attack: Attack, task: "_Task", kind: type[Keeping] = Keeping) -> Kept:
+def _kept(attack: Attack, task: "_Task") -> Kept:
     """What the climb of apgd-ce leaves, if every draw of every gradient is looked at."""
-    kept = Kept(task.x)
+    kept, kind = Kept(task.x), PerStep if attack.name == "per-step" else Keeping
     draws = kind(task.model, attack.eot, attack.max_batch, cross_entropy, kept)
     _apgd(attack, task, draws)
     _say_alike(attack, task, draws)
@@ -306,15 +299,14 @@ def _em(attack: Attack, task: "_Task") -> Tensor:
     All others are attacked at once, so that it makes no difference which of them are the hardest.
     """
     kept, left = Kept(task.x), torch.arange(len(task.x), device=task.x.device)
-    possible = [loss for loss in RESTARTS if task.classes >= CLASSES.get(f"apgd-{loss}", 2)]
-    few = [f"{loss} compares {CLASSES[f'apgd-{loss}']} classes" for loss in RESTARTS if loss not in possible]
-    if few:
-        task.said.append(f"left out, as the model has {task.classes} classes: {', '.join(few)}")
+    possible, said = _possible(RESTARTS, task.classes)
+    task.said.extend(said)
     short = replace(attack, n_iter=max(1, attack.n_iter // len(possible)))
     part = task
-    for loss in possible:
-        given = task.model, attack.eot, attack.max_batch, _loss(attack, task, loss), kept, left
-        draws = Selective(*given, undecided=UNDECIDED[loss], norm=attack.norm, eps=attack.eps)
+    for name in possible:
+        loss = _loss(attack, task, name.removeprefix("apgd-"))
+        given = task.model, attack.eot, attack.max_batch, loss, kept, left
+        draws = Selective(*given, undecided=RESTARTS[name], norm=attack.norm, eps=attack.eps)
         _apgd(short, part, draws)
         left = (kept.right > 0).nonzero()[:, 0]
         if not len(left):

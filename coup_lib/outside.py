@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coup_lib.ascent import BatchedEOT, cosines
-from coup_lib.checks import number
 from coup_lib.sde import per_image
 
-OUTSIDE = ("filter", "flow")
+OUTSIDE = {"filter": 1.0, "flow": float("inf")}  # name → the longest reach
 TRIED = {  # (name, reach) → what it is called
     ("filter", 0.5): "low-pass filter, frequencies weakened by half at most",
     ("filter", 0.9): "low-pass filter, frequencies weakened by 90 % at most",
@@ -21,11 +20,6 @@ TRIED = {  # (name, reach) → what it is called
 }
 KNOT = 4  # pixels between the knots of a flow, about
 STEP = 0.1  # of the climb, where 1 is the reach
-
-
-def check_reach(name: str, reach: float) -> float:
-    """The reach of one of `OUTSIDE`: of a filter at most 1, of a flow in pixels; else a ValueError."""
-    return number(f"eps, the reach of {name}", reach, 0, 1 if name == "filter" else float("inf"))
 
 
 def filtered(x: Tensor, falls: Tensor, reach: float) -> Tensor:

@@ -96,8 +96,8 @@ def test_the_attack_raises_the_loss_within_its_reach_and_the_same_in_any_batch(n
 @pytest.mark.parametrize(
     ("name", "reach", "message"),
     [
-        ("filter", 1.5, "eps, the reach of filter: expected a number greater than 0 and at most 1; got 1.5"),
-        ("filter", 0, "eps: expected a number greater than 0; got 0"),
+        ("filter", 1.5, "eps: expected a number greater than 0 and at most 1; got 1.5"),
+        ("filter", 0, "eps: expected a number greater than 0 and at most 1; got 0"),
         ("flow", "far", "eps: expected a number or a fraction"),
     ],
 )
