@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.checks import check_logits, choice, count
+from coup_lib.gradients import THROUGH_STEPS, replayed
+from coup_lib.guidance import FirstOrder, to_state
+from coup_lib.purify import Purified, Purifier
 from coup_lib.sde import per_image
+from coup_lib.solver import Callback, euler_step, step_times
 
 NORM_LABELS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack spells them
 NORMS = tuple(NORM_LABELS)
@@ -136,10 +140,14 @@ class BatchedEOT:
         """(logits, losses, gradient) of one draw for each x, in one call."""
         with torch.enable_grad():
             x = x.requires_grad_()
-            logits = self.model(x)
-            loss = self.loss(logits, *labels)
+            logits, loss = self._asked(x, *labels)
             (gradient,) = torch.autograd.grad(loss.sum(), x)
         return logits.detach(), loss.detach(), gradient
+
+    def _asked(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits (n, K), what is to be raised (n,)) of one draw for each x, differentiable."""
+        logits = self.model(x)
+        return logits, self.loss(logits, *labels)
 
 
 class Kept:
@@ -248,14 +256,67 @@ def low_frequencies(x: Tensor) -> Tensor:
 
     Purifiers remove high frequencies first (Guo et al., Low frequency adversarial perturbation, UAI 2019).
     """
-    rows, columns = (_lowest(size).to(x) for size in x.shape[2:])
+    lowest = (cosines(size)[: max(1, round(LOW * size))] for size in x.shape[2:])
+    rows, columns = ((waves.T @ waves).to(x) for waves in lowest)
     return rows @ x @ columns
 
 
-def _lowest(size: int) -> Tensor:
-    """(size, size), float64: the orthogonal projection on the lowest cosines, on one at least."""
+def cosines(size: int) -> Tensor:
+    """The orthonormal cosines of DCT-II, (frequency, place), each of this size, in float64."""
     places = torch.arange(size, dtype=torch.float64)
-    frequencies = places[: max(1, round(LOW * size)), None]
-    cosines = torch.cos(torch.pi * frequencies * (places + 0.5) / size)
-    cosines = cosines / cosines.norm(dim=1, keepdim=True)
-    return cosines.T @ cosines
+    waves = torch.cos(torch.pi * places[:, None] * (places + 0.5) / size)
+    return waves / waves.norm(dim=1, keepdim=True)
+
+
+class PerStep(Keeping):
+    """Raises the loss plus the `deviation` of a purifier's path; model: in parts, see `hidden_states`."""
+
+    def _asked(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
+        defence: Any = self.model.model
+        purified, away = deviation(defence.purifier, x)
+        logits = defence.classifier(purified)
+        return logits, self.loss(logits, *labels) + away
+
+
+def hidden_states(model: nn.Module) -> str:
+    """Why a model's states cannot be attacked step by step; "" if they can."""
+    if type(model) is not Purified or not isinstance(model.purifier, Purifier):
+        expected = "a purify.Purified around one purify.Purifier, which shows its states"
+        return f"per-step: expected {expected}; got {type(model).__name__}"
+    gradient = model.purifier.gradient
+    known = f"per-step: expected a gradient through the steps, {' or '.join(THROUGH_STEPS)}; got {gradient}"
+    return "" if gradient in THROUGH_STEPS else known
+
+
+def deviation(purifier: Purifier, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(purified images like x, how far their path has led away from x (n,)), differentiable.
+
+    DiffAttack (Kang et al., NeurIPS 2023) raises the distance between the reverse states x_t' and the forward
+    states m(t) x + std(t) ε of the input. Averaged over ε, the squared one is |x_t' - m(t) x|² and a constant
+    that no attack can change. So it is defined without forward noise, too: it is the mean over pixels and
+    over the times after every step of (x_t' - m(t) x)², with x in [-1, 1]. It is added to the
+    cross-entropy with weight 1. Memory holds the states and one step.
+
+    Args:
+        x: (n, C, H, W) in [0, 1]; the noise is fresh, from the purifier's own generator.
+    """
+    noise, steps = purifier._noise(x, None), step_times(purifier.times, x.dtype, x.device)
+    score = FirstOrder(purifier.score) if purifier.gradient == "first_order" else purifier.score
+    means = purifier.sde.mean_coeff(purifier.times).tolist()
+
+    def step(index: int, state: Tensor) -> Tensor:
+        reverse, given, away = state
+        reverse = euler_step(score, purifier.sde, reverse, *steps[index], noise[index + 1])
+        return torch.stack([reverse, given, away + (reverse - means[index + 1] * given).square()])
+
+    def run(state: Tensor, keep: Callback) -> Tensor:
+        for index in range(len(steps)):
+            keep(index, 0.0, state)
+            state = step(index, state)
+        keep(len(steps), 0.0, state)
+        return state
+
+    given = to_state(x)
+    start = torch.stack([purifier.start(given, noise[0]), given, torch.zeros_like(given)])
+    reverse, _, away = replayed(start, run, step, score)
+    return purifier.finish(reverse), away.flatten(1).mean(1) / len(steps)

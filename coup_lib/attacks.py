@@ -4,6 +4,7 @@ import inspect
 import math
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from coup_lib.ascent import (
     Kept,
     Loss,
     LowFrequency,
+    PerStep,
     Selective,
     cross_entropy,
+    hidden_states,
     in_parts,
     low_frequencies,
     margin,
@@ -42,23 +45,20 @@ from coup_lib.checks import (
     count,
     number,
 )
+from coup_lib.outside import OUTSIDE, climb
 from coup_lib.rays import rays
 from coup_lib.sde import per_image
 
-__all__ = ["ATTACKS", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
+__all__ = ["ATTACKS", "NAMES", "NORMS", "NORM_LABELS", "Attack", "AttackResult", "in_parts", "project"]
 
-BY_DRAWS = ("kept", "worst-draw", "em")  # that look at every draw of a random model
 # Those that begin where they are told:
-STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", *BY_DRAWS, "low-frequency")
+STARTED = ("pgd", "apgd-ce", "apgd-dlr", "apgd-margin", "rand", "kept", "worst-draw", "em", "low-frequency")
 SUITES = ("square", "standard")  # run by AutoAttack's own object
-ATTACKS = ("clean", "noise", "fgsm", "rays", *STARTED, *SUITES)
+ATTACKS = ("clean", "noise", "fgsm", "rays", *STARTED, *SUITES)  # in the ball, of any classifier
+NAMES = (*ATTACKS, "per-step", *OUTSIDE)
 PARTS = {"rand": ("apgd-ce", "apgd-dlr"), "standard": ("apgd-ce", "apgd-t", "fab-t", "square")}
-RESTARTS = ("margin", "ce", "dlr")  # the losses of "em", one after the other
-UNDECIDED = {
-    "margin": 0.0,
-    "ce": math.log(2),
-    "dlr": 0.0,
-}  # their values at the edge of a wrong decision; of ce at probability 1/2
+# The losses of "em", one after the other, and their values at the edge of a wrong decision (of ce at 1/2):
+RESTARTS = {"apgd-margin": 0.0, "apgd-ce": math.log(2), "apgd-dlr": 0.0}
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the fewest that a loss compares, where they are more than two
 PGD_STEP = 0.007 / (8 / 255)  # step over eps: of Table 3 (BPDA), and of Lee & Kim's PGD-200
 
@@ -93,12 +93,14 @@ class Attack:
         as of an attacker who may submit again; its control is the same count at a tiny eps) and "em" (the
         gradient of the draws that can be broken together, see `ascent.selected`; a third of n_iter on each of
         the losses `RESTARTS`, images that are wrong in every draw left out, best point kept);
-        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "rays" (black box,
-        by what most of `eot` draws decide, `square_queries` of them in all, see `rays.rays`); "square" (black
-        box, by logits) and "standard"
-        (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
-        that begins anew with the same noise are judged on the same noise; those in "rand" are not.
+        "low-frequency" (apgd-ce along the lowest cosines, see `ascent.low_frequencies`); "per-step" (kept,
+        with the `ascent.deviation` of a purifier's path added); "rays" (black box, by what most of `eot`
+        draws decide, `square_queries` of them in all, see `rays.rays`); "square" (black box, by logits) and
+        "standard" (AutoAttack's: APGD-ce, APGD-t, FAB-t, Square), one draw each. Two attacks on a defence
+        that begins anew with the same noise are judged on the same noise; those in "rand" are not. Outside
+        the ball: "filter" and "flow", see `outside`.
     norm, eps: "Linf" or "L2", in any case, and the radius in the units of x, a number or a string as "8/255".
+        Outside the ball the norm means nothing, and eps is the reach of `outside.filtered` or `flowed`.
     seed: of the attack, at most 2³¹; torch's global generator is left as it was.
     n_targets: of APGD-t and FAB-t, which take no more than there are wrong classes.
     max_batch: the most images in one call of the model; EOT draws are batched up to it. To results it makes
@@ -119,8 +121,9 @@ class Attack:
     max_batch: int = 640
 
     def __post_init__(self) -> None:
-        choice("attack", self.name, ATTACKS)
-        checked = {"norm": norm_label(self.norm), "eps": number("eps", self.eps, 0)}
+        choice("attack", self.name, NAMES)
+        checked: dict[str, Any] = {"norm": norm_label(self.norm)}
+        checked["eps"] = number("eps", self.eps, 0, OUTSIDE.get(self.name, math.inf))
         checked["seed"] = count("seed", self.seed, 2**31, low=0)
         for name in ("n_iter", "eot", "n_targets", "square_queries", "max_batch"):
             checked[name] = count(name, getattr(self, name))
@@ -137,11 +140,14 @@ class Attack:
                 take none, and say so in `AttackResult.warnings`.
 
         Raises:
-            ValueError: for a model, images, labels or a start that are not so, or too few classes for
-                apgd-dlr. "rand" and "standard" leave out what needs more classes than there are, and say so.
+            ValueError: for a model, images, labels or a start that are not so, too few classes for apgd-dlr,
+                or per-step on a model that shows no states. "rand", "standard" and "em" leave out what needs
+                more classes than there are, and say so.
             FloatingPointError: for NaN or infinity from the model.
         """
         _check(model, x, y, start)
+        if self.name == "per-step" and (why := hidden_states(model)):
+            raise ValueError(why)
         x, y = x.detach().clone(), y.clone()
         whole = InParts(model, self.max_batch)
         # One pass over all of x comes first. It shows what the model gives, and is the clean draw of every
@@ -153,10 +159,10 @@ class Attack:
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("NaN or infinity from the model")
         check_labels(y, classes := logits.shape[1])
-        parts, said = self._possible_parts(classes)
+        parts, said = _possible(PARTS.get(self.name, (self.name,)), classes)
         if are_probabilities(logits):
             said.append("the model returns probabilities, not logits: gradients through them are weak")
-        if start is not None and self.name not in STARTED:
+        if start is not None and self.name not in (*STARTED, "per-step"):
             said.append(f"{self.name} takes no start: what was given is not used")
         for warning in said:
             warnings.warn(warning, stacklevel=3)
@@ -177,15 +183,6 @@ class Attack:
     def reseeded(self, generator: torch.Generator) -> "Attack":
         """This attack with a seed from the generator; adversarial training starts each step elsewhere."""
         return replace(self, seed=int(torch.randint(2**31, (), generator=generator, device=generator.device)))
-
-    def _possible_parts(self, classes: int) -> tuple[tuple[str, ...], list[str]]:
-        """(the parts whose loss has classes enough, what is to be said of others); ValueError if none has."""
-        parts = PARTS.get(self.name, (self.name,))
-        possible = tuple(name for name in parts if classes >= CLASSES.get(name, 2))
-        few = [f"{name} compares {CLASSES[name]} classes" for name in parts if name not in possible]
-        if not possible:
-            raise ValueError(f"attack: {few[0]}; the model has {classes}")
-        return possible, [f"left out, as the model has {classes} classes: {', '.join(few)}"] if few else []
 
     def _inside(self, start: Tensor, x: Tensor) -> Tensor:
         """The start, its images moved that are out of the ball around x or of [0, 1]; others to the bit."""
@@ -222,10 +219,12 @@ class Attack:
         elif name == "rays":
             queries = max(1, self.square_queries // self.eot)
             x_adv = rays(partial(_outvoted, self, task), x, self.norm, self.eps, queries)
-        elif name == "kept":
+        elif name in ("kept", "per-step"):
             x_adv = _kept(self, task).x
         elif name == "em":
             x_adv = _em(self, task)
+        elif name in OUTSIDE:
+            x_adv = climb(name, self._gradient(task), x, task.y, self.eps, self.n_iter)
         elif name == "low-frequency":
             return _low_frequency(self, task)
         else:
@@ -255,6 +254,15 @@ class Attack:
         return project(x_adv + step * steepest(slope, self.norm), x, self.norm, self.eps)
 
 
+def _possible(parts: Iterable[str], classes: int) -> tuple[tuple[str, ...], list[str]]:
+    """(the parts whose loss has classes enough, what is to be said of others); ValueError if none has."""
+    possible = tuple(name for name in parts if classes >= CLASSES.get(name, 2))
+    few = [f"{name} compares {CLASSES[name]} classes" for name in parts if name not in possible]
+    if not possible:
+        raise ValueError(f"attack: {few[0]}; the model has {classes}")
+    return possible, [f"left out, as the model has {classes} classes: {', '.join(few)}"] if few else []
+
+
 def _apgd(attack: Attack, task: "_Task", draws: BatchedEOT) -> tuple[Tensor, Tensor]:
     """APGD's point of highest loss, and the last one that it saw misclassified (none: the image).
 
@@ -275,8 +283,8 @@ def _loss(attack: Attack, task: "_Task", name: str) -> Loss:
 
 def _kept(attack: Attack, task: "_Task") -> Kept:
     """What the climb of apgd-ce leaves, if every draw of every gradient is looked at."""
-    kept = Kept(task.x)
-    draws = Keeping(task.model, attack.eot, attack.max_batch, cross_entropy, kept)
+    kept, kind = Kept(task.x), PerStep if attack.name == "per-step" else Keeping
+    draws = kind(task.model, attack.eot, attack.max_batch, cross_entropy, kept)
     _apgd(attack, task, draws)
     _say_alike(attack, task, draws)
     return kept
@@ -295,17 +303,17 @@ def _em(attack: Attack, task: "_Task") -> Tensor:
     """The best point for each image of restarts by several losses (Wang et al.'s DiffHammer, NeurIPS 2024).
 
     They start anew at random, and leave out the images that were wrong in every draw at some point before.
+    All others are attacked at once, so that it makes no difference which of them are the hardest.
     """
     kept, left = Kept(task.x), torch.arange(len(task.x), device=task.x.device)
-    possible = [loss for loss in RESTARTS if task.classes >= CLASSES.get(f"apgd-{loss}", 2)]
-    few = [f"{loss} compares {CLASSES[f'apgd-{loss}']} classes" for loss in RESTARTS if loss not in possible]
-    if few:
-        task.said.append(f"left out, as the model has {task.classes} classes: {', '.join(few)}")
+    possible, said = _possible(RESTARTS, task.classes)
+    task.said.extend(said)
     short = replace(attack, n_iter=max(1, attack.n_iter // len(possible)))
     part = task
-    for loss in possible:
-        given = task.model, attack.eot, attack.max_batch, _loss(attack, task, loss), kept, left
-        draws = Selective(*given, undecided=UNDECIDED[loss], norm=attack.norm, eps=attack.eps)
+    for name in possible:
+        loss = _loss(attack, task, name.removeprefix("apgd-"))
+        given = task.model, attack.eot, attack.max_batch, loss, kept, left
+        draws = Selective(*given, undecided=RESTARTS[name], norm=attack.norm, eps=attack.eps)
         _apgd(short, part, draws)
         left = (kept.right > 0).nonzero()[:, 0]
         if not len(left):

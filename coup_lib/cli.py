@@ -98,6 +98,7 @@ def run_audit(arguments: Sequence[str]) -> None:
             folder=options.folder,
             seed=options.seed,
             max_batch=options.max_batch,
+            outside=options.outside,
         )
     except (ValueError, FloatingPointError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -159,6 +160,7 @@ def audit_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the most images in one call; halved as long as memory runs out (default: %(default)s)",
     )
+    option("--outside", action="store_true", help="also attack outside the ball: filters and flows")
     option("--device", help="cpu, cuda, ...: where the defences are moved to (default: they stay)")
     return parser
 

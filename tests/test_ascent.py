@@ -4,10 +4,23 @@ import math
 
 import pytest
 import torch
+from closed_forms import small_problem
 from torch import nn
 
-from coup_lib.ascent import LOW, Kept, low_frequencies, selected, steepest
+from coup_lib.ascent import (
+    LOW,
+    InParts,
+    Kept,
+    PerStep,
+    cross_entropy,
+    deviation,
+    low_frequencies,
+    selected,
+    steepest,
+)
 from coup_lib.attacks import Attack
+from coup_lib.purify import DiffPurePurifier, FixedNoise, Purified, Purifier, coup, standard_normal
+from coup_lib.sde import VPSDE
 
 GREY, ZEROS = torch.full((6, 1, 8, 8), 0.5, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
 EPS = {"Linf": 0.1, "L2": 0.4}
@@ -206,3 +219,72 @@ def test_images_of_one_pixel_have_no_high_frequencies():
     x = torch.full((2, 3, 1, 1), 0.5, dtype=torch.float64)
     told = attack("low-frequency")(Noisy(torch.ones(1, 1).double()), x, ZEROS[:2]).warnings
     assert any("no high frequencies to leave out" in text for text in told)
+
+
+# --- per-step losses ---
+
+
+class Pull(nn.Module):
+    """The score of a normal distribution: s(x, t) = -3 x."""
+
+    def forward(self, x, t):
+        return -3 * x
+
+
+@pytest.mark.parametrize("kind", [Purifier, DiffPurePurifier])
+def test_a_linear_paths_deviation_and_its_gradient_are_the_closed_form(kind):
+    """Two Euler steps written out: every state is a x + b of the image x in [-1, 1]."""
+    x = small_problem()[2]
+    purifier, seeds = kind(Pull(), t_star=0.1, n_steps=2, seed=7), torch.Generator().manual_seed(7)
+    noise = standard_normal(torch.randint(2**62, (5,), generator=seeds), 3, x)
+    sde, times = VPSDE(), purifier.times
+    mean, std = sde.discrete_marginal(0.1) if kind is DiffPurePurifier else (1.0, 0.0)
+    a, b, away, slope = mean, std * noise[0], 0.0, 0.0
+    for step in range(2):
+        beta, dt = sde.beta(times[step]), times[step] - times[step + 1]
+        factor = 1 + beta * dt / 2 - 3 * beta * dt
+        a, b = a * factor, b * factor + (beta * dt).sqrt() * noise[step + 1]
+        left = a - sde.mean_coeff(times[step + 1])
+        gap = left * (2 * x - 1) + b
+        away, slope = away + gap.square().flatten(1).mean(1) / 2, slope + 2 * left * gap * 2 / (4 * 2)
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    nn.init.zeros_(constant[1].weight)
+    given = InParts(Purified(constant, purifier), 640), 1, 640, cross_entropy, Kept(x)
+    gradient, loss = PerStep(*given).mean_gradient(x, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(loss, away + cross_entropy(constant(x), torch.zeros(5).long()))
+    torch.testing.assert_close(gradient, slope)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "first_order"])
+def test_a_guided_paths_deviation_is_that_of_its_states(gradient):
+    score, classifier, x = small_problem()
+    model = coup(classifier, score, n_steps=4, guidance_weight=0.5, gradient=gradient)
+    means, found, slopes = model.purifier.sde.mean_coeff(model.purifier.times), [], []
+
+    def look(index, t, state):
+        if index:
+            found.append((state - means[index] * (2 * at - 1)).square().flatten(1).mean(1))
+
+    at = x.clone().requires_grad_()
+    model.purifier.reseed(3)
+    purified = model.purifier.trajectory(at, look)
+    slopes.append(torch.autograd.grad(sum(found).sum() / 4 + purified.square().sum(), at)[0])
+    model.purifier.reseed(3)
+    same, away = deviation(model.purifier, at)
+    torch.testing.assert_close(same, purified)
+    torch.testing.assert_close(away, sum(found) / 4)
+    slopes.append(torch.autograd.grad(away.sum() + same.square().sum(), at)[0])
+    assert torch.allclose(*slopes) == (gradient == "exact")
+
+
+def test_per_step_stays_in_the_ball_and_is_refused_where_no_states_are_shown():
+    score, classifier, x = small_problem()
+    model, y = coup(classifier, score, n_steps=2), torch.zeros(5, dtype=torch.int64)
+    found = attack("per-step", eot=2, n_iter=3)(model, x, y)
+    assert float((found.x_adv - x).abs().max()) <= 0.1 + 1e-12 and not torch.equal(found.x_adv, x)
+    for hidden in (classifier.eval(), FixedNoise(model, 0)):
+        with pytest.raises(ValueError, match=r"per-step: expected a purify.Purified around one .*; got"):
+            attack("per-step")(hidden, x, y)
+    model = coup(classifier, score, n_steps=2, gradient="bpda")
+    with pytest.raises(ValueError, match=r"per-step: expected .* exact or first_order; got bpda"):
+        attack("per-step")(model, x, y)

@@ -30,6 +30,7 @@ from coup_lib.evaluation.run import attack, predict
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.guidance import Guided
 from coup_lib.likelihood import likelihood
+from coup_lib.outside import TRIED
 from coup_lib.purify import Purified, Purifier, Vote
 from coup_lib.score import ScoreDenoiser
 
@@ -494,6 +495,30 @@ def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_p
     rows = [protocol.attacks("it", [], replace(plain, random=random), settings) for random in (False, True)]
     assert rows[1].keys() - rows[0].keys() == {"single", "kept", "em", "vote"}
     assert rows[1]["em"][1].eot is None and rows[0]["low"][1].eot == 1
+
+
+def test_a_purifier_of_this_library_also_faces_per_step_losses(digits, net, tmp_path):
+    mine = coup(net, load_score("digits", "score"), n_steps=2)
+    found = smoke({"mine": mine, "plain": net}, digits.x, digits.y, tmp_path)
+    assert (
+        "steps" in found.measured.rows["mine"] and Transfer("mine", "steps") in found.measured.rows["plain"]
+    )
+    assert "steps" not in found.measured.rows["plain"]
+    text = "Left out: per-step losses, which take a path whose states are shown, of plain."
+    assert text in found.save().with_suffix(".md").read_text()
+
+
+def test_what_leaves_the_ball_stands_apart_from_every_worst_case(digits, net, tmp_path):
+    alone, beside = (
+        smoke({"plain": net}, digits.x, digits.y, tmp_path / name, outside=name == "outside")
+        for name in ("alone", "outside")
+    )
+    assert alone.measured.rows["plain"].keys() == beside.measured.rows["plain"].keys()
+    assert (alone.worst["plain"].right == beside.worst["plain"].right).all()
+    assert alone.verdict("plain") == beside.verdict("plain") and not alone.measured.outside
+    assert list(beside.outside().index) == [*TRIED.values()]
+    pages = [one.save().with_suffix(".md").read_text() for one in (alone, beside)]
+    assert ["## Outside the ball" in page for page in pages] == [False, True]
 
 
 def test_a_defences_other_gradients_by_name(digits, net, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coup_lib import paths
-from coup_lib.attacks import ATTACKS, AttackResult
+from coup_lib.attacks import NAMES, AttackResult
 from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluation import bench, records
 from coup_lib.evaluation import config as settings
@@ -426,7 +426,7 @@ def test_every_defence_is_built_attacked_and_scored(results_folder, name):
     assert float((x_adv - evaluation.images.x).abs().max()) == pytest.approx(0.15, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_attack_is_a_source(results_folder, name):
     evaluation, source = Evaluation(Config(**TINY), verbose=False), against(name, "coup")
     assert len(evaluation.attack(source)["result"]["robust"]) == 4

@@ -63,7 +63,7 @@ def imports(file):
 
 def room(module):
     """Where a module stands in `ROOMS`."""
-    if module in ("ascent", "attacks", "defences", "rays"):
+    if module in ("ascent", "attacks", "defences", "outside", "rays"):
         return ROOMS.index("attacks and defences")
     first, dot, _ = module.partition(".")
     return ROOMS.index(first) if dot or first in ROOMS else ROOMS.index("method")

@@ -1,11 +1,18 @@
 """The same sources for every defence, and checks that can fail."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import Predictions, Transfer
 from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.records import Missing, reading_only
+from coup_lib.evaluation.run import predict
+from coup_lib.outside import OUTSIDE, TRIED
 from coup_lib.reporting import tables
 from coup_lib.studies import stronger_attacks as stronger
 
@@ -121,8 +128,65 @@ def test_columns_accuracies_and_tables():
     assert not there & set(columns["coup"])
     assert Transfer("coup", "first_order") in columns["reverse"]
     assert (results["coup"]["fixed_own"] == columns["coup"]["fixed"].attack_robust).all()
-    frame = stronger.sources_table(tables.rows(results, config), config)
+    frame = stronger.across(tables.rows(results, config), stronger.labels(config))
     assert frame.loc["APGD-ce, BPDA", "No defence"] == "–"
     assert frame.index[-1] == "Worst case on record, per image"
     assert list(stronger.difference_table(results, config).index) == list(frame.index)
     assert len(stronger.decisions_table(columns, config)) == 3
+
+
+def test_counts_by_many_draws_and_their_controls(monkeypatch):
+    """The fresh draws of clean images begin alike in every count; what was drawn is on record."""
+    monkeypatch.setattr(stronger, "MANY", 16)
+    config = Config(purpose="probe", n_images=3, n_iter=1, eot=2, square_queries=3, n_draws=2)
+    evaluation = Evaluation(config, verbose=False)
+    columns = stronger.columns(evaluation, ("none", "reverse"))
+    found, head = stronger.counts(evaluation, columns, evaluation.recorded(columns))
+    for way in ("worst_draw", "clean_worst_draw"):
+        assert head[f"many_{way}"].endswith("all of 16 draws") and head[way].endswith("all of 2 draws")
+    assert head["any_draw"] == "Clean: all of 4 draws" and "autoattack" not in found["reverse"]
+    row = found["reverse"]
+    assert row["many_worst_draw"].mean() <= row["many_single"].mean()
+    assert (row["many_clean_worst_draw"] <= row["any_draw"]).all()
+    alone = found["none"]
+    assert (alone["any_draw"] == alone["clean_single"]).all()
+    assert (alone["many_majority"] == columns["none"]["exact"].right).all()
+    with reading_only():
+        again = stronger.counts(evaluation, columns, evaluation.recorded(columns))[0]
+    assert (again["reverse"]["many_majority"] == row["many_majority"]).all()
+
+
+def test_many_draws_are_fresh_and_of_each_images_strongest_attack():
+    config = Config(purpose="probe", n_images=3, n_iter=1, eot=2, n_draws=2)
+    evaluation = Evaluation(config, verbose=False)
+    faced = {name: against(name, "reverse") for name in ("fgsm", "apgd-ce")}
+    scores = evaluation.predictions({"reverse": faced})["reverse"]
+    # By the draws that choose, the first image's strongest is FGSM, and the others' is APGD.
+    for name, chosen in (("fgsm", [0.0, 1.0, 1.0]), ("apgd-ce", [1.0, 0.0, 0.0])):
+        scores[name] = replace(scores[name], suspicion=np.array(chosen))
+    given = {faced[name]: scores[name] for name in faced}
+    votes = stronger.drawn(evaluation, "reverse", given, 5)
+    x, y = evaluation.x_adv(faced["apgd-ce"]).clone(), evaluation.images.y
+    x[0] = evaluation.x_adv(faced["fgsm"])[0]
+    seeds = image_seeds(config.seed, DECIDE, range(3), 5)
+    logits = predict(evaluation.bench.defence("reverse"), x, seeds, 64)
+    assert np.allclose(votes.right, (logits.argmax(2) == y[:, None]).double().mean(1))
+    assert (votes.average == logits.mean(1).argmax(1).numpy()).all()
+    with reading_only(), pytest.raises(Missing):
+        stronger.drawn(evaluation, "reverse", given, 6)
+
+
+def test_attacks_outside_the_ball_are_in_no_worst_case():
+    config = Config(purpose="probe", n_images=3, n_iter=1, eot=1, square_queries=3, n_draws=2)
+    faced = {spec.attack for row in stronger.experiment(config).attacks.values() for spec in row.values()}
+    assert not faced & {*OUTSIDE}
+    evaluation = Evaluation(config, verbose=False)
+    columns = evaluation.predictions({"reverse": {"exact": against("apgd-ce", "reverse")}})
+    before = evaluation.recorded(columns)["reverse"]
+    found = stronger.outside(config, ("none", "reverse"))
+    assert all(list(row) == [*TRIED.values()] for row in found.values()) and list(found) == [
+        "none",
+        "reverse",
+    ]
+    after = evaluation.recorded(columns)["reverse"]
+    assert before.n_sources == after.n_sources and (before.right == after.right).all()

@@ -45,6 +45,7 @@ def audit(
     folder: str | Path = "build/audit",
     seed: int = 0,
     max_batch: int = 640,
+    outside: bool = False,
     verbose: bool = True,
 ) -> Audit:
     """Put defences through every attack of the protocol, and everything made against one on all the others.
@@ -64,6 +65,7 @@ def audit(
         budget: "quick", "full" (the paper's numbers), or "smoke" to see that it runs.
         folder: of the records and of what `Audit.save` writes.
         max_batch: the most images in one call; halved as long as memory runs out.
+        outside: also attack by filters and flows, which no radius bounds and no worst case counts.
         verbose: show progress, with the time left.
 
     Raises:
@@ -100,7 +102,7 @@ def audit(
         seed=count("seed", seed, 2**31 - 9, low=0),
     )
     flat = Images(images.reshape(len(images), *as_planes(images.shape[1:])), labels)
-    measured = measure(bench, flat, settings, verbose=verbose)
+    measured = measure(bench, flat, settings, outside=outside, verbose=verbose)
     probes = {
         name: asked_again(one.probe, given[name]["exact"], images) for name, one in bench.defences.items()
     }

@@ -1,13 +1,14 @@
 """What an audit does: the attacks that a defence faces, their run, and decisions by many draws."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from coup_lib.ascent import hidden_states
 from coup_lib.attacks import CLASSES
 from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
@@ -15,6 +16,7 @@ from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
+from coup_lib.outside import TRIED
 
 LONGER = 2  # times as many iterations, to see whether more still find something
 LARGER = (2.0, 4.0)  # times eps; beyond these, the radius at which every image can be made grey
@@ -98,13 +100,14 @@ class Bench:
 
 
 def attacks(
-    name: str, gradients: Sequence[str], found: Probe, settings: AuditSettings
+    name: str, gradients: Sequence[str], found: Probe, settings: AuditSettings, *, states: bool = False
 ) -> dict[str, tuple[str, AttackSpec]]:
     """Column → (label, attack) of all that a defence faces by itself.
 
     Args:
         name: of the defence.
         gradients: names of those it has beside its own.
+        states: it shows those of its path, see `ascent.hidden_states`.
     """
     more: dict[str, Any] = {} if found.random else {"eot": 1}  # without noise one draw tells all
     small = {CLASSES["apgd-dlr"]: "dlr"}
@@ -126,6 +129,8 @@ def attacks(
             row["single"] = "APGD-ce, one draw a gradient", AttackSpec("apgd-ce", name, eot=1)
             row["kept"] = "APGD-ce, kept by all draws", AttackSpec("kept", name)
             row["em"] = "EM selection of draws", AttackSpec("em", name)
+        if states:
+            row["steps"] = "APGD-ce and per-step losses", AttackSpec("per-step", name)
         row["low"] = "APGD-ce, low frequencies", AttackSpec("low-frequency", name, **more)
         if found.random:
             label = f"APGD-ce on the vote of {settings.n_draws}"
@@ -152,18 +157,26 @@ class Measured:
     labels: column → what the attack is called. rows: column or `Transfer` → predictions. eps: radius → the
     share of right draws of each image, (n,), under APGD-ce. many: of random defences, column → predictions by
     `AuditSettings.many_draws`, on clean images, under the strongest attack, and under that on the vote.
+    outside: attack outside the ball → share of right draws (n,); in no worst case. hidden: defences without
+    per-step losses.
     """
 
     labels: dict[str, dict[str, str]]
     rows: dict[str, dict[Any, Predictions]]
     eps: dict[str, dict[float, np.ndarray]]
     many: dict[str, dict[Any, Predictions]]
+    outside: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    hidden: Sequence[str] = ()
 
 
-def measure(bench: Bench, images: Images, settings: AuditSettings, *, verbose: bool = True) -> Measured:
-    """Run the whole protocol, or read back what of it is on record."""
+def measure(
+    bench: Bench, images: Images, settings: AuditSettings, *, outside: bool = False, verbose: bool = True
+) -> Measured:
+    """Run the whole protocol, or read back what of it is on record; outside: leave the ball, too."""
+    hidden = [name for name, one in bench.defences.items() if hidden_states(one.attacked["exact"])]
     faced = {
-        name: attacks(name, [*one.attacked][1:], one.probe, settings) for name, one in bench.defences.items()
+        name: attacks(name, [*one.attacked][1:], one.probe, settings, states=name not in hidden)
+        for name, one in bench.defences.items()
     }
     labels = {name: {key: label for key, (label, _) in row.items()} for name, row in faced.items()}
     own = {name: {key: spec for key, (_, spec) in row.items()} for name, row in faced.items()}
@@ -173,7 +186,8 @@ def measure(bench: Bench, images: Images, settings: AuditSettings, *, verbose: b
     half = max(2, len(images) // 2)
     eps = _by_radius(bench, rows, own, images, replace(settings, n_images=half))
     many = _by_many(bench, rows, specs, images, replace(settings, n_draws=settings.many_draws))
-    return Measured(labels, rows, eps, many)
+    beyond = _outside(bench, images, settings) if outside else {}
+    return Measured(labels, rows, eps, many, beyond, hidden)
 
 
 def _runner(bench: Bench, images: Images, settings: AuditSettings, *, verbose: bool) -> Runner:
@@ -205,6 +219,18 @@ def _by_radius(
     return found
 
 
+def _outside(bench: Bench, images: Images, settings: AuditSettings) -> dict[str, dict[str, np.ndarray]]:
+    """Defence with a gradient → attack outside the ball → the share of right draws of each image, (n,)."""
+    found: dict[str, dict[str, np.ndarray]] = {
+        name: {} for name, one in bench.defences.items() if not one.probe.error
+    }
+    for (kind, reach), label in TRIED.items():
+        at = _runner(bench, images, replace(settings, eps=reach), verbose=False)
+        for name, row in at.predictions({name: {label: AttackSpec(kind, name)} for name in found}).items():
+            found[name][label] = row[label].right
+    return found
+
+
 def _by_many(
     bench: Bench,
     rows: Mapping[str, Mapping[Any, Predictions]],
@@ -216,6 +242,6 @@ def _by_many(
     faced = {}
     for name, row in specs.items():
         if bench.defences[name].probe.random:
-            strongest = min(row, key=lambda key: float(rows[name][key].right.mean()))
+            strongest = min(row, key=lambda key: float(rows[name][key].suspicion.mean()))
             faced[name] = {key: row[key] for key in ("clean", strongest, VOTE) if key in row}
     return _runner(bench, images, settings, verbose=False).predictions(faced)

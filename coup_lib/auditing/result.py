@@ -47,6 +47,10 @@ DECIDED = (
     "by N draws: for the larger N, the strongest one and the one on the vote. Clean images are the control: "
     "what falls there falls unattacked."
 )
+OUTSIDE = (
+    "Filters and flows, each within a reach of its own. The radius does not bound them, so none of them is "
+    "counted in a worst case or a verdict; a defence without a gradient is left out."
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,12 @@ class Audit:
         title = "Decided by N draws (%)"
         return accuracies(rows, count_headings("N"), title) if rows else pd.DataFrame()
 
+    def outside(self) -> pd.DataFrame:
+        """One row per attack outside the ball, one column per defence, if they were asked for."""
+        found = [Row(name, right, self.settings, {}) for name, right in self.measured.outside.items()]
+        head = {label: label for row in found[:1] for label in row.right}
+        return accuracies(found, head).T.rename_axis("Accuracy outside the ball (%)")
+
     def claim(self, better: str, than: str) -> str:
         """The verdict on "better is more robust than …", by the paired difference of the worst cases.
 
@@ -187,8 +197,14 @@ class Audit:
         parts += [f"{self.threat}. {CAPTION}", f"![{ALTERNATIVE}](audit.png)"]
         parts += ["## Warnings", "\n".join(f"- {text}" for text in self.warnings or ["none"])]
         parts += ["## Every attack", markdown(self.attacks())]
+        if self.measured.hidden:
+            names = ", ".join(self.measured.hidden)
+            parts += [f"Left out: per-step losses, which take a path whose states are shown, of {names}."]
         if self.measured.many:
             parts += ["## Decisions by several draws", DECIDED, markdown(self.decisions())]
+        if self.measured.outside:
+            parts += ["## Outside the ball", f"n = {self.settings.n_images}. {OUTSIDE}"]
+            parts += [markdown(self.outside())]
         return "\n\n".join(parts) + "\n"
 
     def save(self) -> Path:

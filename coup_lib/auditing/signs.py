@@ -15,7 +15,7 @@ from coup_lib.evaluation.outcomes import Difference, Predictions, Transfer, wors
 from coup_lib.evaluation.stats import LEVEL
 
 # Attacks by the defence's own gradient, by their columns.
-OWN = ("ce", "long", "dlr", "margin", "kept", "em", "low", "vote")
+OWN = ("ce", "long", "dlr", "margin", "kept", "em", "steps", "low", "vote")
 WEAKER = ("fgsm", "square", "rays", "noise")
 EFFORTS = ("short", "ce", "long")  # each with more iterations than the one before
 NOT_COMPARED = ("clean", "single", "standard", "restart", "worst", *EFFORTS)

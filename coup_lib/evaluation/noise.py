@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 # Uses of the seed: the attack's own randomness, the noise of the defence under attack, the draws whose
-# accuracy is reported, the draws by which a worst case is chosen.
-ATTACK, DEFENCE, REPORT, SELECT = range(4)
+# accuracy is reported, the draws by which a worst case is chosen, the draws that decide together.
+ATTACK, DEFENCE, REPORT, SELECT, DECIDE = range(5)
 
 
 def image_seeds(run_seed: int, purpose: int, places: Iterable[int], draws: int) -> Tensor:

@@ -22,6 +22,7 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
+from coup_lib.outside import OUTSIDE
 from coup_lib.purify import FixedNoise, Purified, images_per_call
 from coup_lib.randomness import begun
 
@@ -310,9 +311,10 @@ class Runner:
         settings: Values = {"attack": spec.attack, "n_images": config.n_images, **self._images()}
         if spec.attack == "clean":
             return f"{name}-clean", settings
+        norm = "outside" if spec.attack in OUTSIDE else config.norm  # of no ball: in no worst case on record
         settings |= {
             "classifier": name,
-            "norm": config.norm,
+            "norm": norm,
             "eps": config.eps,
             "gradient": spec.gradient,
             "seed": config.seed if spec.seed is None else spec.seed,
@@ -329,7 +331,7 @@ class Runner:
             settings["judged"] = True
         if spec.start:
             settings["start"] = self.attack_settings(spec.start)[1]
-        return f"{name}-{config.norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
+        return f"{name}-{norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
 
     def _attack_record(self, spec: AttackSpec) -> ChunkedRecord:
         def compute(place: int) -> Values:

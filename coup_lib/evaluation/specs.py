@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from coup_lib.attacks import ATTACKS
+from coup_lib.attacks import NAMES
 from coup_lib.checks import choice, count
 from coup_lib.evaluation.config import Settings
 from coup_lib.evaluation.outcomes import Transfer
@@ -49,7 +49,7 @@ class AttackSpec:
     guidance_weight: float | None = None
 
     def __post_init__(self) -> None:
-        choice("attack", self.attack, ATTACKS)
+        choice("attack", self.attack, NAMES)
         for name in ("n_iter", "eot", "n_steps"):
             if getattr(self, name) is not None:
                 count(name, getattr(self, name))

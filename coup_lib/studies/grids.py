@@ -90,8 +90,11 @@ def _adversarial_training(*configs: Config) -> Grid:
 
 def _stronger_attacks(config: Config) -> Grid:
     draws, steps = mechanism.LANDSCAPE_DRAWS, len(mechanism.LANDSCAPE)
+    decisions = 2 * stronger_attacks.MANY + stronger_attacks.draws_looked_at(config)
     return [
         stronger_attacks.experiment(config),
+        *stronger_attacks.outside_experiments(config),
+        *(Measurement(config, name, (0, decisions), config.n_images) for name in PAPER),
         *stronger_attacks.eps_experiments(config).values(),
         *(Measurement(config, name, (draws, steps * draws), config.n_images) for name in PAPER),
         *mechanism.experiments(config),

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,6 +15,7 @@ from coup_lib.auditing.signs import Sign, compared
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config, radius
+from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import (
     RULES,
     Accuracy,
@@ -22,12 +24,17 @@ from coup_lib.evaluation.outcomes import (
     Transfer,
     WorstCase,
     direct,
+    right_draws,
     transferred,
+    worst_case,
     worst_of,
 )
 from coup_lib.evaluation.protocol import Evaluation, Experiment
+from coup_lib.evaluation.records import Missing, reading_only
+from coup_lib.evaluation.run import classes_of, predict
 from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
+from coup_lib.outside import TRIED
 from coup_lib.reporting import tables
 from coup_lib.reporting.plots import COLOURS, MARKERS, points
 from coup_lib.reporting.tables import PerImage, Row
@@ -46,10 +53,12 @@ TRANSFERRED = (
 # What does not suit an undefended classifier, which has one gradient and no noise.
 FOR_PURIFIERS = (
     *("first_order", "adjoint", "bpda", "coarse", "eot", "pgd_first_order", "warm", "fixed"),
-    *("kept", "em", "low_first_order"),
+    *("kept", "em", "low_first_order", "per_step"),
 )
 # What each attack on these columns counted itself: images that no draw at any point got wrong.
 COUNTED = {"kept": "any_draw", "kept_first_order": "any_draw_first_order"}
+DECIDED = ("first_order", "per_step_first_order")  # on whose images many draws decide; PGD takes too long
+MANY = 128  # draws that decide together, as in DiffBreak
 
 
 def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | None]]:
@@ -62,7 +71,7 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
     """
     half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
     many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
-    looks = (config.n_iter + 1) * config.eot
+    looks = draws_looked_at(config)
 
     def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
         return against(f"apgd-{loss}", target, gradient, **more)
@@ -99,6 +108,10 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
                 f"APGD-ce, {name}, low frequencies",
                 against("low-frequency", target, gradient, n_iter=half),
             ),
+            f"per_step{suffix}": (
+                f"APGD-ce and per-step losses, {name}, kept by all draws",
+                against("per-step", target, gradient, n_iter=half),
+            ),
         }
     surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
     for name in ("none", "reverse"):
@@ -116,6 +129,11 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
         "clean": ("clean images", against("clean", "none")),
         "recorded": (tables.COLUMNS["recorded"], None),
     }
+
+
+def draws_looked_at(config: Config) -> int:
+    """How many draws of an image the attacks of `COUNTED` look at: those of every gradient."""
+    return (config.n_iter + 1) * config.eot
 
 
 def sources(config: Config, target: str) -> dict[str, AttackSpec]:
@@ -162,12 +180,114 @@ def per_image_accuracy(columns: Columns, recorded: Mapping[str, WorstCase]) -> P
     return found
 
 
+# --- Decisions by many draws, and attacks outside the ball ------------------------------------------------
+
+
+def counts(
+    evaluation: Evaluation, columns: Columns, recorded: Mapping[str, WorstCase]
+) -> tuple[PerImage, dict[str, str]]:
+    """(defence → way to decide → share of right decisions per image (n,), way → heading).
+
+    By the draws on record in the worst case on record, as `tables.by_count` has it; by `MANY` fresh draws,
+    where it begins with "many_", on each image's strongest attack among `DECIDED`; each also on clean images.
+    "any_draw" is the control of `COUNTED`: clean images that none of as many draws gets wrong. "autoattack"
+    is AutoAttack's own count by notebook 04, where that is on record.
+    """
+    config, looks = evaluation.config, draws_looked_at(evaluation.config)
+    found, faced = tables.by_count(columns, recorded, config.n_draws), experiment(config, [*columns]).attacks
+    for defence, row in columns.items():
+        clean = {faced[defence]["clean"]: row["clean"]}
+        names = [name for name in DECIDED if name in row] or ["exact"]
+        own = {faced[defence][name]: row[name] for name in names}
+        for start, chosen in (("many_", own), ("many_clean_", clean)):
+            votes = drawn(evaluation, defence, chosen, MANY)
+            found[defence] |= {f"{start}{rule}": votes.decided(rule) for rule in RULES}
+        found[defence]["any_draw"] = drawn(evaluation, defence, clean, looks).decided("worst_draw")
+    for defence, right in autoattack(config, [*columns]).items():
+        found[defence]["autoattack"] = right
+    head = tables.count_headings(config.n_draws)
+    for way, label in tables.count_headings(MANY).items():
+        if way != "clean_single":  # the draws on record say as much
+            head[f"many_{way}"] = label.replace("Worst case", "Strongest")
+    head |= {"any_draw": f"Clean: all of {looks} draws", "autoattack": tables.COLUMNS["autoattack"]}
+    return found, head
+
+
+def drawn(
+    evaluation: Evaluation, target: str, scores: Mapping[AttackSpec, Predictions], draws: int
+) -> Predictions:
+    """A target's verdicts by so many fresh draws, on each image's strongest among these attacks; on record.
+
+    An attack's images are made again where they are not here.
+    """
+    config, source = evaluation.config, worst_case([*scores.values()]).source
+
+    def compute(place: int) -> dict[str, Any]:
+        x, here = evaluation.images.x.clone(), slice(place, place + config.chunk_size)
+        for number, spec in enumerate(scores):
+            if (chosen := torch.from_numpy(source == number)).any():
+                x[chosen] = evaluation.x_adv(spec)[chosen]
+        seeds = image_seeds(config.seed, DECIDE, range(config.n_images)[here], draws)
+        logits = predict(evaluation.bench.defence(target), x[here], seeds, evaluation.batch.most)
+        votes = torch.nn.functional.one_hot(classes_of(logits), logits.shape[2]).sum(1)
+        average, labels = classes_of(logits.mean(1)), evaluation.images.y[here]
+        return {"labels": labels.tolist(), "votes": votes.tolist(), "average": average.tolist()}
+
+    settings = {
+        "target": evaluation.bench.settings(target),
+        "attacks": [evaluation.attack_settings(spec)[1] for spec in scores],
+        "source": source.tolist(),
+        "draws": draws,
+        "seed": config.seed,
+    }
+    name = f"decisions-{target}-on-{evaluation.bench.classifier_name}-{config.norm}"
+    result = evaluation.record(name, settings, compute).finish()["result"]
+    labels, average = np.array(result["labels"]), np.array(result["average"])
+    report = np.stack([np.repeat(np.arange(len(votes)), votes) for votes in result["votes"]])
+    return Predictions(labels, report, average, right_draws(report, labels))
+
+
+def autoattack(config: Config, defences: Sequence[str]) -> dict[str, np.ndarray]:
+    """Defence → AutoAttack's own count of these images (n,) by notebook 04's protocol, where on record."""
+    same = ("profile", "budget", "norm", "classifier", "subset", "device", "eps", "t_star", "n_steps")
+    report = Config(**{name: getattr(config, name) for name in (*same, "guidance_weight", "split", "seed")})
+    if report.n_images < config.n_images:
+        return {}
+    try:
+        with reading_only():
+            found = Evaluation(report, verbose=False).columns(defences, autoattack=True)
+    except Missing:
+        return {}
+    counted = tables.per_image_accuracy(found)
+    return {name: right["autoattack"][: config.n_images] for name, right in counted.items()}
+
+
+def outside_experiments(config: Config, defences: Sequence[str] = PAPER) -> list[Experiment]:
+    """First-order attacks outside the ball, by the names of `TRIED`, with a quarter of the iterations."""
+    short = replace(config, n_iter=max(1, config.n_iter // 4))
+    return [
+        Experiment(
+            replace(short, eps=reach),
+            {defence: {label: against(name, defence, "first_order")} for defence in defences},
+        )
+        for (name, reach), label in TRIED.items()
+    ]
+
+
+def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
+    """Defence → name of an attack outside the ball → share of right draws of each image, (n,)."""
+    found = [one.predictions() for one in outside_experiments(config, defences)]
+    return {
+        name: {label: row.right for one in found for label, row in one[name].items()} for name in defences
+    }
+
+
 # --- Tables -----------------------------------------------------------------------------------------------
 
 
-def sources_table(rows: Sequence[Row], config: Config) -> pd.DataFrame:
-    """Sources × defences, "accuracy [95 % interval]" in percent of a single fresh draw."""
-    return tables.accuracies(rows, labels(config)).T.rename_axis("Accuracy under (%)")
+def across(rows: Sequence[Row], names: Mapping[str, str], title: str = "Accuracy under (%)") -> pd.DataFrame:
+    """Columns by name × defences, "accuracy [95 % interval]" in percent; names: column → heading."""
+    return tables.accuracies(rows, names).T.rename_axis(title)
 
 
 def decisions_table(columns: Columns, config: Config) -> pd.DataFrame:
