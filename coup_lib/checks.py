@@ -30,15 +30,17 @@ def choice(name: str, value: Any, known: Any) -> Any:
     return value
 
 
-def number(name: str, value: Any, low: float, high: float = float("inf")) -> float:
-    """A float in (low, high] from a number or a string such as "0.1", "1e3" or "8/255"."""
+def number(name: str, value: Any, low: float, high: float = float("inf"), *, closed: bool = False) -> float:
+    """A float in (low, high], or [low, high] if closed, from a number or a string as "0.1" or "8/255"."""
     try:
         result = float(Fraction(value)) if isinstance(value, str) else float(value)
     except (TypeError, ValueError, ArithmeticError):  # also 8/0 and 1e999
         raise ValueError(f'{name}: expected a number or a fraction such as "8/255"; got {value!r}') from None
-    if not low < result <= high or result == float("inf"):
+    above = result >= low if closed else result > low
+    if not above or result > high or result == float("inf"):
+        lower = f"of at least {low:g}" if closed else f"greater than {low:g}"
         upper = "" if high == float("inf") else f" and at most {high:g}"
-        raise ValueError(f"{name}: expected a number greater than {low:g}{upper}; got {value!r}")
+        raise ValueError(f"{name}: expected a number {lower}{upper}; got {value!r}")
     return result
 
 

@@ -39,7 +39,7 @@ class Choice:
     def __post_init__(self) -> None:
         fill = partial(object.__setattr__, self)
         fill("index", count("index", self.index, split_size("digits", "test") - 1, low=0))
-        fill("eps", number("eps", self.eps, -1e-9, 1))
+        fill("eps", number("eps", self.eps, 0, 1, closed=True))
         fill("t_star", number("t_star", self.t_star, 1e-3, 0.3))
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))
         fill("seed", count("seed", self.seed, 2**31, low=0))

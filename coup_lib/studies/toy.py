@@ -67,7 +67,7 @@ class ToySettings:
         fill("seed", count("seed", self.seed, 2**31, low=0))
         fill("t_star", number("t_star", self.t_star, 0, 1))
         fill("x0", number("x0", self.x0, 0))
-        fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e-9))
+        fill("guidance_weight", number("guidance_weight", self.guidance_weight, 0, closed=True))
         for name, why in (("lambdas", "the unguided SDE"), ("noise_levels", "the true classifier")):
             values, got = parse_floats(name, getattr(self, name)), getattr(self, name)
             if values[0] != 0 or not math.isfinite(sum(values)) or list(values) != sorted({*values}):
