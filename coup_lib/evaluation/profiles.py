@@ -52,7 +52,7 @@ FULL = {
 }
 QUICK_DIGITS = {
     "report": Budget(n_images=128, n_iter=20, eot=5, n_targets=3, square_queries=200),
-    "compare": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200),
+    "compare": Budget(n_images=128, n_iter=10, eot=4, n_targets=3, square_queries=200, n_draws=5),
     "sweep": Budget(n_images=64, n_iter=10, eot=3, n_targets=3, square_queries=200),
     "search": Budget(n_images=32, n_iter=8, eot=3, n_targets=3, square_queries=200, n_draws=5),
     "rivals": Budget(n_images=32, n_iter=8, eot=3, n_targets=3, square_queries=200, n_draws=5),
