@@ -17,15 +17,20 @@ BLOCK = re.compile(r"(<!-- (?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 # is found by {table; regular expression}. The template stays in the page, where it is not shown.
 SENTENCES = re.compile(r"(<!-- filled\n(?P<template>.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 CELL = re.compile(r"\{([\w/-]+); ([^{};]+)(?:; ([^{};]+))?\}")
-# Where the four claims of the README's table are judged: profile → norm → table in figures/.
+# Where the README's four claims are judged: column of its table → norm → table in figures/, its column.
+TABLES = {"L∞": "table1", "L2": "table2"}
+COUNTED = {norm: f"digits/{name}_counts_claims" for norm, name in TABLES.items()}
+OURS = {norm: f"digits/{name}_claims" for norm, name in TABLES.items()}
+SMALL = {norm: f"cifar10-small/fig2b_{name}_resnet20_claims" for norm, name in (("L∞", "linf"), ("L2", "l2"))}
 CLAIMS = {
-    "digits": {"L∞": "digits/table1_claims", "L2": "digits/table2_claims"},
-    "cifar10-small": {
-        "L∞": "cifar10-small/fig2b_linf_resnet20_claims",
-        "L2": "cifar10-small/fig2b_l2_resnet20_claims",
-    },
+    "digits: paper's protocol": (OURS, "protocol"),
+    "digits, worst case: one draw": (COUNTED, "Worst case: one draw"),
+    "all of 10 draws": (COUNTED, "Worst case: all of 10"),
+    "majority of 10": (COUNTED, "Worst case: majority of 10"),
+    "cifar10-small: paper's protocol": (SMALL, "protocol"),
+    "cifar10-small, worst case: one draw": (SMALL, "Worst case"),
 }
-CLAIM = re.compile(r"\|[^|]*more robust than ([\w ]+?)(?: \(the paper reports (.*?)\))? \| (.*?) \| (.*?) \|")
+REPORTED = re.compile(r"the paper reports (\S+)\)")
 
 
 def pages() -> list[Path]:
@@ -45,19 +50,22 @@ def filled(text: str) -> str:
 def _cell(wanted: re.Match[str]) -> str:
     """What stands in the place that a `CELL` names."""
     table, row, column = wanted.groups()
-    text = _figure(table)
-    heads: list[str] = []
-    found: list[str] = []
-    for before, line in pairwise(["", *text.splitlines()]):
-        heads = before.split(" | ") if re.match(r"\| ?---", line) else heads
-        if column and line.startswith("| ") and row in line:
-            cells = zip(heads, line.split(" | "), strict=True)
-            found += [cell.strip("| ") for head, cell in cells if column in head]
-    if column is None:
-        found = re.findall(row, text)
+    found = re.findall(row, _figure(table)) if column is None else _places(table, row, column)
     if len(found) != 1:
         raise ValueError(f"{wanted[0]}: expected one such place; found {len(found)}")
     return found[0]
+
+
+def _places(table: str, row: str, column: str) -> list[str]:
+    """The cells of a table in figures/ in lines and under headings that contain these texts."""
+    heads: list[str] = []
+    found: list[str] = []
+    for before, line in pairwise(["", *_figure(table).splitlines()]):
+        heads = before.split(" | ") if re.match(r"\| ?---", line) else heads
+        if line.startswith("| ") and row in line:
+            cells = zip(heads, line.split(" | "), strict=True)
+            found += [cell.strip("| ") for head, cell in cells if column in head]
+    return found
 
 
 def _content(name: str) -> str:
@@ -70,28 +78,18 @@ def _figure(name: str) -> str:
 
 
 def claims() -> str:
-    """COUP against DiffPure and the reverse SDE: both norms, both profiles, both ways to attack."""
-    found = {
-        (profile, norm, rival): (reported, protocol, worst)
-        for profile, tables in CLAIMS.items()
-        for norm, name in tables.items()
-        for rival, reported, protocol, worst in CLAIM.findall(_figure(name))
-    }
-    columns = [f"{profile}: {what}" for profile in CLAIMS for what in ("paper's protocol", "worst case")]
+    """COUP against DiffPure and the reverse SDE: both norms, both profiles, every way to count."""
     lines = [
-        f"| COUP is more robust than | paper | {' | '.join(columns)} |",
-        "|---" * (2 + len(columns)) + "|",
+        f"| COUP is more robust than | paper | {' | '.join(CLAIMS)} |",
+        "|---" * (2 + len(CLAIMS)) + "|",
     ]
-    for norm in ("L∞", "L2"):
+    for norm in TABLES:
         for rival in ("DiffPure", "Reverse SDE"):
-            rows = [found[profile, norm, rival] for profile in CLAIMS]
-            reported = next((row[0] for row in rows if row[0]), "larger")
-            cells = [
-                cell.replace(" points", "").replace("(", "").replace(")", "")
-                for row in rows
-                for cell in row[1:]
-            ]
-            lines.append(f"| {rival}, {norm} | {reported} | {' | '.join(cells)} |")
+            row = f"COUP is more robust than {rival}"
+            cells = [_places(tables[norm], row, column)[0] for tables, column in CLAIMS.values()]
+            said = [re.sub(r" points|[()]", "", cell) for cell in cells]
+            reported = REPORTED.findall(_places(OURS[norm], row, "Claim")[0]) or ["larger"]
+            lines.append(f"| {rival}, {norm} | {' | '.join([*reported, *said])} |")
     return "\n".join(lines)
 
 
