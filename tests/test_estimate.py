@@ -135,6 +135,7 @@ SMALLEST = {"n_images": 2, "n_iter": 1, "eot": 1, "n_steps": 2, "n_draws": 1}
 
 def run_07(config):
     stronger_attacks.columns(Evaluation(config))
+    stronger_attacks.outside(config)
     stronger_attacks.eps_series(config)
     stronger_attacks.clean_landscapes(config)
     mechanism.measure(config)
