@@ -40,6 +40,7 @@ from coup_lib.reporting.plots import COLOURS, MARKERS, points
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
+Sources = dict[str, tuple[str, AttackSpec | None]]  # name → (label, source)
 Columns = dict[str, dict[Any, Predictions]]  # defence → name of a source, or `Transfer` → score
 
 PGD_FACTOR = 4  # PGD takes this many times APGD's iterations: 200 at the full size
@@ -61,22 +62,39 @@ DECIDED = ("first_order", "per_step_first_order")  # on whose images many draws 
 MANY = 128  # draws that decide together, as in DiffBreak
 
 
-def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | None]]:
+def attacks(config: Config, target: str) -> Sources:
     """Name → (label, source) of everything that a defence faces; what sees less of the defence comes last.
 
     Exact, first-order, the restart, the fixed noise, what all draws keep and what EM selects take all of the
     configuration's iterations, PGD takes `PGD_FACTOR` times as many, the rest half: the convergence check
     shows what that half is worth. "worst-draw" leaves the images that "kept" leaves, and counts besides.
-    Its shorter runs have no label. Labels without a source belong to what `per_image_accuracy` adds.
+    Shorter runs of the exact attack have no label. Labels without a source belong to what
+    `per_image_accuracy` adds.
     """
+    return (
+        _by_gradients(config, target)
+        | _by_draws(config, target)
+        | _by_surrogates(config, target)
+        | {
+            "transferred": ("the others' attacks, all of them", None),
+            "square": ("Square (black box)", against("square", target)),
+            "fgsm": ("FGSM (one step)", against("fgsm", target)),
+            "noise": ("random noise", against("noise", "none")),
+            "clean": ("clean images", against("clean", "none")),
+            "recorded": (tables.COLUMNS["recorded"], None),
+        }
+    )
+
+
+def _by_gradients(config: Config, target: str) -> Sources:
+    """APGD and PGD by every gradient and loss, with more draws, fewer iterations or another seed."""
     half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
     many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
-    looks = draws_looked_at(config)
 
     def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
         return against(f"apgd-{loss}", target, gradient, **more)
 
-    found: dict[str, tuple[str, AttackSpec | None]] = {
+    found: Sources = {
         "exact": ("APGD-ce, exact (paper's protocol)", apgd()),
         "quarter": ("", apgd(n_iter=quarter)),
         "short": ("", apgd(n_iter=half)),
@@ -88,13 +106,18 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
     }
     for place, eot in enumerate(counts, start=1):
         found[f"eot_{place}"] = f"APGD-ce, exact, EOT {eot}", apgd(n_iter=half, eot=eot)
-    found |= {
+    return found | {
         "eot_first_order": (f"APGD-ce, first-order, EOT {most}", apgd("first_order", n_iter=half, eot=most)),
         "dlr": ("APGD-dlr, exact", apgd(loss="dlr", n_iter=half)),
         "margin": ("APGD-margin, exact", apgd(loss="margin", n_iter=half)),
         "pgd": (f"PGD-{many}, exact", against("pgd", target, n_iter=many)),
         "pgd_first_order": (f"PGD-{many}, first-order", against("pgd", target, "first_order", n_iter=many)),
     }
+
+
+def _by_draws(config: Config, target: str) -> Sources:
+    """What looks at every draw, in low frequencies, and at every step, by the exact and the first-order gradient."""
+    half, looks, found = halved(config).n_iter, draws_looked_at(config), Sources()
     for suffix, gradient in (("", "exact"), ("_first_order", "first_order")):
         name = gradient.replace("_", "-")
         found |= {
@@ -113,22 +136,22 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
                 against("per-step", target, gradient, n_iter=half),
             ),
         }
+    return found
+
+
+def _by_surrogates(config: Config, target: str) -> Sources:
+    """What starts from another defence's images, knows the noise of one draw, or saw another defence alone."""
     surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
+    found, half = Sources(), halved(config).n_iter
     for name in ("none", "reverse"):
-        start = against("apgd-ce", name)
-        found[f"warm_{name}"] = f"warm start from {surrogates[name]}", apgd(n_iter=half, start=start)
-    found["fixed"] = "fixed noise, fresh noise at the test", apgd(eot=1, fixed_noise=True)
+        warm = against("apgd-ce", target, n_iter=half, start=against("apgd-ce", name))
+        found[f"warm_{name}"] = f"warm start from {surrogates[name]}", warm
+    fixed = against("apgd-ce", target, eot=1, fixed_noise=True)
+    found["fixed"] = "fixed noise, fresh noise at the test", fixed
     found["fixed_own"] = "fixed noise, the same at the test", None
     for name, label in surrogates.items():
         found[f"from_{name}"] = f"transfer from {label}", against("apgd-ce", name)
-    return found | {
-        "transferred": ("the others' attacks, all of them", None),
-        "square": ("Square (black box)", against("square", target)),
-        "fgsm": ("FGSM (one step)", against("fgsm", target)),
-        "noise": ("random noise", against("noise", "none")),
-        "clean": ("clean images", against("clean", "none")),
-        "recorded": (tables.COLUMNS["recorded"], None),
-    }
+    return found
 
 
 def draws_looked_at(config: Config) -> int:
