@@ -175,8 +175,7 @@ class Attack:
                 right, judged = predicted == y, None
             else:
                 clean = logits.argmax(1) == y
-                counts = _worst_draw(self, task) if self.name == "worst-draw" else None
-                x_adv, judged = counts or _by_parts(self, task, clean)
+                x_adv, judged = _by_parts(self, task, clean)
                 right = clean & judged
         return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(said)), judged)
 
@@ -195,6 +194,9 @@ def _by_parts(attack: Attack, task: "_Task", clean: Tensor) -> tuple[Tensor, Ten
 
     clean: (n,) bool, the clean draw's verdicts; what it lost is broken already.
     """
+    if attack.name == "worst-draw":  # of an image that is lost anywhere, the point is kept where it is
+        kept = _kept(attack, task)  # (DiffBreak, NeurIPS 2025; DiffHammer)
+        return kept.x, kept.right == 1
     made = []
     for name in task.parts:
         torch.manual_seed(attack.seed)
@@ -293,15 +295,6 @@ def _kept(attack: Attack, task: "_Task") -> Kept:
     _apgd(attack, task, draws)
     _say_alike(attack, task, draws)
     return kept
-
-
-def _worst_draw(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
-    """(the images of `_kept`, which of them no draw at any point got wrong).
-
-    An image that is lost anywhere is kept from a point where it is (DiffBreak, NeurIPS 2025; DiffHammer).
-    """
-    kept = _kept(attack, task)
-    return kept.x, kept.right == 1
 
 
 def _em(attack: Attack, task: "_Task") -> Tensor:

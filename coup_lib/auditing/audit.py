@@ -73,7 +73,8 @@ def audit(
     """
     norm, eps = choice("norm", str(norm).lower(), NORMS), number("eps", eps, 0)
     choice("budget", budget, AUDITS)
-    given, images, labels = _checked(defences, x, y)
+    given = _by_name(defences)
+    images, labels = _beside(given, *check_data(x, y))
     place = _place(folder)
     bench = _bench(given, images, labels, AUDITS[budget].n_draws)
     settings = AuditSettings(
@@ -92,16 +93,6 @@ def audit(
         name: asked_again(one.probe, given[name]["exact"], images) for name, one in bench.defences.items()
     }
     return Audit(probes, measured, settings, place)
-
-
-def _checked(
-    defences: Any, x: Any, y: Any
-) -> tuple[dict[str, dict[str, nn.Module]], torch.Tensor, torch.Tensor]:
-    """(the modules `_by_name`, images and labels where their weights are)."""
-    images, labels = check_data(x, y)
-    given = _by_name(defences)
-    device = _device(given, images)
-    return given, images.to(device), labels.to(device)
 
 
 def _place(folder: str | Path) -> Path:
@@ -134,8 +125,8 @@ def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
     return given
 
 
-def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> torch.device:
-    """Where all weights are, or else the images; ValueError for weights in several places."""
+def _beside(given: Mapping[str, Mapping[str, nn.Module]], *data: torch.Tensor) -> list[torch.Tensor]:
+    """Images and labels where all weights are, if there are any; ValueError for weights in several places."""
     found = {
         weights.device
         for modules in given.values()
@@ -144,7 +135,8 @@ def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> to
     }
     if len(found) > 1:
         raise ValueError(f"defences: expected all on one device; got {', '.join(sorted(map(str, found)))}")
-    return found.pop() if found else x.device
+    device = found.pop() if found else data[0].device
+    return [values.to(device) for values in data]
 
 
 def _bench(
@@ -153,8 +145,7 @@ def _bench(
     """Every defence `_prepared`; ValueError where their classes differ, or the labels are none of them."""
     batch, bench = Batch(PROBED), Bench({})
     for name, modules in given.items():
-        ask = partial(_prepared, name, modules, x, y, batch, draws)
-        bench.defences[name] = batch.fitting(ask)(0)
+        bench.defences[name] = batch.fitting(partial(_prepared, name, modules, x, y, batch, draws))(0)
     classes = {name: one.probe.classes for name, one in bench.defences.items()}
     if len({*classes.values()}) > 1:
         raise ValueError(f"defences: expected the same classes in all of them; got {classes}")

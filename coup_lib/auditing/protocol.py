@@ -12,7 +12,7 @@ from coup_lib.ascent import hidden_states
 from coup_lib.attacks import CLASSES
 from coup_lib.auditing.probe import Probe
 from coup_lib.data import Images
-from coup_lib.evaluation.outcomes import Predictions, Transfer, transferred
+from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
@@ -167,22 +167,6 @@ class Measured:
     many: dict[str, dict[Any, Predictions]]
     outside: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     hidden: Sequence[str] = ()
-
-    def called(self, name: str) -> dict[Any, str]:
-        """Column or transfer of a defence's row → what the attack is called."""
-        return {
-            key: f"{self.labels[key.surrogate][key.column]}, made against {key.surrogate}"
-            if isinstance(key, Transfer)
-            else self.labels[name][key]
-            for key in self.rows[name]
-        }
-
-    def instead(self, name: str) -> str:
-        """What attacked a defence without a gradient, in words."""
-        others = [key.removesuffix("-ce") for key in self.labels[name] if key.endswith("-ce")]
-        shown = [f"the gradient called {gradient}" for gradient in others] + ["a black box"]
-        borrowed = ["what others' gradients found"] if transferred(self.rows[name]) else []
-        return " and on ".join([", on ".join(shown), *borrowed])
 
 
 def measure(

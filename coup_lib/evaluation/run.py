@@ -184,11 +184,8 @@ def outcomes_of(
 def as_predictions(outcomes: Values, counts: Values) -> Predictions:
     """What `outcomes_of` found, as it is on record; counts: the attack's own verdicts, if they count here."""
     kept = {name: np.array(outcomes[name]) for name in ("labels", "report", "average", "suspicion")}
-    verdicts = {
-        f"attack_{name}": np.array(counts[name], dtype=bool)
-        for name in ("robust", "judged")
-        if name in counts
-    }
+    given = {"robust", "judged"} & counts.keys()
+    verdicts = {f"attack_{name}": np.array(counts[name], dtype=bool) for name in given}
     return Predictions(**kept, **verdicts)
 
 

@@ -71,25 +71,22 @@ def attacks(config: Config, target: str) -> Sources:
     Shorter runs of the exact attack have no label. Labels without a source belong to what
     `per_image_accuracy` adds.
     """
-    return (
-        _by_gradients(config, target)
-        | _by_draws(config, target)
-        | _by_surrogates(config, target)
-        | {
-            "transferred": ("the others' attacks, all of them", None),
-            "square": ("Square (black box)", against("square", target)),
-            "fgsm": ("FGSM (one step)", against("fgsm", target)),
-            "noise": ("random noise", against("noise", "none")),
-            "clean": ("clean images", against("clean", "none")),
-            "recorded": (tables.COLUMNS["recorded"], None),
-        }
-    )
+    found = _by_gradients(config, target) | _by_surrogates(config, target)
+    return found | {
+        "transferred": ("the others' attacks, all of them", None),
+        "square": ("Square (black box)", against("square", target)),
+        "fgsm": ("FGSM (one step)", against("fgsm", target)),
+        "noise": ("random noise", against("noise", "none")),
+        "clean": ("clean images", against("clean", "none")),
+        "recorded": (tables.COLUMNS["recorded"], None),
+    }
 
 
 def _by_gradients(config: Config, target: str) -> Sources:
-    """APGD and PGD by every gradient and loss, with more draws, fewer iterations or another seed."""
+    """What climbs by the gradients of the target: of all losses, with more or fewer draws and steps."""
     half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
     many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
+    looks = draws_looked_at(config)
 
     def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
         return against(f"apgd-{loss}", target, gradient, **more)
@@ -106,45 +103,32 @@ def _by_gradients(config: Config, target: str) -> Sources:
     }
     for place, eot in enumerate(counts, start=1):
         found[f"eot_{place}"] = f"APGD-ce, exact, EOT {eot}", apgd(n_iter=half, eot=eot)
-    return found | {
+    found |= {
         "eot_first_order": (f"APGD-ce, first-order, EOT {most}", apgd("first_order", n_iter=half, eot=most)),
         "dlr": ("APGD-dlr, exact", apgd(loss="dlr", n_iter=half)),
         "margin": ("APGD-margin, exact", apgd(loss="margin", n_iter=half)),
         "pgd": (f"PGD-{many}, exact", against("pgd", target, n_iter=many)),
         "pgd_first_order": (f"PGD-{many}, first-order", against("pgd", target, "first_order", n_iter=many)),
     }
-
-
-def _by_draws(config: Config, target: str) -> Sources:
-    """What looks at every draw, in low frequencies, and at every step, by the exact and the first-order gradient."""
-    half, looks, found = halved(config).n_iter, draws_looked_at(config), Sources()
     for suffix, gradient in (("", "exact"), ("_first_order", "first_order")):
         name = gradient.replace("_", "-")
+        low = against("low-frequency", target, gradient, n_iter=half)
+        per_step = against("per-step", target, gradient, n_iter=half)
         found |= {
-            f"kept{suffix}": (
-                f"APGD-ce, {name}, kept by all draws",
-                against("worst-draw", target, gradient),
-            ),
+            f"kept{suffix}": (f"APGD-ce, {name}, kept by all draws", against("worst-draw", target, gradient)),
             f"any_draw{suffix}": (f"APGD-ce, {name}, lost once any of {looks} draws is wrong", None),
             f"em{suffix}": (f"EM selection of draws, {name}", against("em", target, gradient)),
-            f"low{suffix}": (
-                f"APGD-ce, {name}, low frequencies",
-                against("low-frequency", target, gradient, n_iter=half),
-            ),
-            f"per_step{suffix}": (
-                f"APGD-ce and per-step losses, {name}, kept by all draws",
-                against("per-step", target, gradient, n_iter=half),
-            ),
+            f"low{suffix}": (f"APGD-ce, {name}, low frequencies", low),
+            f"per_step{suffix}": (f"APGD-ce and per-step losses, {name}, kept by all draws", per_step),
         }
     return found
 
 
 def _by_surrogates(config: Config, target: str) -> Sources:
-    """What starts from another defence's images, knows the noise of one draw, or saw another defence alone."""
-    surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
-    found, half = Sources(), halved(config).n_iter
+    """What rests on another defence's images, or on a single draw of noise."""
+    surrogates, found = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}, Sources()
     for name in ("none", "reverse"):
-        warm = against("apgd-ce", target, n_iter=half, start=against("apgd-ce", name))
+        warm = against("apgd-ce", target, n_iter=halved(config).n_iter, start=against("apgd-ce", name))
         found[f"warm_{name}"] = f"warm start from {surrogates[name]}", warm
     fixed = against("apgd-ce", target, eot=1, fixed_noise=True)
     found["fixed"] = "fixed noise, fresh noise at the test", fixed
