@@ -175,8 +175,7 @@ class Attack:
                 right, judged = predicted == y, None
             else:
                 clean = logits.argmax(1) == y
-                counts = _worst_draw(self, task) if self.name == "worst-draw" else None
-                x_adv, judged = counts or self._by_parts(task, clean)
+                x_adv, judged = _by_parts(self, task, clean)
                 right = clean & judged
         return AttackResult(x_adv.detach(), right, tuple(dict.fromkeys(said)), judged)
 
@@ -189,69 +188,77 @@ class Attack:
         moved = project(start, x, self.norm, self.eps)
         return torch.where(per_image((moved - start).abs().flatten(1).amax(1) > ROUNDING, x), moved, start)
 
-    def _by_parts(self, task: "_Task", clean: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, verdicts) of all parts together: an image is kept from the first part that broke it.
 
-        clean: (n,) bool, the clean draw's verdicts; what it lost is broken already.
-        """
-        made = []
-        for name in task.parts:
-            torch.manual_seed(self.seed)
-            made.append(self._images(name, task))
-        x_adv, judged = made[0][0], torch.ones_like(clean)
-        for found, shown in made:  # all after the last seed, or a model with torch's noise would repeat it
-            x_adv = torch.where(per_image(clean & judged, found), found, x_adv)
-            judged = judged & task.right(shown)
-        return x_adv, judged
+def _by_parts(attack: Attack, task: "_Task", clean: Tensor) -> tuple[Tensor, Tensor]:
+    """(images, verdicts) of all parts together: an image is kept from the first part that broke it.
 
-    def _images(self, name: str, task: "_Task") -> tuple[Tensor, Tensor]:
-        """(the images to keep, the images that AutoAttack would look at for its verdict)."""
-        x = task.x
-        if name == "clean":
-            x_adv = x.clone()
-        elif name == "noise":
-            shift = torch.randn_like(x)
-            x_adv = (x + self.eps * steepest(shift, self.norm)).clamp(0, 1)
-        elif name == "fgsm":
-            x_adv = self._climb(x, self._gradient(task).mean_gradient(x, task.y)[0], x, self.eps)
-        elif name == "pgd":
-            x_adv = self._pgd(task)
-        elif name == "rays":
-            queries = max(1, self.square_queries // self.eot)
-            x_adv = rays(partial(_outvoted, self, task), x, self.norm, self.eps, queries)
-        elif name in ("kept", "per-step"):
-            x_adv = _kept(self, task).x
-        elif name == "em":
-            x_adv = _em(self, task)
-        elif name in OUTSIDE:
-            x_adv = climb(name, self._gradient(task), x, task.y, self.eps, self.n_iter)
-        elif name == "low-frequency":
-            return _low_frequency(self, task)
-        else:
-            loss = _loss(self, task, name.removeprefix("apgd-"))
-            return _apgd(self, task, BatchedEOT(task.model, self.eot, self.max_batch, loss))
-        return x_adv, x_adv
+    clean: (n,) bool, the clean draw's verdicts; what it lost is broken already.
+    """
+    if attack.name == "worst-draw":  # of an image that is lost anywhere, the point is kept where it is
+        kept = _kept(attack, task)  # (DiffBreak, NeurIPS 2025; DiffHammer)
+        return kept.x, kept.right == 1
+    made = []
+    for name in task.parts:
+        torch.manual_seed(attack.seed)
+        made.append(_images(attack, name, task))
+    x_adv, judged = made[0][0], torch.ones_like(clean)
+    for found, shown in made:  # all after the last seed, or a model with torch's noise would repeat it
+        x_adv = torch.where(per_image(clean & judged, found), found, x_adv)
+        judged = judged & task.right(shown)
+    return x_adv, judged
 
-    def _pgd(self, task: "_Task") -> Tensor:
-        """The point of highest mean loss on a climb from a random point, or from `start`."""
-        x, gradient = task.x, self._gradient(task)
-        noise = self.eps * (2 * torch.rand_like(x) - 1)
-        x_adv = project(x + noise if task.start is None else task.start, x, self.norm, self.eps)
-        best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
-        for _ in range(self.n_iter):
-            slope, loss = gradient.mean_gradient(x_adv, task.y)
-            best = torch.where(per_image(loss > highest, x), x_adv, best)
-            highest = torch.maximum(loss, highest)
-            x_adv = self._climb(x_adv, slope, x, PGD_STEP * self.eps)
-        loss = gradient.mean_gradient(x_adv, task.y)[1]
-        return torch.where(per_image(loss > highest, x), x_adv, best)
 
-    def _gradient(self, task: "_Task") -> "BatchedEOT":
-        return BatchedEOT(task.model, self.eot, self.max_batch, cross_entropy)
+def _images(attack: Attack, name: str, task: "_Task") -> tuple[Tensor, Tensor]:
+    """(the images to keep, the images that AutoAttack would look at for its verdict)."""
+    x = task.x
+    if name == "clean":
+        x_adv = x.clone()
+    elif name == "noise":
+        shift = torch.randn_like(x)
+        x_adv = (x + attack.eps * steepest(shift, attack.norm)).clamp(0, 1)
+    elif name == "fgsm":
+        x_adv = _climb(attack, x, _gradient(attack, task).mean_gradient(x, task.y)[0], x, attack.eps)
+    elif name == "pgd":
+        x_adv = _pgd(attack, task)
+    elif name == "rays":
+        queries = max(1, attack.square_queries // attack.eot)
+        x_adv = rays(partial(_outvoted, attack, task), x, attack.norm, attack.eps, queries)
+    elif name in ("kept", "per-step"):
+        x_adv = _kept(attack, task).x
+    elif name == "em":
+        x_adv = _em(attack, task)
+    elif name in OUTSIDE:
+        x_adv = climb(name, _gradient(attack, task), x, task.y, attack.eps, attack.n_iter)
+    elif name == "low-frequency":
+        return _low_frequency(attack, task)
+    else:
+        loss = _loss(attack, task, name.removeprefix("apgd-"))
+        return _apgd(attack, task, BatchedEOT(task.model, attack.eot, attack.max_batch, loss))
+    return x_adv, x_adv
 
-    def _climb(self, x_adv: Tensor, slope: Tensor, x: Tensor, step: float) -> Tensor:
-        """A step along the sign of the slope (L2: its unit vector), kept in the ball around x."""
-        return project(x_adv + step * steepest(slope, self.norm), x, self.norm, self.eps)
+
+def _pgd(attack: Attack, task: "_Task") -> Tensor:
+    """The point of highest mean loss on a climb from a random point, or from `start`."""
+    x, gradient = task.x, _gradient(attack, task)
+    noise = attack.eps * (2 * torch.rand_like(x) - 1)
+    x_adv = project(x + noise if task.start is None else task.start, x, attack.norm, attack.eps)
+    best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
+    for _ in range(attack.n_iter):
+        slope, loss = gradient.mean_gradient(x_adv, task.y)
+        best = torch.where(per_image(loss > highest, x), x_adv, best)
+        highest = torch.maximum(loss, highest)
+        x_adv = _climb(attack, x_adv, slope, x, PGD_STEP * attack.eps)
+    loss = gradient.mean_gradient(x_adv, task.y)[1]
+    return torch.where(per_image(loss > highest, x), x_adv, best)
+
+
+def _gradient(attack: Attack, task: "_Task") -> "BatchedEOT":
+    return BatchedEOT(task.model, attack.eot, attack.max_batch, cross_entropy)
+
+
+def _climb(attack: Attack, x_adv: Tensor, slope: Tensor, x: Tensor, step: float) -> Tensor:
+    """A step along the sign of the slope (L2: its unit vector), kept in the ball around x."""
+    return project(x_adv + step * steepest(slope, attack.norm), x, attack.norm, attack.eps)
 
 
 def _possible(parts: Iterable[str], classes: int) -> tuple[tuple[str, ...], list[str]]:
@@ -290,15 +297,6 @@ def _kept(attack: Attack, task: "_Task") -> Kept:
     return kept
 
 
-def _worst_draw(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
-    """(the images of `_kept`, which of them no draw at any point got wrong).
-
-    An image that is lost anywhere is kept from a point where it is (DiffBreak, NeurIPS 2025; DiffHammer).
-    """
-    kept = _kept(attack, task)
-    return kept.x, kept.right == 1
-
-
 def _em(attack: Attack, task: "_Task") -> Tensor:
     """The best point for each image of restarts by several losses (Wang et al.'s DiffHammer, NeurIPS 2024).
 
@@ -326,7 +324,7 @@ def _em(attack: Attack, task: "_Task") -> Tensor:
 def _low_frequency(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
     """As `_apgd`, by the cross-entropy's low frequencies; also the random start has no others."""
     noise = low_frequencies(torch.randn_like(task.x))
-    start = attack._climb(task.x, noise, task.x, attack.eps) if task.start is None else task.start
+    start = _climb(attack, task.x, noise, task.x, attack.eps) if task.start is None else task.start
     if max(task.x.shape[2:]) == 1:
         task.said.append("low-frequency: images of one pixel have no high frequencies to leave out")
     draws = LowFrequency(task.model, attack.eot, attack.max_batch, cross_entropy)

@@ -1,4 +1,4 @@
-"""What loading the library takes, and which way its modules import one another."""
+"""What loading the library takes, which way its modules import one another, and how long their parts are."""
 
 import ast
 import subprocess
@@ -90,3 +90,15 @@ def test_each_room_imports_only_from_those_before_it():
         if room(imported) > room(module)
     }
     assert not back
+
+
+def test_no_class_and_no_function_is_long():
+    most = {ast.ClassDef: 150, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}  # lines, from def or class on
+    looked, long = 0, {}
+    for module, file in modules():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if limit := most.get(type(node)):
+                looked, lines = looked + 1, node.end_lineno - node.lineno + 1
+                if lines > limit:
+                    long[f"{module}.{node.name}"] = lines
+    assert looked > 500 and not long

@@ -73,31 +73,17 @@ def audit(
     """
     norm, eps = choice("norm", str(norm).lower(), NORMS), number("eps", eps, 0)
     choice("budget", budget, AUDITS)
-    images, labels = check_data(x, y)
-    place = Path(folder).resolve()
-    if place.is_relative_to(paths.PUBLISHED.resolve()):
-        raise ValueError(f"folder: expected one that is not among the published results; got {folder}")
     given = _by_name(defences)
-    device = _device(given, images)
-    images, labels = images.to(device), labels.to(device)
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"folder: expected a folder or none there yet; got the file {folder}")
-    place.mkdir(parents=True, exist_ok=True)
-    batch, bench = Batch(PROBED), Bench({})
-    for name, modules in given.items():
-        ask = partial(_prepared, name, modules, images, labels, batch, AUDITS[budget].n_draws)
-        bench.defences[name] = batch.fitting(ask)(0)
-    classes = {name: one.probe.classes for name, one in bench.defences.items()}
-    if len({*classes.values()}) > 1:
-        raise ValueError(f"defences: expected the same classes in all of them; got {classes}")
-    check_labels(labels, next(iter(classes.values())))
+    images, labels = _beside(given, *check_data(x, y))
+    place = _place(folder)
+    bench = _bench(given, images, labels, AUDITS[budget].n_draws)
     settings = AuditSettings(
         **vars(AUDITS[budget]) | {"n_images": len(images)},
         profile=str(place / "records"),
         budget=budget,
         norm=norm,
         eps=eps,
-        torch_device=device,
+        torch_device=images.device,
         max_batch=count("max_batch", max_batch),
         seed=count("seed", seed, 2**31 - 9, low=0),
     )
@@ -107,6 +93,17 @@ def audit(
         name: asked_again(one.probe, given[name]["exact"], images) for name, one in bench.defences.items()
     }
     return Audit(probes, measured, settings, place)
+
+
+def _place(folder: str | Path) -> Path:
+    """The folder, made if it is not there; ValueError for a file or one among the published results."""
+    place = Path(folder).resolve()
+    if place.is_relative_to(paths.PUBLISHED.resolve()):
+        raise ValueError(f"folder: expected one that is not among the published results; got {folder}")
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"folder: expected a folder or none there yet; got the file {folder}")
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
@@ -128,8 +125,8 @@ def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
     return given
 
 
-def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> torch.device:
-    """Where all weights are, or else the images; ValueError for weights in several places."""
+def _beside(given: Mapping[str, Mapping[str, nn.Module]], *data: torch.Tensor) -> list[torch.Tensor]:
+    """Images and labels where all weights are, if there are any; ValueError for weights in several places."""
     found = {
         weights.device
         for modules in given.values()
@@ -138,7 +135,22 @@ def _device(given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor) -> to
     }
     if len(found) > 1:
         raise ValueError(f"defences: expected all on one device; got {', '.join(sorted(map(str, found)))}")
-    return found.pop() if found else x.device
+    device = found.pop() if found else data[0].device
+    return [values.to(device) for values in data]
+
+
+def _bench(
+    given: Mapping[str, Mapping[str, nn.Module]], x: torch.Tensor, y: torch.Tensor, draws: int
+) -> Bench:
+    """Every defence `_prepared`; ValueError where their classes differ, or the labels are none of them."""
+    batch, bench = Batch(PROBED), Bench({})
+    for name, modules in given.items():
+        bench.defences[name] = batch.fitting(partial(_prepared, name, modules, x, y, batch, draws))(0)
+    classes = {name: one.probe.classes for name, one in bench.defences.items()}
+    if len({*classes.values()}) > 1:
+        raise ValueError(f"defences: expected the same classes in all of them; got {classes}")
+    check_labels(y, next(iter(classes.values())))
+    return bench
 
 
 def _prepared(

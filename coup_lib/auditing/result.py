@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from coup_lib.evaluation.outcomes import (
     worst_of,
 )
 from coup_lib.files import write_atomically
-from coup_lib.reporting.plots import PALETTE, points, use_style
+from coup_lib.reporting.plots import PALETTE, picture, points, use_style
 from coup_lib.reporting.tables import Row, accuracies, by_count, count_headings, long_form, markdown
 
 WORST = "worst case"
@@ -74,12 +73,11 @@ class Audit:
     @cached_property
     def signs(self) -> list[Sign]:
         """Every sign of gradient masking, and what else there is to know."""
+        found = self.measured
         return [
             sign
-            for name, row in self.measured.rows.items()
-            for sign in signs(
-                name, self.probes[name], row, self._labels(name), self.measured.eps.get(name, {})
-            )
+            for name, row in found.rows.items()
+            for sign in signs(name, self.probes[name], row, _labels(found, name), found.eps.get(name, {}))
         ]
 
     @property
@@ -94,16 +92,17 @@ class Audit:
     def verdict(self, name: str) -> str:
         """What is known of a defence's robustness, in one or two sentences."""
         accuracy, row = Accuracy.of(self.worst[name].right), self.measured.rows[name]
+        labels = _labels(self.measured, name)
         best = strongest_of([*row], {key: score.suspicion for key, score in row.items()})
         text = (
             f"**{name}**: robust accuracy at most {accuracy.value:.1f} % [{accuracy.low:.1f}, "
             f"{accuracy.high:.1f}] ({self.threat}; the worst of {len(row) - 1} attacks on each image; the "
-            f"strongest one, {self._labels(name)[best]}, leaves {100 * row[best].right.mean():.1f} %)."
+            f"strongest one, {labels[best]}, leaves {100 * row[best].right.mean():.1f} %)."
         )
         if self.probes[name].changed:
             text += " This is no bound: its answers change with use, and another copy of it may do worse."
         if self.probes[name].error:
-            text += f" It has no gradient of its own, so this rests on {self._instead(name)}."
+            text += f" It has no gradient of its own, so this rests on {_instead(self.measured, name)}."
         shown = [sign.name for sign in self.signs if sign.defence == name and sign.masking]
         return f"{text} Signs of gradient masking: {'; '.join(shown) or 'none'}."
 
@@ -165,55 +164,15 @@ class Audit:
 
     def figure(self) -> Figure:
         """Accuracy under every attack, and against the radius."""
-        use_style()
-        labels, rows = [*self._headings()], self._rows()
-        figure, (under, larger) = plt.subplots(
-            1, 2, figsize=(9.5, 1.2 + 0.24 * len(labels)), width_ratios=(3, 2), layout="constrained"
-        )
-        for place, (row, offset) in enumerate(zip(rows, np.linspace(-0.25, 0.25, len(rows)), strict=True)):
-            name, marker = row.label, LOOKS[place % len(LOOKS)]
-            look: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "markersize": 4.5}
-            places = [labels.index(label) + offset for label in row.right]
-            points(under, places, [*row.right.values()], sideways=True, fmt=marker, label=name, **look)
-            by_radius = self.measured.eps.get(name, {})
-            if by_radius:
-                places = np.arange(len(by_radius)) + 0.3 * offset
-                points(larger, places, [*by_radius.values()], fmt=f"{marker}-", **look)
-                ticks = [radius(value) for value in by_radius]
-                larger.set_xticks(range(len(ticks)), ticks)
-        under.axhspan(len(labels) - 2.5, len(labels) - 1.5, color="#fff3c4", zorder=-1)
-        under.set_yticks(range(len(labels)), labels)
-        under.set(xlim=(-2, 102), ylim=(len(labels) - 0.5, -0.5))
-        under.set_xlabel(f"accuracy (%), one draw, n = {self.settings.n_images}, 95 % interval")
-        under.grid(visible=False, axis="y")
-        larger.set(ylim=(-2, 102), ylabel="accuracy (%), 95 % interval")
-        larger.set_xlabel(f"{NORM_NAMES[self.settings.norm]} radius, under APGD-ce")
-        figure.legend(loc="outside upper center", ncols=min(len(rows), 4))
-        return figure
+        return _figure(self)
 
     def text(self) -> str:
         """The whole audit in Markdown: verdicts, tables and warnings; the figure is audit.png beside it."""
-        parts = ["# Audit", *map(self.verdict, self.worst), markdown(self.table())]
-        parts += [f"{self.threat}. {CAPTION}", f"![{ALTERNATIVE}](audit.png)"]
-        parts += ["## Warnings", "\n".join(f"- {text}" for text in self.warnings or ["none"])]
-        parts += ["## Every attack", markdown(self.attacks())]
-        if self.measured.hidden:
-            names = ", ".join(self.measured.hidden)
-            parts += [f"Left out: per-step losses, which take a path whose states are shown, of {names}."]
-        if self.measured.many:
-            parts += ["## Decisions by several draws", DECIDED, markdown(self.decisions())]
-        if self.measured.outside:
-            parts += ["## Outside the ball", f"n = {self.settings.n_images}. {OUTSIDE}"]
-            parts += [markdown(self.outside())]
-        return "\n\n".join(parts) + "\n"
+        return _text(self)
 
     def save(self) -> Path:
         """Write audit.md, audit.csv, audit.png and audit.html into the folder; the path of the last one."""
-        drawn = BytesIO()
-        figure = self.figure()
-        figure.savefig(drawn, format="png", dpi=200)
-        plt.close(figure)
-        text, png = self.text(), drawn.getvalue()
+        text, png = self.text(), picture(self.figure(), ALTERNATIVE).data
         files = {
             "audit.md": text.encode(),
             "audit.csv": long_form(self._rows(), self._headings()).to_csv(index=False).encode(),
@@ -225,39 +184,80 @@ class Audit:
             write_atomically(self.folder / name, partial(Path.write_bytes, data=content))
         return self.folder / "audit.html"
 
-    def _instead(self, name: str) -> str:
-        """What attacked a defence without a gradient."""
-        others = [key.removesuffix("-ce") for key in self.measured.labels[name] if key.endswith("-ce")]
-        shown = [f"the gradient called {gradient}" for gradient in others] + ["a black box"]
-        borrowed = ["what others' gradients found"] if transferred(self.measured.rows[name]) else []
-        return " and on ".join([", on ".join(shown), *borrowed])
-
-    def _labels(self, name: str) -> dict[Any, str]:
-        """Column or transfer of a defence's row → what the attack is called."""
-        labels = self.measured.labels
-        return {
-            key: f"{labels[key.surrogate][key.column]}, made against {key.surrogate}"
-            if isinstance(key, Transfer)
-            else labels[name][key]
-            for key in self.measured.rows[name]
-        }
-
     def _rows(self) -> list[Row]:
         """Every defence under its attacks and in the worst case; the columns are what attacks are called."""
-        return [
-            Row(
-                name,
-                {label: row[key].right for key, label in self._labels(name).items()}
-                | {WORST: self.worst[name].right},
-                self.settings,
-                {"defence": name},
-            )
-            for name, row in self.measured.rows.items()
-        ]
+        rows = []
+        for name, row in self.measured.rows.items():
+            right = {label: row[key].right for key, label in _labels(self.measured, name).items()}
+            right[WORST] = self.worst[name].right
+            rows.append(Row(name, right, self.settings, {"defence": name}))
+        return rows
 
     def _headings(self) -> dict[str, str]:
         """All columns: own attacks, those that were made against others, the worst case, clean images."""
-        called = {key: label for name in self.worst for key, label in self._labels(name).items()}
+        called = {key: label for name in self.worst for key, label in _labels(self.measured, name).items()}
         clean = called.pop("clean")
         order = sorted(called, key=lambda key: isinstance(key, Transfer))
         return {label: label for label in [*(called[key] for key in order), WORST, clean]}
+
+
+def _figure(audit: Audit) -> Figure:
+    use_style()
+    labels, rows = [*audit._headings()], audit._rows()
+    figure, (under, larger) = plt.subplots(
+        1, 2, figsize=(9.5, 1.2 + 0.24 * len(labels)), width_ratios=(3, 2), layout="constrained"
+    )
+    for place, (row, offset) in enumerate(zip(rows, np.linspace(-0.25, 0.25, len(rows)), strict=True)):
+        name, marker = row.label, LOOKS[place % len(LOOKS)]
+        look: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "markersize": 4.5}
+        places = [labels.index(label) + offset for label in row.right]
+        points(under, places, [*row.right.values()], sideways=True, fmt=marker, label=name, **look)
+        by_radius = audit.measured.eps.get(name, {})
+        if by_radius:
+            places = np.arange(len(by_radius)) + 0.3 * offset
+            points(larger, places, [*by_radius.values()], fmt=f"{marker}-", **look)
+            ticks = [radius(value) for value in by_radius]
+            larger.set_xticks(range(len(ticks)), ticks)
+    under.axhspan(len(labels) - 2.5, len(labels) - 1.5, color="#fff3c4", zorder=-1)
+    under.set_yticks(range(len(labels)), labels)
+    under.set(xlim=(-2, 102), ylim=(len(labels) - 0.5, -0.5))
+    under.set_xlabel(f"accuracy (%), one draw, n = {audit.settings.n_images}, 95 % interval")
+    under.grid(visible=False, axis="y")
+    larger.set(ylim=(-2, 102), ylabel="accuracy (%), 95 % interval")
+    larger.set_xlabel(f"{NORM_NAMES[audit.settings.norm]} radius, under APGD-ce")
+    figure.legend(loc="outside upper center", ncols=min(len(rows), 4))
+    return figure
+
+
+def _text(audit: Audit) -> str:
+    parts = ["# Audit", *map(audit.verdict, audit.worst), markdown(audit.table())]
+    parts += [f"{audit.threat}. {CAPTION}", f"![{ALTERNATIVE}](audit.png)"]
+    parts += ["## Warnings", "\n".join(f"- {text}" for text in audit.warnings or ["none"])]
+    parts += ["## Every attack", markdown(audit.attacks())]
+    if audit.measured.hidden:
+        names = ", ".join(audit.measured.hidden)
+        parts += [f"Left out: per-step losses, which take a path whose states are shown, of {names}."]
+    if audit.measured.many:
+        parts += ["## Decisions by several draws", DECIDED, markdown(audit.decisions())]
+    if audit.measured.outside:
+        parts += ["## Outside the ball", f"n = {audit.settings.n_images}. {OUTSIDE}"]
+        parts += [markdown(audit.outside())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _instead(measured: Measured, name: str) -> str:
+    """What attacked a defence without a gradient."""
+    others = [key.removesuffix("-ce") for key in measured.labels[name] if key.endswith("-ce")]
+    shown = [f"the gradient called {gradient}" for gradient in others] + ["a black box"]
+    borrowed = ["what others' gradients found"] if transferred(measured.rows[name]) else []
+    return " and on ".join([", on ".join(shown), *borrowed])
+
+
+def _labels(measured: Measured, name: str) -> dict[Any, str]:
+    """Column or transfer of a defence's row → what the attack is called."""
+    return {
+        key: f"{measured.labels[key.surrogate][key.column]}, made against {key.surrogate}"
+        if isinstance(key, Transfer)
+        else measured.labels[name][key]
+        for key in measured.rows[name]
+    }

@@ -107,32 +107,19 @@ class Bench:
         if spec.surrogate == "none":
             return self.classifier
         score = self.attacked_score(spec.surrogate, spec.gradient)
-        return self._build(spec.surrogate, score, spec.gradient, spec.n_steps, spec.guidance_weight)
+        return self._build(spec.surrogate, score, spec.gradient, **spec.path)
 
     def defence(self, name: str, gradient: str = "exact") -> nn.Module:
         """The named defence around the classifier, in float32."""
         choice("defence", name, DEFENCES)
         return self.classifier if name == "none" else self._build(name, self.score_network, gradient)
 
-    def _build(
-        self,
-        name: str,
-        score: nn.Module,
-        gradient: str,
-        n_steps: int | None = None,
-        weight: float | None = None,
-    ) -> nn.Module:
-        recipe = PURIFIERS[name]
-        return build(
-            recipe,
-            self.classifier,
-            score,
-            self._classifier(self._guide(name)) if recipe.robust_guide else self.classifier,
-            guidance_weight=self.config.guidance_weight if weight is None else weight,
-            t_star=self.config.t_star,
-            n_steps=n_steps or self.config.n_steps,
-            gradient=gradient,
-        )
+    def _build(self, name: str, score: nn.Module, gradient: str, **own: Any) -> nn.Module:
+        """own: the number of steps and λ, where they are not the configuration's."""
+        config, recipe = self.config, PURIFIERS[name]
+        path = {"n_steps": config.n_steps, "guidance_weight": config.guidance_weight} | own
+        guide = self._classifier(self._guide(name)) if recipe.robust_guide else self.classifier
+        return build(recipe, self.classifier, score, guide, t_star=config.t_star, gradient=gradient, **path)
 
     def settings(self, name: str, spec: AttackSpec | None = None) -> dict[str, Any]:
         """What the behaviour of a defence depends on, for the name of its records.
@@ -154,11 +141,7 @@ class Bench:
         found |= PURIFIERS[name].constants
         if PURIFIERS[name].robust_guide:
             found["guide_sha256"] = self._identity(self._guide(name))
-        if spec and spec.n_steps:
-            found["n_steps"] = spec.n_steps
-        if spec and spec.guidance_weight is not None:
-            found["guidance_weight"] = spec.guidance_weight
-        return found
+        return found | (spec.path if spec else {})
 
     def how_attacked(self, spec: AttackSpec) -> dict[str, Any]:
         """What else an attack's numbers depend on: the arithmetic in the score network, if not float32."""

@@ -91,6 +91,40 @@ def attack(
         return made(model, images.x, images.y, start)
 
 
+def attack_settings(
+    spec: AttackSpec, config: Settings, bench: Defences, images: Values
+) -> tuple[str, Values]:
+    """A readable name for the record of an attack, and everything that its numbers depend on.
+
+    images: what identifies the images under attack.
+    """
+    name = bench.classifier_name
+    settings: Values = {"attack": spec.attack, "n_images": config.n_images, **images}
+    if spec.attack == "clean":
+        return f"{name}-clean", settings
+    norm = "outside" if spec.attack in OUTSIDE else config.norm  # of no ball: in no worst case on record
+    settings |= {
+        "classifier": name,
+        "norm": norm,
+        "eps": config.eps,
+        "gradient": spec.gradient,
+        "seed": config.seed if spec.seed is None else spec.seed,
+        "chunk_size": config.chunk_size,
+        "budget": spec.budget(config),
+        "defence": bench.settings(spec.surrogate, spec),
+        **bench.how_attacked(spec),
+    }
+    if spec.fixed_noise:
+        settings["fixed_noise"] = True
+    if spec.attack in ("square", "standard"):  # older records counted one draw of the clean image more
+        settings["counted_by"] = "AutoAttack"
+    if spec.attack == "apgd-dlr":  # older records have no verdict without the clean draw
+        settings["judged"] = True
+    if spec.start:
+        settings["start"] = attack_settings(spec.start, config, bench, images)[1]
+    return f"{name}-{norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
+
+
 def is_random(model: nn.Module) -> bool:
     """Whether a model that is no `Purified` says by its attribute `random` that each call is another draw."""
     return bool(getattr(model, "random", False))
@@ -145,6 +179,14 @@ def outcomes_of(
         "average": classes_of(reporting.mean(1)).tolist(),
         "suspicion": (right + trust / 1000).tolist(),
     }
+
+
+def as_predictions(outcomes: Values, counts: Values) -> Predictions:
+    """What `outcomes_of` found, as it is on record; counts: the attack's own verdicts, if they count here."""
+    kept = {name: np.array(outcomes[name]) for name in ("labels", "report", "average", "suspicion")}
+    given = {"robust", "judged"} & counts.keys()
+    verdicts = {f"attack_{name}": np.array(counts[name], dtype=bool) for name in given}
+    return Predictions(**kept, **verdicts)
 
 
 def classes_of(logits: Tensor) -> Tensor:
@@ -272,9 +314,9 @@ class Runner:
     def costs(self, rows: Rows) -> dict[Path, float]:
         """The records that `predictions` takes → about how many score evaluations each of them costs."""
         pairs = [(target, spec) for target, row in rows.items() for spec in row.values()]
-        found = {self._attack_record(spec).path: self._cost(spec) for _, spec in pairs}
+        found = {self._attack_record(spec).path: attack_cost(spec, self.config) for _, spec in pairs}
         for target, spec in pairs:
-            found[self._prediction_record(target, spec).path] = self._prediction_cost(target)
+            found[self._prediction_record(target, spec).path] = prediction_cost(target, self.config)
         return found
 
     def attack(self, spec: AttackSpec) -> Values:
@@ -296,42 +338,11 @@ class Runner:
         result = self._prediction_record(target, spec).finish()["result"]
         same_path = self.bench.settings(target) == self.bench.settings(target, spec)
         direct = spec.surrogate == target and same_path and spec.attack not in WITHOUT_MODEL
-        counts = self.attack(spec)["result"] if direct else {}
-        verdicts = {
-            f"attack_{name}": np.array(counts[name], dtype=bool)
-            for name in ("robust", "judged")
-            if name in counts
-        }
-        kept = {name: np.array(result[name]) for name in ("labels", "report", "average", "suspicion")}
-        return Predictions(**kept, **verdicts)
+        return as_predictions(result, self.attack(spec)["result"] if direct else {})
 
     def attack_settings(self, spec: AttackSpec) -> tuple[str, Values]:
         """A readable name for the record of an attack, and everything that its numbers depend on."""
-        config, bench, name = self.config, self.bench, self.bench.classifier_name
-        settings: Values = {"attack": spec.attack, "n_images": config.n_images, **self._images()}
-        if spec.attack == "clean":
-            return f"{name}-clean", settings
-        norm = "outside" if spec.attack in OUTSIDE else config.norm  # of no ball: in no worst case on record
-        settings |= {
-            "classifier": name,
-            "norm": norm,
-            "eps": config.eps,
-            "gradient": spec.gradient,
-            "seed": config.seed if spec.seed is None else spec.seed,
-            "chunk_size": config.chunk_size,
-            "budget": spec.budget(config),
-            "defence": bench.settings(spec.surrogate, spec),
-            **bench.how_attacked(spec),
-        }
-        if spec.fixed_noise:
-            settings["fixed_noise"] = True
-        if spec.attack in ("square", "standard"):  # older records counted one draw of the clean image more
-            settings["counted_by"] = "AutoAttack"
-        if spec.attack == "apgd-dlr":  # older records have no verdict without the clean draw
-            settings["judged"] = True
-        if spec.start:
-            settings["start"] = self.attack_settings(spec.start)[1]
-        return f"{name}-{norm}-{spec.attack}-{spec.surrogate}-{spec.gradient}", settings
+        return attack_settings(spec, self.config, self.bench, self._images())
 
     def _attack_record(self, spec: AttackSpec) -> ChunkedRecord:
         def compute(place: int) -> Values:
@@ -360,12 +371,7 @@ class Runner:
         settings |= {"n_draws": config.n_draws, "seed": config.seed}
         return self.record(f"score-{target}-on-{attack_name}", settings, compute)
 
-    def record(
-        self,
-        name: str,
-        settings: Values,
-        compute: Callable[[int], Values],
-    ) -> ChunkedRecord:
+    def record(self, name: str, settings: Values, compute: Callable[[int], Values]) -> ChunkedRecord:
         """A record over all images; `compute` gets the place of a chunk's first image."""
         config = self.config
         places = range(0, config.n_images, config.chunk_size)
@@ -375,14 +381,17 @@ class Runner:
     def _chunk(self, values: Tensor, place: int) -> Tensor:
         return values[place : place + self.config.chunk_size]
 
-    def _cost(self, spec: AttackSpec) -> float:
-        """About how many score evaluations the attack takes; good enough to foretell the time left."""
-        gradients, forwards = spec.calls(self.config)
-        path = path_cost(spec.surrogate, spec.n_steps or self.config.n_steps)
-        return self.config.n_images * path * (2 * gradients + forwards) + 1
 
-    def _prediction_cost(self, target: str) -> float:
-        return self.config.n_images * 2 * self.config.n_draws * path_cost(target, self.config.n_steps)
+def attack_cost(spec: AttackSpec, config: Settings) -> float:
+    """About how many score evaluations the attack takes; good enough to foretell the time left."""
+    gradients, forwards = spec.calls(config)
+    path = path_cost(spec.surrogate, spec.n_steps or config.n_steps)
+    return config.n_images * path * (2 * gradients + forwards) + 1
+
+
+def prediction_cost(target: str, config: Settings) -> float:
+    """About how many score evaluations a target's predictions take, on the images of one attack."""
+    return config.n_images * 2 * config.n_draws * path_cost(target, config.n_steps)
 
 
 def path_cost(defence: str, n_steps: int) -> float:

@@ -71,6 +71,12 @@ class AttackSpec:
         return ", ".join(said)
 
     @property
+    def path(self) -> dict[str, float]:
+        """What it has of its own of the path under attack, number of steps and λ, by the settings' names."""
+        own = {"n_steps": self.n_steps, "guidance_weight": self.guidance_weight}
+        return {name: value for name, value in own.items() if value is not None}
+
+    @property
     def spends(self) -> tuple[str, ...]:
         """What of a budget the attack spends, by the names of `Settings`."""
         return SPENT.get(self.attack, ITERATED)

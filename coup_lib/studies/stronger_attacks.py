@@ -40,6 +40,7 @@ from coup_lib.reporting.plots import COLOURS, MARKERS, points
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
+Sources = dict[str, tuple[str, AttackSpec | None]]  # name → (label, source)
 Columns = dict[str, dict[Any, Predictions]]  # defence → name of a source, or `Transfer` → score
 
 PGD_FACTOR = 4  # PGD takes this many times APGD's iterations: 200 at the full size
@@ -61,14 +62,28 @@ DECIDED = ("first_order", "per_step_first_order")  # on whose images many draws 
 MANY = 128  # draws that decide together, as in DiffBreak
 
 
-def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | None]]:
+def attacks(config: Config, target: str) -> Sources:
     """Name → (label, source) of everything that a defence faces; what sees less of the defence comes last.
 
     Exact, first-order, the restart, the fixed noise, what all draws keep and what EM selects take all of the
     configuration's iterations, PGD takes `PGD_FACTOR` times as many, the rest half: the convergence check
     shows what that half is worth. "worst-draw" leaves the images that "kept" leaves, and counts besides.
-    Its shorter runs have no label. Labels without a source belong to what `per_image_accuracy` adds.
+    Shorter runs of the exact attack have no label. Labels without a source belong to what
+    `per_image_accuracy` adds.
     """
+    found = _by_gradients(config, target) | _by_surrogates(config, target)
+    return found | {
+        "transferred": ("the others' attacks, all of them", None),
+        "square": ("Square (black box)", against("square", target)),
+        "fgsm": ("FGSM (one step)", against("fgsm", target)),
+        "noise": ("random noise", against("noise", "none")),
+        "clean": ("clean images", against("clean", "none")),
+        "recorded": (tables.COLUMNS["recorded"], None),
+    }
+
+
+def _by_gradients(config: Config, target: str) -> Sources:
+    """What climbs by the gradients of the target: of all losses, with more or fewer draws and steps."""
     half, quarter, counts = halved(config).n_iter, max(1, config.n_iter // 4), eot_counts(config)
     many, most, coarse = PGD_FACTOR * config.n_iter, counts[-1], max(1, config.n_steps // 2)
     looks = draws_looked_at(config)
@@ -76,7 +91,7 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
     def apgd(gradient: str = "exact", loss: str = "ce", **more: Any) -> AttackSpec:
         return against(f"apgd-{loss}", target, gradient, **more)
 
-    found: dict[str, tuple[str, AttackSpec | None]] = {
+    found: Sources = {
         "exact": ("APGD-ce, exact (paper's protocol)", apgd()),
         "quarter": ("", apgd(n_iter=quarter)),
         "short": ("", apgd(n_iter=half)),
@@ -97,38 +112,30 @@ def attacks(config: Config, target: str) -> dict[str, tuple[str, AttackSpec | No
     }
     for suffix, gradient in (("", "exact"), ("_first_order", "first_order")):
         name = gradient.replace("_", "-")
+        low = against("low-frequency", target, gradient, n_iter=half)
+        per_step = against("per-step", target, gradient, n_iter=half)
         found |= {
-            f"kept{suffix}": (
-                f"APGD-ce, {name}, kept by all draws",
-                against("worst-draw", target, gradient),
-            ),
+            f"kept{suffix}": (f"APGD-ce, {name}, kept by all draws", against("worst-draw", target, gradient)),
             f"any_draw{suffix}": (f"APGD-ce, {name}, lost once any of {looks} draws is wrong", None),
             f"em{suffix}": (f"EM selection of draws, {name}", against("em", target, gradient)),
-            f"low{suffix}": (
-                f"APGD-ce, {name}, low frequencies",
-                against("low-frequency", target, gradient, n_iter=half),
-            ),
-            f"per_step{suffix}": (
-                f"APGD-ce and per-step losses, {name}, kept by all draws",
-                against("per-step", target, gradient, n_iter=half),
-            ),
+            f"low{suffix}": (f"APGD-ce, {name}, low frequencies", low),
+            f"per_step{suffix}": (f"APGD-ce and per-step losses, {name}, kept by all draws", per_step),
         }
-    surrogates = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}
+    return found
+
+
+def _by_surrogates(config: Config, target: str) -> Sources:
+    """What rests on another defence's images, or on a single draw of noise."""
+    surrogates, found = {"none": "undefended", "reverse": "reverse SDE", "diffpure": "DiffPure"}, Sources()
     for name in ("none", "reverse"):
-        start = against("apgd-ce", name)
-        found[f"warm_{name}"] = f"warm start from {surrogates[name]}", apgd(n_iter=half, start=start)
-    found["fixed"] = "fixed noise, fresh noise at the test", apgd(eot=1, fixed_noise=True)
+        warm = against("apgd-ce", target, n_iter=halved(config).n_iter, start=against("apgd-ce", name))
+        found[f"warm_{name}"] = f"warm start from {surrogates[name]}", warm
+    fixed = against("apgd-ce", target, eot=1, fixed_noise=True)
+    found["fixed"] = "fixed noise, fresh noise at the test", fixed
     found["fixed_own"] = "fixed noise, the same at the test", None
     for name, label in surrogates.items():
         found[f"from_{name}"] = f"transfer from {label}", against("apgd-ce", name)
-    return found | {
-        "transferred": ("the others' attacks, all of them", None),
-        "square": ("Square (black box)", against("square", target)),
-        "fgsm": ("FGSM (one step)", against("fgsm", target)),
-        "noise": ("random noise", against("noise", "none")),
-        "clean": ("clean images", against("clean", "none")),
-        "recorded": (tables.COLUMNS["recorded"], None),
-    }
+    return found
 
 
 def draws_looked_at(config: Config) -> int:
