@@ -74,6 +74,8 @@ def audit(
     norm, eps = choice("norm", str(norm).lower(), NORMS), number("eps", eps, 0)
     choice("budget", budget, AUDITS)
     images, labels = check_data(x, y)
+    farthest = 1.0 if norm == "linf" else images[0].numel() ** 0.5  # from one image to another
+    number("eps", eps, 0, farthest)
     place = Path(folder).resolve()
     if place.is_relative_to(paths.PUBLISHED.resolve()):
         raise ValueError(f"folder: expected one that is not among the published results; got {folder}")
