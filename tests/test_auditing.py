@@ -122,6 +122,8 @@ def test_planes_hold_what_the_images_do():
         ),
         ({"norm": "l1"}, "norm: expected one of linf, l2; got 'l1'"),
         ({"eps": "8/0"}, "eps: expected a number or a fraction"),
+        ({"eps": 8}, "eps: expected a number greater than 0 and at most 1; got 8"),
+        ({"eps": 8.1, "norm": "l2"}, "eps: expected a number greater than 0 and at most 8; got 8.1"),
         ({"budget": "huge"}, "budget: expected one of smoke, quick, full"),
         ({"defences": {}}, "defences: expected at least one by name"),
         ({"defences": linear()}, "defences: expected at least one by name"),
@@ -751,6 +753,16 @@ def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
     assert found[0.3][0].shown == "30.0 % at 0.5, chance 10 %"
 
 
+@pytest.mark.parametrize(("right", "seen"), [(1, False), (3, True)])
+def test_a_large_radius_is_a_sign_only_if_the_interval_is_above_chance(right, seen, digits, net):
+    row = {key: made_up(share) for key, share in HONEST.items()}
+    row["clean"] = replace(row["clean"], labels=np.arange(N) % 10)
+    left = np.arange(3) < right
+    by_radius = {0.15: np.ones(3), 0.5: left.astype(float)}
+    found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, by_radius)
+    assert bool(found) == seen
+
+
 def test_an_audits_page(digits, net, tmp_path):
     found = smoke(
         {"mine": Changed(fresh_noise, net), "plain & simple"[:5]: net}, digits.x, digits.y, tmp_path
@@ -759,6 +771,7 @@ def test_an_audits_page(digits, net, tmp_path):
     assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
         f"audit.{end}" for end in ("csv", "html", "md", "png")
     }
+    assert found.figure().axes[1].get_xlabel() == "L∞ radius, under APGD-ce, n = 4"
     html, text = page.read_text(), (tmp_path / "audit.md").read_text()
     for name in ("mine", "plain"):
         assert f"**{name}**: robust accuracy at most" in text and f"<strong>{name}</strong>: robust" in html

@@ -71,10 +71,12 @@ def audit(
     Raises:
         ValueError: naming what was expected and what came, before any attack.
     """
-    norm, eps = choice("norm", str(norm).lower(), NORMS), number("eps", eps, 0)
+    norm = choice("norm", str(norm).lower(), NORMS)
     choice("budget", budget, AUDITS)
     given = _by_name(defences)
     images, labels = _beside(given, *check_data(x, y))
+    farthest = 1.0 if norm == "linf" else images[0].numel() ** 0.5  # from one image to another
+    eps = number("eps", eps, 0, farthest)
     place = _place(folder)
     bench = _bench(given, images, labels, AUDITS[budget].n_draws)
     settings = AuditSettings(

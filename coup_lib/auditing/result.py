@@ -224,7 +224,8 @@ def _figure(audit: Audit) -> Figure:
     under.set_xlabel(f"accuracy (%), one draw, n = {audit.settings.n_images}, 95 % interval")
     under.grid(visible=False, axis="y")
     larger.set(ylim=(-2, 102), ylabel="accuracy (%), 95 % interval")
-    larger.set_xlabel(f"{NORM_NAMES[audit.settings.norm]} radius, under APGD-ce")
+    tried = {len(right) for by_radius in audit.measured.eps.values() for right in by_radius.values()}
+    larger.set_xlabel(f"{NORM_NAMES[audit.settings.norm]} radius, under APGD-ce, n = {max(tried, default=0)}")
     figure.legend(loc="outside upper center", ncols=min(len(rows), 4))
     return figure
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from coup_lib.auditing.probe import Probe
-from coup_lib.evaluation.outcomes import Difference, Predictions, Transfer, worst_of
+from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_of
 from coup_lib.evaluation.stats import LEVEL
 
 # Attacks by the defence's own gradient, by their columns.
@@ -165,14 +165,18 @@ def _like_noise(defence: str, right: Mapping[Any, np.ndarray]) -> list[Sign]:
 
 
 def _at_large_radius(defence: str, by_radius: Mapping[float, np.ndarray], labels: np.ndarray) -> list[Sign]:
-    """Accuracy has to fall with the radius, and where every image can be made grey, to chance."""
+    """Accuracy has to fall with the radius, and where every image can be made grey, to chance.
+
+    It is above chance if its interval is: of few images, all grey, more than a share of 1 / classes may be of
+    one class.
+    """
     if not by_radius:
         return []
     radius, right = [*by_radius.items()][-1]
     chance = 1 / len(np.unique(labels))
     rises = any(_wins(less, more, 0.0) for less, more in pairwise(by_radius.values()))
     shown = f"{_percent(right)} at {radius:.3g}, chance {100 * chance:.0f} %" + ", and rises" * rises
-    seen = rises or float(right.mean()) > chance
+    seen = rises or Accuracy.of(right).low > 100 * chance
     return [Sign(defence, "accuracy at a large radius stays above chance", shown, seen=seen)]
 
 
