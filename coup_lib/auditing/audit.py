@@ -75,8 +75,7 @@ def audit(
     choice("budget", budget, AUDITS)
     given = _by_name(defences)
     images, labels = _beside(given, *check_data(x, y))
-    farthest = 1.0 if norm == "linf" else images[0].numel() ** 0.5  # from one image to another
-    eps = number("eps", eps, 0, farthest)
+    eps = number("eps", eps, 0, 1.0 if norm == "linf" else images[0].numel() ** 0.5)
     place = _place(folder)
     bench = _bench(given, images, labels, AUDITS[budget].n_draws)
     settings = AuditSettings(

@@ -12,7 +12,6 @@ import numpy as np
 
 from coup_lib.auditing.probe import Probe
 from coup_lib.evaluation.outcomes import Accuracy, Difference, Predictions, Transfer, worst_of
-from coup_lib.evaluation.stats import LEVEL
 
 # Attacks by the defence's own gradient, by their columns.
 OWN = ("ce", "long", "dlr", "margin", "kept", "em", "steps", "low", "vote")
@@ -105,8 +104,9 @@ def compared(
 ) -> list[Sign]:
     """Whether one attack beside another, or a larger radius, is a sign; seen or not.
 
-    A difference counts where it is above the tolerance and its paired interval excludes zero, which is the
-    wider (Bonferroni) the more attacks are tried.
+    A difference counts where its paired interval excludes zero and it is above the tolerance. There is no
+    correction for how many attacks are tried: to look again at an honest defence costs less than to pass over
+    a masked one.
 
     Args:
         right: column or `Transfer` → the share of right draws of each image, (n,). There are "ce" (APGD on
@@ -125,7 +125,7 @@ def compared(
     def ask(name: str, keys: Sequence[Any], than: Any, tolerance: float = TOLERANCE) -> None:
         keys = [key for key in keys if key in right]
         if keys and than in right:
-            won = [key for key in keys if _wins(right[key], right[than], tolerance, len(keys))]
+            won = [key for key in keys if _wins(right[key], right[than], tolerance)]
             best = strongest_of(won or keys, suspicion)
             shown = f"{label[best]} leaves {_percent(right[best])}, {label[than]} {_percent(right[than])}"
             found.append(Sign(defence, name, shown, seen=bool(won)))
@@ -150,9 +150,9 @@ def strongest_of(keys: Sequence[Any], suspicion: Mapping[Any, np.ndarray]) -> An
     return min(keys, key=lambda key: float(suspicion[key].mean()))
 
 
-def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float = TOLERANCE, tried: int = 1) -> bool:
-    """Whether an attack, one of those tried, leaves less than another by more than tolerance and noise."""
-    difference = Difference.of(stronger, weaker, 1 - (1 - LEVEL) / tried)
+def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float = TOLERANCE) -> bool:
+    """Whether an attack leaves less than another, by more than the tolerance and than noise explains."""
+    difference = Difference.of(stronger, weaker)
     return difference.value < -tolerance and difference.high < 0
 
 
