@@ -763,10 +763,11 @@ def test_a_large_radius_is_a_sign_only_if_the_interval_is_above_chance(right, se
     assert bool(found) == seen
 
 
-def test_an_audits_page(digits, net, tmp_path):
-    found = smoke(
-        {"mine": Changed(fresh_noise, net), "plain & simple"[:5]: net}, digits.x, digits.y, tmp_path
-    )
+def test_an_audits_page(digits, net, tmp_path, capsys):
+    defences = {"mine": Changed(fresh_noise, net), "plain & simple"[:5]: net}
+    found = smoke(defences, digits.x, digits.y, tmp_path, outside=True, verbose=True)
+    after = len(protocol.radii((1, 8, 8), "linf", EPS)) + 1 + len(TRIED)  # 1: many draws
+    assert capsys.readouterr().out.count(" done in ") == 1 + after
     page = found.save()
     assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
         f"audit.{end}" for end in ("csv", "html", "md", "png")

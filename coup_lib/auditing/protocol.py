@@ -184,9 +184,10 @@ def measure(
     specs = with_transfers(own, sorted(lent))
     rows = _runner(bench, images, settings, verbose=verbose).predictions(specs)
     half = max(2, len(images) // 2)
-    eps = _by_radius(bench, rows, own, images, replace(settings, n_images=half))
-    many = _by_many(bench, rows, specs, images, replace(settings, n_draws=settings.many_draws))
-    beyond = _outside(bench, images, settings) if outside else {}
+    eps = _by_radius(bench, rows, own, images, replace(settings, n_images=half), verbose)
+    drawn = replace(settings, n_draws=settings.many_draws)
+    many = _by_many(bench, rows, specs, images, drawn, verbose)
+    beyond = _outside(bench, images, settings, verbose) if outside else {}
     return Measured(labels, rows, eps, many, beyond, hidden)
 
 
@@ -206,6 +207,7 @@ def _by_radius(
     own: Mapping[str, Mapping[str, AttackSpec]],
     images: Images,
     settings: AuditSettings,
+    verbose: bool,
 ) -> dict[str, dict[float, np.ndarray]]:
     """Defence → radius → the share of right draws of the first images, under APGD-ce by its own gradient."""
     n, faced = settings.n_images, {name: {"ce": row["ce"]} for name, row in own.items() if "ce" in row}
@@ -213,19 +215,21 @@ def _by_radius(
         name: {0.0: rows[name]["clean"].right[:n], settings.eps: rows[name]["ce"].right[:n]} for name in faced
     }
     for radius in radii(images.x.shape[1:], settings.norm, settings.eps) if faced else []:
-        at = _runner(bench, images, replace(settings, eps=radius), verbose=False)
+        at = _runner(bench, images, replace(settings, eps=radius), verbose=verbose)
         for name, row in at.predictions(faced).items():
             found[name][radius] = row["ce"].right
     return found
 
 
-def _outside(bench: Bench, images: Images, settings: AuditSettings) -> dict[str, dict[str, np.ndarray]]:
+def _outside(
+    bench: Bench, images: Images, settings: AuditSettings, verbose: bool
+) -> dict[str, dict[str, np.ndarray]]:
     """Defence with a gradient → attack outside the ball → the share of right draws of each image, (n,)."""
     found: dict[str, dict[str, np.ndarray]] = {
         name: {} for name, one in bench.defences.items() if not one.probe.error
     }
     for (kind, reach), label in TRIED.items():
-        at = _runner(bench, images, replace(settings, eps=reach), verbose=False)
+        at = _runner(bench, images, replace(settings, eps=reach), verbose=verbose)
         for name, row in at.predictions({name: {label: AttackSpec(kind, name)} for name in found}).items():
             found[name][label] = row[label].right
     return found
@@ -237,6 +241,7 @@ def _by_many(
     specs: Mapping[str, Mapping[Any, AttackSpec]],
     images: Images,
     settings: AuditSettings,
+    verbose: bool,
 ) -> dict[str, dict[Any, Predictions]]:
     """Predictions of random defences under fewer attacks, by as many draws as `settings` say."""
     faced = {}
@@ -244,4 +249,4 @@ def _by_many(
         if bench.defences[name].probe.random:
             strongest = min(row, key=lambda key: float(rows[name][key].suspicion.mean()))
             faced[name] = {key: row[key] for key in ("clean", strongest, VOTE) if key in row}
-    return _runner(bench, images, settings, verbose=False).predictions(faced)
+    return _runner(bench, images, settings, verbose=verbose).predictions(faced)
