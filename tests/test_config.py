@@ -244,5 +244,7 @@ def test_a_notebook_may_have_parameters_of_its_own():
 
 
 def test_overrides_are_echoed(capsys):
-    from_notebook(Config, notebook("# Parameters\neps = '1/10'", norm="linf", eps="1/10"))
-    assert "override: eps = '1/10' (default None)" in capsys.readouterr().out
+    given = notebook("# Parameters\neps = '1/10'", norm="linf", eps="1/10")
+    given["config"] = from_notebook(Config, given)
+    from_notebook(Config, given, purpose="compare")  # the notebook's second configuration
+    assert capsys.readouterr().out.splitlines() == ["override: eps = '1/10' (default None)"]
