@@ -105,10 +105,13 @@ def _stronger_attacks(config: Config) -> Grid:
 def _beyond(
     search: Config, confirm: Config, compared: Config, weights: Sequence[float] | None = None
 ) -> Grid:
-    tried = beyond.settings(weights or beyond.WEIGHTS[search.budget]) + rivals.settings(search.budget)
     # Which setting wins is known after the search only; the paper's own stands for it.
     chosen = beyond.to_confirm(beyond.Setting("coup", confirm.guidance_weight), confirm.guidance_weight)
-    found = [*beyond.experiments(search, tried), *beyond.experiments(confirm, chosen, both_ways=True)]
+    found = [
+        *beyond.experiments(search, beyond.settings(weights or beyond.WEIGHTS[search.budget])),
+        *beyond.experiments(search, rivals.settings(search.budget), lent=()),
+        *beyond.experiments(confirm, chosen, both_ways=True),
+    ]
     return [*(experiment for _, experiment in found), *rivals.planned(compared)]
 
 

@@ -50,9 +50,14 @@ def chosen(tried: Mapping[Setting, Found], weight: float) -> list[Setting]:
 
 
 def planned(config: Config) -> Grid:
-    """What `beyond.measure`, `guides_alone` and `compression` take, as if every λ were that of COUP."""
-    names = (*WEIGHTS, "robust-guide", "other-norm-guide")
-    which = [*map(Setting, UNGUIDED), *(Setting(name, config.guidance_weight) for name in ("coup", *names))]
+    """What `beyond.measure`, `guides_alone` and `compression` take, if of each λ the first tried is the best.
+
+    Which one is, only the search can tell; of the robust guides the last one stands for it.
+    """
+    tried = {one.defence: one.weight for one in reversed(settings(config.budget))}
+    tried |= dict.fromkeys(("robust-guide", "other-norm-guide"), beyond.WEIGHTS[config.budget][-1])
+    guided = {"coup": config.guidance_weight} | tried
+    which = [*map(Setting, UNGUIDED), *(Setting(name, weight) for name, weight in guided.items())]
     rates = [Measurement(config, one.defence, (0, 2 * config.n_draws), config.n_images) for one in which]
     attacks = [experiment for _, experiment in beyond.experiments(config, which, lent=())]
     return [*attacks, *_alone(config).values(), *rates]
