@@ -444,7 +444,7 @@ def sanity_figure(
 
     factors = (0.0, *EPS_FACTORS[config.norm])
     points_panel(larger, eps, dict(zip(factors, map("{:g}".format, factors), strict=True)))
-    larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylabel="accuracy (%)")
+    larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylabel="accuracy (%), 95 % interval")
 
     threats = {"clean": "clean", "noise": "random\nnoise", "square": "Square"}
     points_panel(weaker, results, threats | {"fgsm": "FGSM", "exact": "APGD\nexact"}, style="")
@@ -452,7 +452,7 @@ def sanity_figure(
     runs = {"quarter": max(1, config.n_iter // 4), "short": halved(config).n_iter, "exact": config.n_iter}
     runs |= {"two_runs": f"2 × {config.n_iter}", "pgd": f"PGD\n{PGD_FACTOR * config.n_iter}"}
     points_panel(effort, results, runs)
-    effort.set(xlabel="runs × iterations of APGD, then PGD, exact", ylabel="accuracy (%)")
+    effort.set(xlabel="runs × iterations of APGD, then PGD, exact", ylabel="accuracy (%), 95 % interval")
 
     for defence, values in losses.items():
         loss.fill_between(LANDSCAPE, *student(values), color=COLOURS[defence], alpha=0.15, linewidth=0)
