@@ -175,7 +175,7 @@ def _at_large_radius(defence: str, by_radius: Mapping[float, np.ndarray], labels
     radius, right = [*by_radius.items()][-1]
     chance = 1 / len(np.unique(labels))
     rises = any(_wins(less, more, 0.0) for less, more in pairwise(by_radius.values()))
-    shown = f"{_percent(right)} at {radius:.3g}, chance {100 * chance:.0f} %" + ", and rises" * rises
+    shown = f"{_percent(right)} at {radius:.3g}, chance {100 * chance:.3g} %" + ", and rises" * rises
     seen = rises or Accuracy.of(right).low > 100 * chance
     return [Sign(defence, "accuracy at a large radius stays above chance", shown, seen=seen)]
 
