@@ -94,7 +94,9 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     kind = value if isinstance(value, type | FunctionType) else type(value)
-    if (kind.__module__ or "").split(".")[0] in LIBRARIES and not isinstance(value, nn.Module):
+    # The type of compiled functions names no module in every Python; the functions themselves do.
+    module = kind.__module__ if isinstance(kind.__module__, str) else getattr(value, "__module__", "")
+    if (module or "").split(".")[0] in LIBRARIES and not isinstance(value, nn.Module):
         return []
     if isinstance(value, FunctionType):
         closure = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
