@@ -94,8 +94,13 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        return held_by(value)
     return [value.__self__] if isinstance(value, MethodType | BuiltinMethodType) else []
+
+
+def held_by(function: FunctionType) -> list[Any]:
+    """The values that a function has from where it was made."""
+    return [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
 
 
 def _is_filled(cell: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from coup_lib.ascent import hidden_states
 from coup_lib.attacks import CLASSES
 from coup_lib.auditing.probe import Probe
+from coup_lib.auditing.signs import strongest_of
 from coup_lib.data import Images
 from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
@@ -247,6 +248,6 @@ def _by_many(
     faced = {}
     for name, row in specs.items():
         if bench.defences[name].probe.random:
-            strongest = min(row, key=lambda key: float(rows[name][key].suspicion.mean()))
+            strongest = strongest_of([*row], {key: rows[name][key].suspicion for key in row})
             faced[name] = {key: row[key] for key in ("clean", strongest, VOTE) if key in row}
     return _runner(bench, images, settings, verbose=verbose).predictions(faced)

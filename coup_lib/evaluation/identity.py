@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_lib.data import Images, load_split
+from coup_lib.randomness import held_by
 
 DIGITS = 16  # of a hash, hexadecimal
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "math", "typing", "collections")
@@ -99,19 +100,12 @@ def _parts(value: Any) -> list[Any]:
     if (module or "").split(".")[0] in LIBRARIES and not isinstance(value, nn.Module):
         return []
     if isinstance(value, FunctionType):
-        closure = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        return [_code(value.__code__), value.__defaults__, value.__kwdefaults__, *closure, *_globals(value)]
+        given = value.__defaults__, value.__kwdefaults__
+        return [_code(value.__code__), *given, *held_by(value), *_globals(value)]
     if isinstance(value, type):
         return [part for part in vars(value).values() if isinstance(part, FunctionType | PLAIN)]
     own = {name: part for name, part in getattr(value, "__dict__", {}).items() if not name.endswith("hooks")}
     return [type(value), own]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
 
 
 def _globals(function: FunctionType) -> list[Any]:
