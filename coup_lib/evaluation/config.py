@@ -80,9 +80,7 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
             listed = f"this notebook knows {', '.join(known)}"
             raise ValueError(f"unknown parameter {name!r}; {listed}{_meant(name, known)}")
     result = settings(**given, **fixed)
-    told = any(
-        isinstance(value, settings) for value in namespace.values()
-    )  # of the notebook's settings before
+    told = any(isinstance(value, settings) for value in namespace.values())  # by an earlier configuration
     for name, default in fields.items():
         if name in given and given[name] != default and not told:
             print(f"override: {name} = {given[name]!r} (default {default!r})")

@@ -36,7 +36,7 @@ from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
 from coup_lib.outside import TRIED
 from coup_lib.reporting import tables
-from coup_lib.reporting.plots import COLOURS, MARKERS, points
+from coup_lib.reporting.plots import COLOURS, MARKERS, band, points, titles
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
@@ -455,12 +455,10 @@ def sanity_figure(
     effort.set(xlabel="runs × iterations of APGD, then PGD, exact", ylabel="accuracy (%), 95 % interval")
 
     for defence, values in losses.items():
-        loss.fill_between(LANDSCAPE, *student(values), color=COLOURS[defence], alpha=0.15, linewidth=0)
-        loss.plot(LANDSCAPE, values.mean(1), MARKERS[defence] + "-", color=COLOURS[defence], markersize=4)
+        look = MARKERS[defence] + "-", COLOURS[defence]
+        band(loss, LANDSCAPE, values.mean(1), student(values), *look)
     loss.set(xlabel="step along the exact gradient (eps)", ylabel="mean cross-entropy")
-    titles = ("larger radius", "weaker attacks", "more effort", "loss along the gradient")
-    for letter, axes, title in zip("abcd", panels.flat, titles, strict=True):
-        axes.set_title(f"({letter}) {title}", loc="left", fontsize="medium")
+    titles(panels.flat, ("larger radius", "weaker attacks", "more effort", "loss along the gradient"))
     figure.legend(*larger.get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
 
