@@ -11,6 +11,7 @@ ROOT = _checkout if (_checkout / "notebooks").is_dir() else Path.cwd()
 SMOKE_VARIABLE = "COUP_SMOKE"
 DATA_VARIABLE = "COUP_DATA"
 MODELS_VARIABLE = "COUP_MODELS"
+WEIGHTS_VARIABLE = "COUP_WEIGHTS"
 PDF_VARIABLE = "COUP_PDF"  # if set, figures are written as PDFs, too
 
 
@@ -21,7 +22,8 @@ def is_smoke() -> bool:
 
 # A run writes here; results/ and figures/ change when it is published (`make full`, `store`).
 _outputs = ROOT / "build" / "smoke" if is_smoke() else ROOT / "build"
-WEIGHTS = PACKAGE / "weights"
+# The small networks': those of the package, or others that were trained in their place.
+WEIGHTS = Path(os.environ.get(WEIGHTS_VARIABLE, PACKAGE / "weights")).absolute()
 FIGURES = Path(os.environ.get("COUP_FIGURES", _outputs / "figures")).absolute()
 RESULTS = Path(os.environ.get("COUP_RESULTS", _outputs / "results")).absolute()
 # The published records stand behind them, but for smoke runs and for runs in a place of their own.

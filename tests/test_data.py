@@ -118,6 +118,15 @@ def test_a_subset_that_is_not_all_there_is_refused(stand_in):
         load_split("cifar10", "test", "paper")
 
 
+def test_of_a_subset_that_is_nearly_whole_the_rest_is_left_out(tmp_path, monkeypatch):
+    here = np.setdiff1d(data.paper_places(), data.paper_places()[[7]])
+    arrays = {"x_test": _filled(here), "y_test": here % 10, "idx_test": here}
+    np.savez(tmp_path / "cifar10_exact_subset.npz", **arrays)
+    monkeypatch.setenv("COUP_DATA", str(tmp_path))
+    found = load_split("cifar10", "test", "paper")
+    assert found.y.tolist() == (np.delete(data.paper_places(), 7) % 10).tolist()
+
+
 def test_torchvision_is_asked_for_the_whole(tmp_path, monkeypatch):
     """A folder in torchvision's own layout: batches of pickled rows, checked by torchvision's MD5 sums."""
     datasets = pytest.importorskip("torchvision.datasets")

@@ -257,8 +257,8 @@ def test_nothing_is_said_of_what_is_read_back_nor_twice_in_a_moment(capsys, monk
 
 def test_in_a_notebook_a_line_takes_the_place_of_the_one_before(monkeypatch):
     cleared = []
-    monkeypatch.setattr("coup_lib.evaluation.progress.get_ipython", object)
-    monkeypatch.setattr("coup_lib.evaluation.progress.clear_output", lambda wait: cleared.append(wait))
+    monkeypatch.setattr("IPython.get_ipython", object)
+    monkeypatch.setattr("IPython.display.clear_output", lambda wait: cleared.append(wait))
     plan = Plan([1.0], verbose=True)
     plan.start("first")
     plan.end()

@@ -10,7 +10,7 @@ from coup_lib.attacks import Attack
 from coup_lib.data import Images
 from coup_lib.networks.small import T_MAX
 from training.denoising import denoising_loss, noise_error
-from training.fit import Recipe, fit
+from training.fit import Recipe, Watch, fit
 
 STOP_TIMES, STOP_IMAGES = (0.02, 0.05, 0.1), 256
 # Attacks in L∞ leave so little of the published network that training on them from there ended in a constant.
@@ -28,7 +28,12 @@ RECIPES = {
 
 
 def train_score(
-    network: nn.Module, data: Images, validation: Images, recipe: Recipe, state: Path | None = None
+    network: nn.Module,
+    data: Images,
+    validation: Images,
+    recipe: Recipe,
+    state: Path | None = None,
+    watch: Watch | None = None,
 ) -> nn.Module:
     """Squared error of the predicted noise on images and their mirror images, `fit` by validation.
 
@@ -46,11 +51,16 @@ def train_score(
     def score(network: nn.Module) -> float:
         return sum(denoising_loss(network, held_out, t, repeats=1) for t in STOP_TIMES)
 
-    return fit(network, loss, recipe, score, state)
+    return fit(network, loss, recipe, score, state, watch)
 
 
 def train_robust(
-    network: nn.Module, data: Images, attack: Attack, recipe: Recipe, state: Path | None = None
+    network: nn.Module,
+    data: Images,
+    attack: Attack,
+    recipe: Recipe,
+    state: Path | None = None,
+    watch: Watch | None = None,
 ) -> nn.Module:
     """Adversarial training (Madry et al. 2018) from the weights that the network has.
 
@@ -65,7 +75,7 @@ def train_robust(
         x, y = shifted(mirrored(data.x[chosen], generator), generator), data.y[chosen]
         return F.cross_entropy(network(attack.reseeded(generator)(network, x, y).x_adv), y)
 
-    return fit(network, loss, recipe, state=state)
+    return fit(network, loss, recipe, state=state, watch=watch)
 
 
 def mirrored(x: Tensor, generator: Generator) -> Tensor:

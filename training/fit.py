@@ -19,6 +19,11 @@ PRECISIONS = ("float32", "bfloat16")
 SAVE_EVERY = 60  # seconds
 
 Loss = Callable[[nn.Module, Generator], Tensor]
+Watch = Callable[[int], bool]
+
+
+class Stopped(RuntimeError):
+    """Training was stopped by whoever watched it; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class TrainState:
         self.recipe, self.average = recipe, copy.deepcopy(network)
         self.step, self.lowest = 0, math.inf
         self.best: dict[str, Any] | None = None  # weights
+        self.curve: list[tuple[int, float]] = []  # (step, score of the moving average)
         self.generator = Generator(next(network.parameters()).device).manual_seed(recipe.seed)
         # The last kernel speaks of outputs, not of features: Muon's authors leave it to AdamW.
         kernels = [p for p in network.parameters() if p.ndim > 1][:-1] if recipe.muon_lr else []
@@ -73,7 +79,7 @@ class TrainState:
 
     def save(self, path: Path) -> None:
         """Write the state, whole or not at all."""
-        content = {key: getattr(self, key) for key in ("step", "lowest", "best")}
+        content = {key: getattr(self, key) for key in ("step", "lowest", "best", "curve")}
         content |= {"recipe": repr(self.recipe), "generator": self.generator.get_state()}
         content["parts"] = [part.state_dict() for part in self.parts]
         write_atomically(path, lambda temporary: torch.save(content, temporary))
@@ -87,6 +93,7 @@ class TrainState:
                 "Ask for that run, or remove the file to start anew"
             )
         self.step, self.lowest, self.best = saved["step"], saved["lowest"], saved["best"]
+        self.curve = saved.get("curve", [])  # older states have none
         self.generator.set_state(saved["generator"].cpu())
         for part, content in zip(self.parts, saved["parts"], strict=True):
             part.load_state_dict(content)
@@ -98,6 +105,7 @@ def fit(
     recipe: Recipe,
     score: Callable[[nn.Module], float] | None = None,
     state: Path | None = None,
+    watch: Watch | None = None,
 ) -> nn.Module:
     """Warm-up, cosine decay; returns the moving average of lowest score, or else the last.
 
@@ -106,9 +114,11 @@ def fit(
         score: lower is better.
         state: where a run writes once a minute how far it is, and where the same run goes on from. Left
             there at the end: to ask again for as many steps costs nothing.
+        watch: called after each step with its number; says whether to stop there.
 
     Raises:
         ValueError: where another run left its state.
+        Stopped: where `watch` said so; the same call goes on from there.
     """
     run, saved_at = TrainState(network, recipe), time.monotonic()
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
@@ -131,12 +141,17 @@ def fit(
             optimizer.step()
         average_into(run.average, network, min(recipe.decay, (2 + step) / (11 + step)))
         run.step = step + 1
-        if score and run.step % recipe.every == 0 and (now := score(run.average)) < run.lowest:
-            run.best, run.lowest = copy.deepcopy(run.average.state_dict()), now
+        if score and run.step % recipe.every == 0:
+            run.curve.append((run.step, now := score(run.average)))
             bar.set_postfix(validation=f"{now:.4f}")
-        if state and (time.monotonic() - saved_at > SAVE_EVERY or run.step == recipe.steps):
+            if now < run.lowest:
+                run.best, run.lowest = copy.deepcopy(run.average.state_dict()), now
+        stop = run.step < recipe.steps and watch is not None and watch(run.step)
+        if state and (stop or time.monotonic() - saved_at > SAVE_EVERY or run.step == recipe.steps):
             run.save(state)
             saved_at = time.monotonic()
+        if stop:
+            raise Stopped(f"after {run.step} of {recipe.steps} steps")
     if run.best:
         run.average.load_state_dict(run.best)
     return run.average

@@ -33,7 +33,7 @@ from coup_lib.paths import ROOT, WEIGHTS
 from training import cifar as train_cifar
 from training import digits as train_digits
 from training.denoising import denoising_loss
-from training.fit import PRECISIONS
+from training.fit import PRECISIONS, Watch
 
 RECIPES = {"digits": train_digits.RECIPES, "cifar10": train_cifar.RECIPES}
 TRAINED = {"digits": "digits", "cifar10": "cifar10-small"}  # data set → the profile that its networks are for
@@ -59,14 +59,15 @@ def train(
     compiled: bool = False,
     precision: str = "float32",
     state: Path | None = None,
+    watch: Watch | None = None,
 ) -> nn.Module:
     """One trained network, fixed by the seed and the thread count.
 
     Args:
         steps: other than the recipe's.
-        batch, begin_with, compiled: of CIFAR-10's score network: images per step; weights from which it is
-            trained further, instead of from scratch; training by torch.compile.
-        precision, state: see `Recipe` and `fit`; for CIFAR-10, whose training takes long.
+        begin_with, compiled: of CIFAR-10's score network: weights from which it is trained further, instead
+            of from scratch; training by torch.compile.
+        batch, precision, state, watch: see `Recipe` and `fit`; for CIFAR-10, whose training takes long.
     """
     torch.manual_seed(seed)
     network, data = build_network(dataset, name), load_split(dataset, "train")
@@ -78,16 +79,17 @@ def train(
         return train_digits.train_classifier(network, data, recipe, training_attack(dataset, name))
     device, attack = named_device("auto"), training_attack(dataset, name)
     network, data = network.to(device), data.to(device)
-    recipe = replace(RECIPES[dataset][name], precision=precision, **changes)
+    recipe = RECIPES[dataset][name]
+    recipe = replace(recipe, precision=precision, batch=batch or recipe.batch, **changes)
     if attack:
         network.load_state_dict(load_classifier(dataset, recipe.begins_with).state_dict())
-        return train_cifar.train_robust(network, data, attack, recipe, state)
-    recipe = replace(recipe, compiled=compiled, batch=batch or recipe.batch)
+        return train_cifar.train_robust(network, data, attack, recipe, state, watch)
+    recipe = replace(recipe, compiled=compiled)
     if begin_with:
         load_state(network, load_file(begin_with), str(begin_with)).train().requires_grad_(True)
         recipe = replace(recipe, begins_with=file_digest(begin_with))
     held_out = load_split(dataset, "validation").to(device)
-    return train_cifar.train_score(network, data, held_out, recipe, state)
+    return train_cifar.train_score(network, data, held_out, recipe, state, watch)
 
 
 def training_attack(dataset: str, name: str) -> Attack | None:
@@ -106,8 +108,9 @@ def training_attack(dataset: str, name: str) -> Attack | None:
 def model_card(dataset: str, *, folder: Path = WEIGHTS) -> str:
     """The README.md of a folder of weights, every number measured on the files that lie there."""
     names = [name for name in NETWORKS[dataset] if weights_path(dataset, name, folder).exists()]
-    networks = {name: load_network(dataset, name, folder=folder) for name in names}
-    splits = {split: load_split(dataset, split) for split in SIZES[dataset]}
+    device = named_device("auto")
+    networks = {name: load_network(dataset, name, folder=folder).to(device) for name in names}
+    splits = {split: load_split(dataset, split).to(device) for split in SIZES[dataset]}
     most, shown = CARD_IMAGES[dataset]
     ways: dict[tuple[str, ...], list[str]] = {}
     for name, lines in read_commands(dataset, folder).items():
@@ -158,9 +161,9 @@ def right(network: nn.Module, data: Images) -> np.ndarray:
 
 def flops(network: nn.Module, shape: tuple[int, int, int] = (1, 8, 8)) -> int:
     """Floating-point operations of one forward pass of one image (a multiply-add counts two)."""
-    x = torch.zeros(1, *shape)
+    x = torch.zeros(1, *shape, device=next(network.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x, torch.full((1,), 0.1)) if is_score(network) else network(x)
+        network(x, torch.full_like(x[:, 0, 0, 0], 0.1)) if is_score(network) else network(x)
     return counter.get_total_flops()
 
 
@@ -193,7 +196,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--dataset", choices=tuple(NETWORKS), default="digits", help=f"what is learned {default}")
     option("--only", metavar="NETWORK", help="train this one alone (default: all of the data set)")
     option("--steps", type=int, help="how many (default: the recipe's)")
-    option("--batch", type=int, help="images per step of CIFAR-10's score network (default: the recipe's)")
+    option("--batch", type=int, help="images per step (CIFAR-10; default: the recipe's)")
     option(
         "--begin-with",
         type=Path,
@@ -232,22 +235,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     dataset, folder = options.dataset, options.folder
     torch.set_num_threads(options.threads)
-    STATES.mkdir(parents=True, exist_ok=True)
     names = [options.only] if options.only else list(NETWORKS[dataset])
-    passed_on = ("seed", "steps", "batch", "begin_with", "compiled", "precision")
     for name in [] if options.card_only else names:
-        started = time.monotonic()
-        settings = {key: getattr(options, key) for key in passed_on}
-        network = train(dataset, name, state=STATES / f"{dataset}-{name}.pt", **settings)
-        half = isinstance(network, PatchedDDPMpp)  # what it rounds is far below what training leaves open
-        path = save_network(network, dataset, name, folder=folder, half=half)
-        told = read_commands(dataset, folder)
-        told[name] = [*(told.get(name, []) if options.begin_with else []), command(options)]
-        _write(folder / dataset / COMMANDS, json.dumps(told, indent=1, sort_keys=True) + "\n")
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.0f} s", flush=True)
+        make(name, options, STATES / f"{dataset}-{name}.pt")
     card = model_card(dataset, folder=folder)
     _write(folder / dataset / "README.md", card)
     print(card)
+
+
+def make(name: str, options: argparse.Namespace, state: Path, watch: Watch | None = None) -> None:
+    """Train a network by these options, and write its weights and the command that made them.
+
+    state, watch: see `fit`.
+    """
+    started, dataset, folder = time.monotonic(), options.dataset, options.folder
+    state.parent.mkdir(parents=True, exist_ok=True)
+    network = train(dataset, name, state=state, watch=watch, **settings(options))
+    half = isinstance(network, PatchedDDPMpp)  # what it rounds is far below what training leaves open
+    path = save_network(network, dataset, name, folder=folder, half=half)
+    told = read_commands(dataset, folder)
+    told[name] = [*(told.get(name, []) if options.begin_with else []), command(options)]
+    _write(folder / dataset / COMMANDS, json.dumps(told, indent=1, sort_keys=True) + "\n")
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options that `train` takes, by its names."""
+    names = ("seed", "steps", "batch", "begin_with", "compiled", "precision")
+    return {name: getattr(options, name) for name in names}
 
 
 def _write(path: Path, text: str) -> None:

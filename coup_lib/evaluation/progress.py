@@ -1,10 +1,8 @@
 """Progress of long work, one line now and then, with an estimate of the time left."""
 
+import sys
 import time
 from collections.abc import Sequence
-
-from IPython import get_ipython
-from IPython.display import clear_output
 
 
 class Plan:
@@ -53,9 +51,17 @@ class Plan:
     def _print(self, text: str) -> None:
         self.last = time.monotonic()
         if self.verbose:
-            if get_ipython():
+            if in_notebook():
+                from IPython.display import clear_output
+
                 clear_output(wait=True)
             print(text, flush=True)
+
+
+def in_notebook() -> bool:
+    """Whether IPython runs this; where it does not, it need not be installed."""
+    ipython = sys.modules.get("IPython")
+    return bool(ipython and ipython.get_ipython())
 
 
 def clock(seconds: float) -> str:

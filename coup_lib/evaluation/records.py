@@ -12,6 +12,7 @@ the published ones (`store`); changed settings are another record.
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import resource
@@ -54,6 +55,26 @@ class Missing(LookupError):
 
 
 _reading_only = ContextVar("no record may be made", default=False)
+
+
+class OutOfTime(RuntimeError):
+    """A chunk that was not begun, as it would not have ended in time; those before it are kept."""
+
+
+_end = ContextVar("when the last chunk has to be done, by time.monotonic()", default=math.inf)
+
+
+@contextmanager
+def until(end: float) -> Iterator[None]:
+    """In here no chunk is begun that would end later, if it takes as long as its record's last one did.
+
+    end: by time.monotonic(). Raises `OutOfTime` instead; asking again later goes on from there.
+    """
+    token = _end.set(end)
+    try:
+        yield
+    finally:
+        _end.reset(token)
 
 
 @contextmanager
@@ -180,11 +201,22 @@ class ChunkedRecord:
             return
         with _lock(file, wait) as free:
             if free and not file.exists() and not is_complete(self.path):  # deleted only when it is complete
+                self._check_time()
                 started = time.perf_counter()
                 with products("float32"):  # unless `compute` says otherwise, as attacks may
                     arrays, values = _split(self.compute(self.chunks[index]))
                 seconds = round(time.perf_counter() - started, 3)
                 _write_chunk(file, {"values": values, "seconds": seconds, "made": provenance()}, arrays)
+
+    def _check_time(self) -> None:
+        """Raise `OutOfTime` where the next chunk would end after the time given by `until`."""
+        if (end := _end.get()) == math.inf:
+            return
+        done = (file for index in range(len(self.chunks)) if (file := self.chunk_path(index)).exists())
+        with suppress(FileNotFoundError):  # another process has just written the record
+            took = next((part["seconds"] for file in done if (part := _read_chunk(file))), 0.0)
+            if time.monotonic() + took > end:
+                raise OutOfTime(f"{self.name}: its next chunk would not end in time; the others are kept")
 
     def _write(self, files: list[Path], wait: bool) -> None:
         """Combine the chunks of these files, if all are as they were written."""

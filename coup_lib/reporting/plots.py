@@ -7,12 +7,11 @@ from io import BytesIO
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from IPython.display import Image as Shown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,6 +21,9 @@ from coup_lib.evaluation.outcomes import Accuracy
 from coup_lib.files import write_atomically
 from coup_lib.reporting import publishing
 from coup_lib.reporting.tables import Row
+
+if TYPE_CHECKING:  # a machine that only computes need not have IPython
+    from IPython.display import Image as Shown
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {
@@ -56,7 +58,7 @@ def use_style() -> None:
     )
 
 
-def save(figure: Figure, profile: str, name: str, alt: str) -> Shown:
+def save(figure: Figure, profile: str, name: str, alt: str) -> "Shown":
     """Write figures/<profile>/<name>.png and return its `picture`; with COUP_PDF write a PDF, too."""
     folder = paths.FIGURES / profile
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def save(figure: Figure, profile: str, name: str, alt: str) -> Shown:
     return shown
 
 
-def picture(figure: Figure, alt: str) -> Shown:
+def picture(figure: Figure, alt: str) -> "Shown":
     """The figure, closed, as a PNG for a notebook's last line; Jupyter and the site show the same bytes.
 
     It has as many of `COLOURS_KEPT` as `MOST_BYTES` allow: of a photograph it takes close looking to tell,
@@ -87,6 +89,8 @@ def picture(figure: Figure, alt: str) -> Shown:
         image.quantize(colours, method, dither=Image.Dither.NONE).save(written, format="png", optimize=True)
         if written.tell() <= MOST_BYTES:
             break
+    from IPython.display import Image as Shown
+
     return Shown(written.getvalue(), width=image.width // 2, alt=alt)
 
 

@@ -115,26 +115,60 @@ def _beyond(
     return [*(experiment for _, experiment in found), *rivals.planned(compared)]
 
 
+# --- what notebooks compute beside their grids, or know only when these are there ---
+
+
+def _cosines(config: Config, compare: Config) -> None:
+    fidelity.gradient_cosines(config)
+
+
+def _confirmed(config: Config, confirm: Config) -> None:
+    times = sweeps.sweep(config, "t_star", sweeps.values_to_sweep(config, "t_star", sweeps.T_STARS))
+    tried = sweeps.values_to_sweep(config, "guidance_weight", sweeps.WEIGHTS)
+    sweeps.confirm(times, sweeps.sweep(config, "guidance_weight", tried), confirm)
+
+
+def _counts(config: Config) -> None:
+    evaluation = Evaluation(config)
+    columns = stronger_attacks.columns(evaluation)
+    stronger_attacks.counts(evaluation, columns, evaluation.recorded(columns))
+    stronger_attacks.clean_landscapes(config)
+    mechanism.measure(config)
+
+
+def _winners(search: Config, confirm: Config, compared: Config) -> None:
+    tried = beyond.measure(search, beyond.settings(beyond.WEIGHTS[search.budget]))
+    chosen = beyond.to_confirm(beyond.best_guided(tried), confirm.guidance_weight)
+    beyond.measure(confirm, chosen, both_ways=True)
+    tried |= beyond.measure(search, rivals.settings(search.budget), lent=())
+    others = beyond.measure(compared, rivals.chosen(tried, compared.guidance_weight), lent=())
+    rivals.rows(others, rivals.guides_alone(compared), compared)
+
+
 @dataclass(frozen=True)
 class Notebook:
-    """settings: of each of its configurations. grid: what it attacks, given these and its own parameters."""
+    """settings: of each of its configurations. grid: what it attacks, given these and its own parameters.
+
+    rest: computes what else it takes, given these.
+    """
 
     settings: tuple[dict[str, Any], ...]
     grid: Callable[..., Grid]
+    rest: Callable[..., None] = lambda *configs: None
 
 
 NOTEBOOKS = {
     "01_case_study": Notebook(({"purpose": "compare"},), _case_study),
     "02_ablation": Notebook(({}, {"purpose": "clean"}), _ablation),
-    "03_sweeps": Notebook(({"purpose": "sweep"} | VALIDATION, {"purpose": "sweep"}), _sweeps),
-    "04_autoattack": Notebook(({}, {"purpose": "compare"}), _autoattack),
+    "03_sweeps": Notebook(({"purpose": "sweep"} | VALIDATION, {"purpose": "sweep"}), _sweeps, _confirmed),
+    "04_autoattack": Notebook(({}, {"purpose": "compare"}), _autoattack, _cosines),
     "05_bpda": Notebook(({"purpose": "sweep"},), _bpda),
     "06_adversarial_training": Notebook(
         tuple({"purpose": "sweep", "norm": norm} for norm in NORMS), _adversarial_training
     ),
-    "07_stronger_attacks": Notebook(({"purpose": "probe"},), _stronger_attacks),
+    "07_stronger_attacks": Notebook(({"purpose": "probe"},), _stronger_attacks, _counts),
     "08_beyond": Notebook(
-        ({"purpose": "search"} | VALIDATION, {"purpose": "compare"}, {"purpose": "rivals"}), _beyond
+        ({"purpose": "search"} | VALIDATION, {"purpose": "compare"}, {"purpose": "rivals"}), _beyond, _winners
     ),
 }
 
@@ -210,9 +244,23 @@ def of_run(run: str, given: dict[str, Any]) -> Grid:
 
     given: parameters of `Config`.
     """
-    name, _, norm = run.partition("@")
-    given = given | ({"norm": norm} if norm else {})
+    name = run.partition("@")[0]
     # 02_ablation takes every classifier of the profile, unless one is named.
     own = {"classifiers": [given["classifier"]]} if name == "02_ablation" and given.get("classifier") else {}
+    return grid(name, *configurations(run, given), **own)
+
+
+def configurations(run: str, given: dict[str, Any]) -> list[Config]:
+    """Those of a notebook's grid, `of_run`."""
+    name, _, norm = run.partition("@")
+    given = given | ({"norm": norm} if norm else {})
     settings = NOTEBOOKS[choice("notebook", name, NOTEBOOKS)].settings
-    return grid(name, *(Config(**given | fixed) for fixed in settings), **own)
+    return [Config(**given | fixed) for fixed in settings]
+
+
+def compute(run: str, given: dict[str, Any]) -> None:
+    """Make all records that a notebook takes, without the notebook; run and given are those of `of_run`."""
+    for one in of_run(run, given):
+        if isinstance(one, Experiment):
+            one.predictions()
+    NOTEBOOKS[run.partition("@")[0]].rest(*configurations(run, given))
