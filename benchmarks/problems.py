@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchsde
 from torch import Tensor, nn
 
-from coup_lib.adjoint import GridBrownian, ReverseSDE
 from coup_lib.data import load_split
 from coup_lib.evaluation.config import device as named_device
 from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import to_state
 from coup_lib.networks.checkpoints import load_network
 from coup_lib.networks.precision import products
-from coup_lib.networks.zoo import load_classifier, small_ddpmpp
+from coup_lib.networks.zoo import load_classifier, load_score, small_ddpmpp
 from coup_lib.paths import is_smoke
 from coup_lib.purify import Purified, coup, reverse_only, standard_normal
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
@@ -32,6 +31,8 @@ DEVICE = named_device("auto")
 DEFENCES = {"reverse": reverse_only, "coup": coup}
 PRECISIONS = ("float32", "tf32", "bfloat16") if DEVICE.type == "cuda" else ("float32",)
 KEEP, REPLAY = 2**62, 0  # activation budgets: all activations, or none
+# Networks of 32×32×3 by name: score (in our weights or random) and classifier (random).
+ZOO = {"full": ("ddpmpp-deep", "Standard"), "small": ("score-small", "resnet20")}
 
 
 @dataclass
@@ -76,6 +77,10 @@ def networks(name: str, image_size: int = 32) -> tuple[nn.Module, nn.Module]:
     """(score, classifier): the trained ones of digits, or random ones for colour images of CIFAR's size."""
     if name == "digits":
         return NoiseScore(load_network("digits", "score")), load_network("digits", "cnn-small")
+    if name in ZOO:
+        loaders = zip((load_score, load_classifier), ZOO[name], strict=True)
+        score, classifier = (load("cifar10", which, trained=False) for load, which in loaders)
+        return score, classifier
     with torch.random.fork_rng():
         torch.manual_seed(0)
         score = NoiseScore(small_ddpmpp(image_size=image_size), time_scale=DISCRETE_LEVELS)
@@ -166,17 +171,17 @@ def ours(given: Problem, budget: int) -> Tensor:
 
 def sdeint(given: Problem) -> Tensor:
     """torchsde's sdeint and plain backpropagation through it: all activations are kept."""
-    return _torchsde(given, torchsde.sdeint, given.path[0])
+    return _torchsde(given, "sdeint", given.path[0])
 
 
 def adjoint_frozen(given: Problem) -> Tensor:
     """sdeint_adjoint as DiffPure calls it, but with frozen networks."""
-    return _torchsde(given, torchsde.sdeint_adjoint, given.path[0])
+    return _torchsde(given, "sdeint_adjoint", given.path[0])
 
 
 def adjoint_as_diffpure(given: Problem) -> Tensor:
     """sdeint_adjoint as DiffPure calls it: every parameter of the networks joins the adjoint state."""
-    return _torchsde(given, torchsde.sdeint_adjoint, unfrozen(given))
+    return _torchsde(given, "sdeint_adjoint", unfrozen(given))
 
 
 def unfrozen(given: Problem) -> nn.Module:
@@ -186,23 +191,30 @@ def unfrozen(given: Problem) -> nn.Module:
     return given._unfrozen  # type: ignore[attr-defined]
 
 
-def _torchsde(given: Problem, solver: Callable[..., Tensor], score: nn.Module) -> Tensor:
+def _torchsde(given: Problem, solver: str, score: nn.Module) -> Tensor:
     """Euler forward with the grid's step; backward whatever torchsde chooses, as DiffPure leaves it to."""
+    import torchsde
+
+    from coup_lib.adjoint import GridBrownian, ReverseSDE
+
     x, times = given.state.flatten(1).requires_grad_(), given.times
     sde = ReverseSDE(score, given.path[1], float(times[0]), given.x.shape, noisy=True)
     ends = torch.tensor([0.0, float(times[0] - times[-1])], device=x.device)
     path = GridBrownian(times, given.noise, given.state)
-    end = solver(sde, x, ends, bm=path, method="euler", dt=float(times[0] - times[1]))[-1]
+    end = getattr(torchsde, solver)(sde, x, ends, bm=path, method="euler", dt=float(times[0] - times[1]))[-1]
     return torch.autograd.grad(end, x, given.v.flatten(1))[0].reshape(given.x.shape)
 
 
 METHODS: dict[str, Callable[[Problem], Tensor]] = {
     "ours, replayed": lambda given: ours(given, REPLAY),
     "ours, kept": lambda given: ours(given, KEEP),
-    "sdeint": sdeint,
-    "adjoint, frozen": adjoint_frozen,
-    "adjoint, as DiffPure": adjoint_as_diffpure,
 }
+if find_spec("torchsde"):
+    METHODS |= {
+        "sdeint": sdeint,
+        "adjoint, frozen": adjoint_frozen,
+        "adjoint, as DiffPure": adjoint_as_diffpure,
+    }
 
 
 def reference(given: Problem) -> Tensor:
