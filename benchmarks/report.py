@@ -122,17 +122,15 @@ def peer_table(found: Summary) -> pd.DataFrame:
 
 
 def cheaper_table(found: Summary) -> pd.DataFrame:
-    """The score network under attack in lower precision, or compiled."""
+    """The score network under attack in lower precision."""
     lines = []
     for row in _rows(found, "cheaper"):
-        compiling = row["compiling"]
         for name, quartiles in row["ratio"].items():
             lines.append(
                 {
                     "profile": row["problem"],
                     "attacked by way of": f"{LABELS[row['defence']]}: {name}",
                     "time over float32's": _with_quartiles(quartiles),
-                    "after compiling for": duration(compiling[name]) if name in compiling else "",
                     "cosine, mean (worst)": _cosine(row, name),
                     "robust accuracy": f"{row['robust'][name]:.2f} %",
                     "by way of float32": f"{row['robust']['float32']:.2f} %",
@@ -230,8 +228,8 @@ def page(found: Summary) -> str:
             markdown(peer_table(found)),
             "## A cheaper score network under attack",
             "Exact gradients by trained networks, the score network in lower precision (`-p precision "
-            "bfloat16`; tf32 on a GPU) or compiled (`-p compiled True`), on validation images. What APGD-ce "
-            "finds is scored in float32, uncompiled, by ten draws; a verdict is that of their majority.",
+            "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by "
+            "ten draws; a verdict is that of their majority.",
             markdown(cheaper_table(found)),
             "## Cost against work",
             "Exact gradients of COUP; for processes, an attack on it that they share.",
@@ -300,15 +298,15 @@ def _sentences(found: Summary) -> str:
         f"**Growth.** Time is a power of the work. The exponents: {costs}. An exponent of 1 is proportional, "
         "-1 is a perfect speed-up.",
         f"**End to end.** {_notebook(found)}",
-        "**Lower precision and compiling** of the attacked score network are off by default. What they save, "
-        "and how many images are classified otherwise (in float32, by the majority of ten draws) in the end:",
+        "**Lower precision** of the attacked score network is off by default. What it saves, and how many "
+        "images are classified otherwise (in float32, by the majority of ten draws) in the end:",
     )
     listed = "\n".join(f"- {point}" for point in points)
     return f"Measured on {machine(found)}.\n\n{listed}\n\n{markdown(_cheaper(found))}"
 
 
 def _cheaper(found: Summary) -> pd.DataFrame:
-    """What lower precision and compiling save, and how often they change a verdict."""
+    """What lower precision saves, and how often it changes a verdict."""
     rows = [
         {
             "profile": row["problem"],
