@@ -28,6 +28,7 @@ Summary = dict[str, Any]
 # What a smoke run measures means nothing and must not take the place of real results.
 RESULTS = (ROOT / "build" / "smoke" if is_smoke() else ROOT) / "benchmarks" / "results"
 PROBLEMS = {"digits": "digits", "cifar": "CIFAR size"}
+CLASSIFIERS = {"resnet20": "ResNet-20", "Standard": "WRN-28-10"}
 OURS, DIFFPURE = "ours, replayed", "adjoint, as DiffPure"
 # Time over that of the bare networks, at most.
 FORWARD_GOAL = {"digits": 1.25, "cifar": 1.05}
@@ -121,18 +122,33 @@ def peer_table(found: Summary) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index("networks")
 
 
+def second_order_table(found: Summary) -> pd.DataFrame:
+    """Hessian-vector products by frozen layers, over PyTorch's own."""
+    lines = [
+        {
+            "classifier": CLASSIFIERS[row["problem"]],
+            "images": row["n_images"],
+            "threads": row["threads"],
+            "frozen layers": duration(row["seconds"]["frozen layers"]),
+            "PyTorch's own": duration(row["seconds"]["PyTorch's own"]),
+            "ratio": _with_quartiles(row["ratio"]["frozen layers"]),
+            "cosine, mean (worst)": _cosine(row, "frozen layers"),
+        }
+        for row in _rows(found, "second order")
+    ]
+    return pd.DataFrame(lines).set_index("classifier")
+
+
 def cheaper_table(found: Summary) -> pd.DataFrame:
-    """The score network under attack in lower precision, or compiled."""
+    """The score network under attack in lower precision."""
     lines = []
     for row in _rows(found, "cheaper"):
-        compiling = row["compiling"]
         for name, quartiles in row["ratio"].items():
             lines.append(
                 {
                     "profile": row["problem"],
                     "attacked by way of": f"{LABELS[row['defence']]}: {name}",
                     "time over float32's": _with_quartiles(quartiles),
-                    "after compiling for": duration(compiling[name]) if name in compiling else "",
                     "cosine, mean (worst)": _cosine(row, name),
                     "robust accuracy": f"{row['robust'][name]:.2f} %",
                     "by way of float32": f"{row['robust']['float32']:.2f} %",
@@ -228,10 +244,16 @@ def page(found: Summary) -> str:
             "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
             "activations kept. Peak memory is what a method takes above what its process had before.",
             markdown(peer_table(found)),
+            "## Second derivatives",
+            "A Hessian-vector product of log max p, as the exact gradient of COUP needs one a step, random "
+            "weights, 32×32×3: by convolutions and batch norms that know that their weights are frozen "
+            "(`coup_lib.hessian`), and by PyTorch's own second derivatives. Measured with as many threads as "
+            "the table says.",
+            markdown(second_order_table(found)),
             "## A cheaper score network under attack",
             "Exact gradients by trained networks, the score network in lower precision (`-p precision "
-            "bfloat16`; tf32 on a GPU) or compiled (`-p compiled True`), on validation images. What APGD-ce "
-            "finds is scored in float32, uncompiled, by ten draws; a verdict is that of their majority.",
+            "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by "
+            "ten draws; a verdict is that of their majority.",
             markdown(cheaper_table(found)),
             "## Cost against work",
             "Exact gradients of COUP; for processes, an attack on it that they share.",
@@ -289,6 +311,10 @@ def _sentences(found: Summary) -> str:
     theirs = [peers["digits", defence]["cosine"][DIFFPURE]["mean"] for defence in slower]
     own = min(peers["digits", defence]["cosine"][OURS]["worst"] for defence in slower)
     costs = ", ".join(f"{row['work']} {exponent(row['seconds']):.2f}" for row in _fitted(found))
+    second_order = " and ".join(
+        f"{row['ratio']['frozen layers'][1]:.2f} ({CLASSIFIERS[row['problem']]})"
+        for row in _rows(found, "second order")
+    )
     points = (
         f"**Overhead.** A purification takes at most {forward['digits']:.2f} times as long as the network "
         f"calls in it on digits, {forward['cifar']:.2f} times at CIFAR's size; an exact gradient, replayed, "
@@ -297,18 +323,20 @@ def _sentences(found: Summary) -> str:
         f"reverse SDE and {slower['coup']:.2f} times for COUP, at CIFAR's size. On the trained networks of "
         f"digits its mean cosine to the gradient in float64 is {theirs[0]:.2f} and {theirs[1]:.2f}; ours is "
         f"{own:.4f} in the worst case.",
+        f"**Second derivatives.** With frozen layers a Hessian-vector product takes {second_order} times as "
+        "long as with PyTorch's own.",
         f"**Growth.** Time is a power of the work. The exponents: {costs}. An exponent of 1 is proportional, "
         "-1 is a perfect speed-up.",
         f"**End to end.** {_notebook(found)}",
-        "**Lower precision and compiling** of the attacked score network are off by default. What they save, "
-        "and how many images are classified otherwise (in float32, by the majority of ten draws) in the end:",
+        "**Lower precision** of the attacked score network is off by default. What it saves, and how many "
+        "images are classified otherwise (in float32, by the majority of ten draws) in the end:",
     )
     listed = "\n".join(f"- {point}" for point in points)
     return f"Measured on {machine(found)}.\n\n{listed}\n\n{markdown(_cheaper(found))}"
 
 
 def _cheaper(found: Summary) -> pd.DataFrame:
-    """What lower precision and compiling save, and how often they change a verdict."""
+    """What lower precision saves, and how often it changes a verdict."""
     rows = [
         {
             "profile": row["problem"],

@@ -1,6 +1,5 @@
 """A cheaper score network under attack: what it saves, and whether it changes a decision."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from problems import DEVICE, cosines, take_turns
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 
 from coup_lib import paths
 from coup_lib.data import is_here
@@ -18,16 +16,10 @@ from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.evaluation.protocol import Evaluation
-from coup_lib.networks.compiled import compiled_score
 from coup_lib.networks.precision import products
 from coup_lib.paths import is_smoke
 
-CHEAPER: dict[str, dict[str, Any]] = {"bfloat16": {"precision": "bfloat16"}, "compiled": {"compiled": True}}
-if DEVICE.type == "cuda":
-    CHEAPER |= {
-        "tf32": {"precision": "tf32"},
-        "bfloat16, compiled": {"precision": "bfloat16", "compiled": True},
-    }
+CHEAPER = ["bfloat16"] + ["tf32"] * (DEVICE.type == "cuda")
 ATTACK = {"n_images": 4, "n_iter": 2} if is_smoke() else {"n_images": 128, "n_iter": 20}
 PROFILE = {"digits": {"eot": 5} | ATTACK, "cifar10-small": {"eot": 1} | ATTACK}
 if DEVICE.type == "cpu" and not is_smoke():
@@ -43,14 +35,6 @@ def slope(evaluation: Evaluation, defence: str) -> Tensor:
         return torch.autograd.grad(F.cross_entropy(logits, images.y, reduction="sum"), x)[0]
 
 
-def seconds_to_compile(evaluation: Evaluation) -> float:
-    """By compilers that remember nothing."""
-    began = time.perf_counter()
-    with fresh_cache():
-        evaluation.bench.attacked_score("reverse", "exact")
-    return time.perf_counter() - began
-
-
 @pytest.mark.benchmark(group="cheaper")
 @pytest.mark.parametrize("defence", ["reverse", "coup"])
 @pytest.mark.parametrize("profile", PROFILE)
@@ -62,11 +46,8 @@ def test_cheaper(
         pytest.skip(f"no {PROFILES[profile].dataset} here; set {paths.DATA_VARIABLE}")
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     full = Config(profile=profile, split="validation", **PROFILE[profile])
-    kinds: dict[str, dict[str, Any]] = {"float32": {}} | CHEAPER
-    runs = {name: Evaluation(replace(full, **kind), verbose=False) for name, kind in kinds.items()}
-    torch.compiler.reset()
-    compiled_score.cache_clear()
-    compiling = {name: seconds_to_compile(run) for name, run in runs.items() if run.config.compiled}
+    names = ("float32", *CHEAPER)
+    runs = {name: Evaluation(replace(full, precision=name), verbose=False) for name in names}
     source = against("apgd-ce", defence)
     scores = {name: run.predictions({defence: {"own": source}})[defence]["own"] for name, run in runs.items()}
     exact = slope(runs["float32"], defence).double().flatten(1)
@@ -79,7 +60,6 @@ def test_cheaper(
         reference="float32",
         cosines={name: cosines(slope(runs[name], defence), exact) for name in CHEAPER},
         n_images=full.n_images,
-        compiling=compiling,
         robust={name: 100 * float(score.right.mean()) for name, score in scores.items()},
         # Of ten draws of each image, the float32 defence's majority under either attack.
         changed={

@@ -1,6 +1,8 @@
 """The exact gradient against the network evaluations that it cannot avoid, and against the field's ways."""
 
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,9 +26,12 @@ from problems import (
     sizes,
     take_turns,
 )
+from torch import Tensor, nn
 
 from coup_lib.guidance import gradient_of, log_confidence
+from coup_lib.hessian import FrozenLayers
 from coup_lib.networks.wideresnet import wrn_28_10
+from coup_lib.networks.zoo import load_classifier
 from coup_lib.paths import is_smoke
 from workflow.estimate import FlopCounter
 
@@ -34,6 +39,7 @@ BUDGETS = {"kept": KEEP, "replayed": REPLAY}
 ROUNDS = {"digits": 21, "cifar": 5}
 SIDE = 8192 if DEVICE.type == "cuda" else 1024  # of a matrix product, as fast as this machine can be
 PEER_ROUNDS = {"digits": 5, "cifar": 4}
+IMAGES = {"resnet20": 1, "Standard": 1} if is_smoke() else {"resnet20": 16, "Standard": 1}
 
 
 def floor(given: Problem, defence: str, budget: int) -> Callable[[], None]:
@@ -133,3 +139,36 @@ def test_hessian_vector_product(benchmark: Any) -> None:
         return {name: operations / len(x) / 1e9 for name, operations in found.items()}
 
     benchmark.extra_info.update(device=DEVICE.type, gflop=benchmark.pedantic(count))
+
+
+@pytest.mark.benchmark(group="second order")
+@pytest.mark.parametrize("name", IMAGES)
+def test_frozen_layers(benchmark: Any, name: str) -> None:
+    """A Hessian-vector product of log max p, by frozen layers and by PyTorch's own second derivatives."""
+    classifier = load_classifier("cifar10", name, trained=False).to(DEVICE)
+    x, v = torch.randn(2, IMAGES[name], 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rivals = {
+        "frozen layers": lambda: hessian_vector_product(classifier, x, v, FrozenLayers()),
+        "PyTorch's own": lambda: hessian_vector_product(classifier, x, v, nullcontext()),
+    }
+    exact = hessian_vector_product(copy.deepcopy(classifier).double(), x.double(), v.double(), nullcontext())
+    take_turns(
+        benchmark,
+        rivals,
+        15,
+        problem=name,
+        n_images=len(x),
+        threads=torch.get_num_threads(),
+        reference="PyTorch's own",
+        cosines={method: cosines(run(), exact.flatten(1)) for method, run in rivals.items()},
+    )
+
+
+def hessian_vector_product(
+    classifier: nn.Module, x: Tensor, v: Tensor, layers: AbstractContextManager[Any]
+) -> Tensor:
+    """Of log max p at the states x, with v like x."""
+    x = x.clone().requires_grad_()
+    with layers:
+        slope = torch.autograd.grad(log_confidence(classifier, x).sum(), x, create_graph=True)[0]
+    return torch.autograd.grad(slope, x, v)[0]

@@ -1,5 +1,6 @@
 """The paper's gradient: the augmented SDE of Sec. 4.2.1, solved backwards by torchsde."""
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torchsde
 from torch import Tensor, nn
 
 from coup_lib.sde import VPSDE
-from coup_lib.solver import reverse_drift
+from coup_lib.solver import Noise, reverse_drift
 
 
 def adjoint(
@@ -15,7 +16,7 @@ def adjoint(
     sde: VPSDE,
     states: tuple[Tensor, ...],
     times: Tensor,
-    noise: Tensor | None,
+    noise: Noise | None,
     v: Tensor,
 ) -> Tensor:
     """vᵀ ∂x_N/∂x_0 by the paper's augmented SDE, which rebuilds the path backwards from its end.
@@ -26,7 +27,7 @@ def adjoint(
     """
     x = states[0].detach().flatten(1)
     path = GridBrownian(times, noise, states[0])
-    ends = torch.tensor([0.0, float(times[0] - times[-1])], dtype=x.dtype, device=x.device)
+    ends = torch.tensor([0.0, float(times[0] - times[-1])], dtype=x.dtype)  # where torchsde can look at them
     with torch.enable_grad():
         x.requires_grad_()
         walked = torchsde.sdeint_adjoint(
@@ -55,11 +56,11 @@ class ReverseSDE(nn.Module):
         self.score, self.sde, self.t_star, self.shape, self.noisy = score, sde, t_star, shape, noisy
 
     def f(self, s: Tensor, x: Tensor) -> Tensor:
-        return -reverse_drift(self.score, self.sde, x.reshape(self.shape), self.t_star - s).flatten(1)
+        t = (self.t_star - s).to(x.device, non_blocking=True)
+        return -reverse_drift(self.score, self.sde, x.reshape(self.shape), t).flatten(1)
 
     def g(self, s: Tensor, x: Tensor) -> Tensor:
-        scale = self.sde.diffusion(self.t_star - s) if self.noisy else torch.zeros_like(s)
-        return scale * torch.ones_like(x)
+        return float(self.sde.diffusion(self.t_star - s)) * self.noisy * torch.ones_like(x)
 
 
 class GridBrownian(torchsde.BaseBrownian):
@@ -69,20 +70,21 @@ class GridBrownian(torchsde.BaseBrownian):
     levy_area_approximation = "none"
     __repr__ = object.__repr__
 
-    def __init__(self, times: Tensor, noise: Tensor | None, like: Tensor) -> None:
+    def __init__(self, times: Tensor, noise: Noise | None, like: Tensor) -> None:
         flat = like.flatten(1)
         self.shape, self.dtype, self.device = flat.shape, flat.dtype, flat.device
-        self._times = (times[0] - times).to(like.device)
+        self._times = (times[0] - times).tolist()
         increments = torch.zeros(len(times), *flat.shape, dtype=torch.float64, device=like.device)
         if noise is not None:
             roots = (times[:-1] - times[1:]).sqrt().to(like.device)
-            increments[1:] = roots[:, None, None] * noise.flatten(2)
+            for place, (root, increment) in enumerate(zip(roots, noise, strict=True), start=1):
+                increments[place] = root * increment.flatten(1)
         self._path = increments.cumsum(0)
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Tensor:
         return (self._at(tb) - self._at(ta)).to(self.dtype)
 
     def _at(self, s: Any) -> Tensor:
-        index = min(max(int(torch.searchsorted(self._times, float(s))) - 1, 0), len(self._times) - 2)
-        left, right = float(self._times[index]), float(self._times[index + 1])
+        index = min(max(bisect_left(self._times, float(s)) - 1, 0), len(self._times) - 2)
+        left, right = self._times[index : index + 2]
         return torch.lerp(self._path[index], self._path[index + 1], (float(s) - left) / (right - left))

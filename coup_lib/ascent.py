@@ -300,7 +300,7 @@ def deviation(purifier: Purifier, x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: (n, C, H, W) in [0, 1]; the noise is fresh, from the purifier's own generator.
     """
-    noise, steps = purifier._noise(x, None), step_times(purifier.times, x.dtype, x.device)
+    noise, steps = [*purifier._noise(x, None)], step_times(purifier.times, x.dtype, x.device)
     score = FirstOrder(purifier.score) if purifier.gradient == "first_order" else purifier.score
     means = purifier.sde.mean_coeff(purifier.times).tolist()
 
@@ -317,6 +317,6 @@ def deviation(purifier: Purifier, x: Tensor) -> tuple[Tensor, Tensor]:
         return state
 
     given = to_state(x)
-    start = torch.stack([purifier.start(given, noise[0]), given, torch.zeros_like(given)])
+    start = torch.stack([purifier.start(given, noise), given, torch.zeros_like(given)])
     reverse, _, away = replayed(start, run, step, score)
     return purifier.finish(reverse), away.flatten(1).mean(1) / len(steps)

@@ -243,13 +243,12 @@ def _pgd(attack: Attack, task: "_Task") -> Tensor:
     noise = attack.eps * (2 * torch.rand_like(x) - 1)
     x_adv = project(x + noise if task.start is None else task.start, x, attack.norm, attack.eps)
     best, highest = x_adv, torch.full((len(x),), -torch.inf, device=x.device)
-    for _ in range(attack.n_iter):
+    for _ in range(attack.n_iter + 1):
         slope, loss = gradient.mean_gradient(x_adv, task.y)
         best = torch.where(per_image(loss > highest, x), x_adv, best)
         highest = torch.maximum(loss, highest)
         x_adv = _climb(attack, x_adv, slope, x, PGD_STEP * attack.eps)
-    loss = gradient.mean_gradient(x_adv, task.y)[1]
-    return torch.where(per_image(loss > highest, x), x_adv, best)
+    return best
 
 
 def _gradient(attack: Attack, task: "_Task") -> "BatchedEOT":

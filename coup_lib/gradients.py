@@ -6,22 +6,27 @@ adjoint      the paper's augmented SDE (Sec. 4.2.1) by torchsde, on the same Bro
 bpda         the identity (in `purify.Purifier`: it skips the forward noise and the scaling too)
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.backends import cudnn
 from torch.overrides import TorchFunctionMode
 
-from coup_lib.checks import choice
+from coup_lib.checks import choice, number
 from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.randomness import Source, States, restored, sources
 from coup_lib.sde import VPSDE
-from coup_lib.solver import Callback, euler_step, solve, step_times
+from coup_lib.solver import Callback, Noise, check_end, euler_step, increments, step_times, walk
 
-ACTIVATION_BUDGET = 2 * 2**30  # bytes of activations that plain autograd may keep before replaying pays
+BUDGET_VARIABLE = "COUP_ACTIVATIONS"
+CPU_BUDGET, GPU_SHARE = 2.0, 0.5  # GiB of activations; on a GPU, of what is free
 GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
 THROUGH_STEPS = ("exact", "first_order")  # gradients that autograd takes step by step
 
@@ -39,53 +44,87 @@ def solve_with_gradient(
     sde: VPSDE,
     x: Tensor,
     times: Tensor,
-    noise: Tensor | None,
-    activation_budget: int = ACTIVATION_BUDGET,
+    noise: Noise | None,
+    activation_budget: int | None = None,
 ) -> Tensor:
     """`solver.solve` with the named gradient for x.
 
-    Where the activations of all steps take fewer bytes than activation_budget, plain autograd keeps them:
-    that saves one forward pass. Else what is kept are the N states (and, for the adjoint, the noise):
-    every step is replayed from its own stored state, so the memory for activations does not grow with N.
-    The noise is additive and drops out of the derivative. Both ways give the same numbers, also of networks
-    that draw random ones: a replay draws the same again.
+    Of the last steps, as many as the budget has room for, autograd keeps the activations: that saves their
+    second forward pass. Of those before it keeps the states (the adjoint those of all steps, and the noise),
+    and every step is replayed from its own, so that memory does not grow with N. The noise is additive and
+    drops out of the derivative. Both ways give the same numbers, also of networks that draw random ones: a
+    replay draws the same again.
+
+    Args:
+        activation_budget: bytes; None: those of `free_for_activations`.
 
     Raises:
         ValueError: for an unknown gradient, for "first_order" of a score that differentiates something which
             is not a `Guided`'s, and (when it is pulled back) for "adjoint" of one that draws random numbers.
     """
     choice("gradient", gradient, (*THROUGH_STEPS, "adjoint"))
-    followed = _followed(score, gradient)
+    followed, left = _followed(score, gradient), increments(noise, x, times)
 
-    def run(x: Tensor, keep: Callback | None = None) -> Tensor:
-        return solve(followed, sde, x, times, noise, keep)
+    def run(x: Tensor, keep: Callback | None = None, first: int = 0, end: int = len(times) - 1) -> Tensor:
+        return walk(followed, sde, x, times[first : end + 1], left, keep)
 
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return run(x)
-    if gradient == "adjoint":
+    def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
         from coup_lib.adjoint import adjoint  # torchsde, which nothing else needs, takes a second to load
 
-        def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
-            if not all(map(torch.equal, randomness[0], randomness[-1])):
-                raise ValueError("gradient: the score draws random numbers, which adjoint cannot draw again")
-            return adjoint(followed, sde, states, times, noise, v)
+        if not all(map(torch.equal, randomness[0], randomness[-1])):
+            raise ValueError("gradient: the score draws random numbers, which adjoint cannot draw again")
+        return adjoint(followed, sde, states, times, noise, v)
 
-        return _Path.apply(x, run, pull_back, sources(score, x.device))
-    if len(x) <= images_kept(gradient, score, sde, x, times, activation_budget):
-        return run(x)
-    steps = step_times(times, x.dtype, x.device)
-    return replayed(x, run, lambda index, x: euler_step(followed, sde, x, *steps[index]), score)
+    start = x
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        x = run(x)
+    elif gradient == "adjoint":
+        x = _Path.apply(x, run, pull_back, sources(score, x.device))
+    else:
+        first = len(times) - 1 - steps_kept(gradient, score, sde, x, times, activation_budget)
+        steps = step_times(times, x.dtype, x.device)
+        if first:
+            walked = partial(run, end=first)
+            x = replayed(x, walked, lambda index, x: euler_step(followed, sde, x, *steps[index]), score)
+        x = run(x, first=first)
+    return check_end(x, score, sde, start, times, noise)
+
+
+def free_for_activations(device: torch.device) -> int:
+    """Bytes for activations: COUP_ACTIVATIONS, in GiB, or else half of a GPU's free memory, 2 GiB on a CPU.
+
+    A CPU's share does not follow its free memory: there the results' last digits depend on how many images
+    go through the networks at once, see `purify.images_per_call`.
+
+    Raises:
+        ValueError: if COUP_ACTIVATIONS is no number from 0 up.
+    """
+    if given := os.environ.get(BUDGET_VARIABLE):
+        return int(2**30 * number(f"{BUDGET_VARIABLE} (GiB)", given, 0, closed=True))
+    if device.type != "cuda":
+        return int(2**30 * CPU_BUDGET)
+    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + held_back))
+
+
+def steps_kept(
+    gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, budget: int | None = None
+) -> int:
+    """Of how many steps from x (B, ...) the activations fit into the budget, see `solve_with_gradient`."""
+    budget = free_for_activations(x.device) if budget is None else budget
+    return min(budget // max(len(x) * _bytes_of_a_step(gradient, score, sde, x, times), 1), len(times) - 1)
 
 
 def images_kept(
-    gradient: str,
-    score: nn.Module,
-    sde: VPSDE,
-    x: Tensor,
-    times: Tensor,
-    activation_budget: int = ACTIVATION_BUDGET,
+    gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, budget: int | None = None
 ) -> int:
     """How many images like x fit with all activations of their paths, so that none needs to be replayed."""
+    budget = free_for_activations(x.device) if budget is None else budget
+    return budget // max(_bytes_of_a_step(gradient, score, sde, x, times) * (len(times) - 1), 1)
+
+
+def _bytes_of_a_step(gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:
+    """Of one image."""
     measured = _step_bytes.setdefault(score, {})
     kind = gradient, x.shape[1:], x.dtype, x.device, tuple(times.tolist())
     if kind not in measured:
@@ -96,7 +135,7 @@ def images_kept(
                     for t, dt in step_times(times, x.dtype, x.device):
                         euler_step(followed, sde, x[:1].detach().requires_grad_(), t, dt)
             measured[kind] = activation_bytes(followed, sde, x[:1], times[:2])
-    return activation_budget // max(measured[kind] * (len(times) - 1), 1)
+    return measured[kind]
 
 
 def _followed(score: nn.Module, gradient: str) -> nn.Module:
@@ -161,12 +200,22 @@ def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Modu
 
     def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
         for index in reversed(range(len(states))):
-            with restored(drawn_from, randomness[index]), torch.enable_grad():
+            with restored(drawn_from, randomness[index]), torch.enable_grad(), deterministic():
                 state = states[index].detach().requires_grad_()
                 (v,) = torch.autograd.grad(step(index, state), state, v)
         return v
 
     return _Path.apply(x, run, pull_back, drawn_from)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """In here a GPU convolves in one way only, so that a replayed step meets the step that was walked."""
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
 
 
 class _Path(torch.autograd.Function):
@@ -187,7 +236,8 @@ class _Path(torch.autograd.Function):
             states.append(state)
             randomness.append([source.get_state() for source in drawn_from])
 
-        result = run(x, keep)
+        with deterministic():
+            result = run(x, keep)
         ctx.pull_back, ctx.randomness = pull_back, randomness
         ctx.save_for_backward(*states[:-1])
         return result

@@ -13,6 +13,7 @@ from coup_lib.checks import check_like, check_logits, count, number, warn_of_pro
 from coup_lib.hessian import frozen_layers
 from coup_lib.score import agreed_sde, sde_of
 from coup_lib.sde import VPSDE, per_image
+from coup_lib.solver import time_of
 
 WEIGHTS = -1e3, 1e3  # λ lies between; a negative one is a control, guidance with its sign flipped
 
@@ -181,7 +182,7 @@ class GuidanceInterval(Guided):
 
     def guidance(self, x: Tensor, t: Tensor) -> Tensor:
         """The guidance, or zero outside of the times, like x; t of shape ()."""
-        return self.guided.guidance(x, t) if self.low <= float(t) <= self.high else torch.zeros_like(x)
+        return self.guided.guidance(x, t) if self.low <= time_of(t) <= self.high else torch.zeros_like(x)
 
 
 class ImageGuided(Guided):

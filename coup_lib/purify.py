@@ -1,6 +1,9 @@
 """Purifiers as wrappers: around a score, and around a classifier (Algorithm 1)."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,9 +25,10 @@ from coup_lib.gradients import GRADIENTS, THROUGH_STEPS, check_compiled, images_
 from coup_lib.guidance import Guided, ImageGuided, to_image, to_state
 from coup_lib.score import agreed_sde
 from coup_lib.sde import T_END, VPSDE
-from coup_lib.solver import Callback, solve, time_grid
+from coup_lib.solver import Callback, Noise, solve, time_grid
 
 STRIDE = 0x9E3779B1  # between the seeds of one image's purifications
+SMALL = 2048  # so many numbers are drawn at once, as fewer take no less time
 
 
 class StochasticPurifier(nn.Module):
@@ -76,16 +80,16 @@ class StochasticPurifier(nn.Module):
             return x + (purified - x).detach()
         return self._run(x, noise)
 
-    def _noise(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+    def _noise(self, x: Tensor, seeds: Tensor | None) -> Any:
         if seeds is None:
             seeds = torch.randint(2**62, (len(x),), generator=self._generator)
         return self._draw(x, seeds)
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """All noise that purifying x takes, the image's at place b from seeds[b] alone."""
+    def _draw(self, x: Tensor, seeds: Tensor) -> Any:
+        """All noise that purifying x takes, the image's at place b from seeds[b] alone; for `_run`."""
         raise NotImplementedError
 
-    def _run(self, x: Tensor, noise: Tensor) -> Tensor:
+    def _run(self, x: Tensor, noise: Any) -> Tensor:
         """The purified x, differentiable as `gradient` says ("bpda" is not asked)."""
         raise NotImplementedError
 
@@ -141,7 +145,7 @@ class Purifier(StochasticPurifier):
         noise = increments if brownian else None
         return self.finish(solve(self.score, self.sde, state, self.times, noise, callback))
 
-    def start(self, state: Tensor, noise: Tensor) -> Tensor:
+    def start(self, state: Tensor, noise: Noise) -> Tensor:
         """The state at t*: the attacked image itself, unscaled and without forward noise."""
         return state
 
@@ -150,28 +154,27 @@ class Purifier(StochasticPurifier):
         state = state.chunk(2, dim=1)[0] if self.reads_image else state
         return to_image(state.clamp(-1, 1) if self.clamp else state)
 
-    def _run(self, x: Tensor, noise: Tensor) -> Tensor:
+    def _run(self, x: Tensor, noise: Noise) -> Tensor:
         check_network("score", self.score, x)
         state, increments = self._begin(x, noise)
         gradient = "exact" if self.gradient == "bpda" else self.gradient
         return self.finish(solve_with_gradient(gradient, self.score, self.sde, state, self.times, increments))
 
-    def _begin(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _begin(self, x: Tensor, noise: Noise) -> tuple[Tensor, Noise]:
         """(the state at t*, the increments from there), each beside the image's where guidance reads that."""
-        state, increments = self.start(to_state(x), noise[0]), noise[1:]
+        state = self.start(to_state(x), noise)
         if self.reads_image:
             state = torch.cat([state, to_state(x)], dim=1)
-            increments = torch.cat([increments, torch.zeros_like(increments)], dim=2)
-        return state, increments
+        return state, Increments(noise, self.reads_image)
 
     def images_kept(self, x: Tensor) -> int:
         """How many images like x are differentiated without walking their paths again, see `gradients`."""
         state = torch.cat([x, x], dim=1) if self.reads_image else x
         return images_kept(self.gradient, self.score, self.sde, state, self.times)
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """(N + 1, *x.shape): the forward noise of DiffPure first, then one draw per step."""
-        return standard_normal(seeds, self.n_steps + 1, x)
+    def _draw(self, x: Tensor, seeds: Tensor) -> Noise:
+        """N + 1 draws like x: the forward noise of DiffPure first, then one per step."""
+        return StandardNormal(seeds, self.n_steps + 1, x.detach())
 
 
 class DiffPurePurifier(Purifier):
@@ -179,10 +182,10 @@ class DiffPurePurifier(Purifier):
 
     clamp = False
 
-    def start(self, state: Tensor, noise: Tensor) -> Tensor:
+    def start(self, state: Tensor, noise: Noise) -> Tensor:
         """√ᾱ·x + √(1-ᾱ)·ε with the discrete ᾱ of DiffPure's code."""
         mean, std = self.sde.discrete_marginal(self.t_star)
-        return mean * state + std * noise
+        return mean * state + std * next(iter(noise))
 
 
 class ProbabilityFlow(Purifier):
@@ -197,9 +200,9 @@ class ProbabilityFlow(Purifier):
         if self.reads_image:
             raise ValueError("score: expected no guidance that reads the image; got one on the flow")
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
+    def _draw(self, x: Tensor, seeds: Tensor) -> Noise:
         check_seeds(seeds, x)
-        return x.new_zeros(self.n_steps + 1, *x.shape)
+        return [torch.zeros_like(x)] * (self.n_steps + 1)
 
 
 class Halved(nn.Module):
@@ -346,16 +349,50 @@ def freeze(name: str, network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
-    """(n, *like.shape) standard normal noise, the image at place b drawn from seeds[b] alone.
+@dataclass(frozen=True)
+class StandardNormal:
+    """n standard normal draws like `like` (B, ...), the image at place b from seeds[b] alone.
 
-    Drawn in float32 on the CPU and then cast, so that a seed means the same noise on every device and in
-    every precision.
+    They are made when asked for: a path holds one step's noise, and while a GPU is at that step the CPU draws
+    for the next. Whoever iterates again gets the same draws. Drawn in float32 on the CPU and then cast, so
+    that a seed means the same noise on every device and in every precision.
 
     Raises:
         ValueError: unless there is one seed per image.
     """
-    check_seeds(seeds, like)
-    generator, shape = torch.Generator(), (n, *like.shape[1:])
-    draws = [torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
-    return torch.stack(draws, dim=1).to(like)
+
+    seeds: Tensor
+    n: int
+    like: Tensor
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds, self.like)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        shape, pinned = self.like.shape[1:], self.like.is_cuda
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds.tolist()]
+        # PyTorch draws in groups of 16 numbers: whole groups at a time are those of one long draw.
+        steps = 16 // math.gcd(16, shape.numel())
+        steps *= max(1, SMALL // (steps * shape.numel()))
+        for first in range(0, self.n, steps):
+            size = min(steps, self.n - first), *shape
+            drawn = torch.stack([torch.randn(size, generator=generator) for generator in generators], dim=1)
+            drawn = drawn.pin_memory() if pinned else drawn
+            yield from drawn.to(self.like.device, self.like.dtype, non_blocking=pinned)
+
+
+def standard_normal(seeds: Tensor, n: int, like: Tensor) -> Tensor:
+    """All draws of `StandardNormal` in one tensor, (n, *like.shape)."""
+    return torch.stack([*StandardNormal(seeds, n, like)])
+
+
+@dataclass(frozen=True)
+class Increments:
+    """All noise but the first; beside each, where asked for, zeros for an image that takes no noise."""
+
+    noise: Noise
+    beside_image: bool
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for drawn in islice(self.noise, 1, None):
+            yield torch.cat([drawn, torch.zeros_like(drawn)], dim=1) if self.beside_image else drawn

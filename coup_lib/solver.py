@@ -1,7 +1,8 @@
 """The reverse-time SDE (Eq. 4, 5) by Euler–Maruyama on an integer-indexed grid."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from coup_lib.checks import check_like
 from coup_lib.sde import T_END, VPSDE, per_image
 
 Callback = Callable[[int, float, Tensor], None]
+Noise: TypeAlias = Iterable[
+    Tensor
+]  # an increment per step, the same ones whenever it is asked: a tensor will do
 
 
 def time_grid(t_star: float, n_steps: int, t_end: float = T_END) -> Tensor:
@@ -46,35 +50,69 @@ def solve(
     sde: VPSDE,
     x: Tensor,
     times: Tensor,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Carry x (B, ...) from times[0] to times[-1] and return the state there.
 
     Args:
         times: (N + 1,) descending, from `time_grid`.
-        noise: (N, B, ...) standard normal increments, one per step; None: no Brownian motion (Sec. 5.3.1).
+        noise: N standard normal increments like x, asked for one by one, or None: no Brownian motion
+            (Sec. 5.3.1).
         callback: called as callback(i, t_i, x_i) for i = 0 … N, the last one with the result.
 
     Raises:
         ValueError: for noise of another shape, or a score whose answer is not like x.
         FloatingPointError: when the result is not finite, naming the step and the network where it began.
     """
-    if noise is not None and noise.shape != (expected := (len(times) - 1, *x.shape)):
-        raise ValueError(f"noise: expected shape {expected}, steps first; got {tuple(noise.shape)}")
-    start, steps = x, step_times(times, x.dtype, x.device)
-    for index, (t, dt) in enumerate(steps):
+    return check_end(
+        walk(score, sde, x, times, increments(noise, x, times), callback), score, sde, x, times, noise
+    )
+
+
+def walk(
+    score: nn.Module,
+    sde: VPSDE,
+    x: Tensor,
+    times: Tensor,
+    noise: Iterator[Tensor | None],
+    callback: Callback | None = None,
+) -> Tensor:
+    """`solve` without its checks: as many increments are taken as there are steps."""
+    steps = step_times(times, x.dtype, x.device)
+    for index, ((t, dt), increment) in enumerate(zip(steps, noise, strict=False)):
         if callback:
-            callback(index, float(times[index]), x)
-        x = euler_step(score, sde, x, t, dt, None if noise is None else noise[index])
+            callback(index, time_of(t), x)
+        x = euler_step(score, sde, x, t, dt, increment)
     if callback:
         callback(len(steps), float(times[-1]), x)
-    if not bool(x.isfinite().all()):  # asked once: asked at every step, a GPU would wait for the answers
-        raise FloatingPointError(_fault(score, sde, start, times, noise))
     return x
 
 
-def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Tensor | None) -> str:
+def increments(noise: Noise | None, x: Tensor, times: Tensor) -> Iterator[Tensor | None]:
+    """The noise of one walk from x; without noise, None for every step.
+
+    Raises:
+        ValueError: for a tensor of another shape.
+    """
+    if noise is None:
+        return repeat(None)
+    expected = (len(times) - 1, *x.shape)
+    if isinstance(noise, Tensor) and noise.shape != expected:
+        raise ValueError(f"noise: expected shape {expected}, steps first; got {tuple(noise.shape)}")
+    return iter(noise)
+
+
+def check_end(
+    end: Tensor, score: nn.Module, sde: VPSDE, start: Tensor, times: Tensor, noise: Noise | None
+) -> Tensor:
+    """The end of a path from `start`. FloatingPointError, as of `solve`, if it is not finite."""
+    if not bool(end.isfinite().all()):  # asked once: asked at every step, a GPU would wait for the answers
+        raise FloatingPointError(_fault(score, sde, start, times, noise))
+    return end
+
+
+def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Noise | None) -> str:
     """Where a path from x left the finite numbers: walked once more, with a look at every module's output."""
     if not bool(x.isfinite().all()):
         return "a path begins at a state with NaN or infinity"
@@ -89,9 +127,10 @@ def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Tensor
 
     hooks = [module.register_forward_hook(look(name)) for name, module in score.named_modules()]
     try:
-        for index, (t, dt) in enumerate(step_times(times, x.dtype, x.device)):
+        steps = step_times(times, x.dtype, x.device)
+        for index, ((t, dt), increment) in enumerate(zip(steps, increments(noise, x, times), strict=False)):
             with torch.no_grad():
-                x = euler_step(score, sde, x, t, dt, None if noise is None else noise[index])
+                x = euler_step(score, sde, x, t, dt, increment)
             if found or not bool(x.isfinite().all()):
                 where = found[0] if found else "the step itself"
                 return f"NaN or infinity from {where} in step {index} of {len(times) - 1}, t = {t:g}"
@@ -102,6 +141,13 @@ def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Tensor
 
 
 def step_times(times: Tensor, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(t_i, t_i - t_{i+1}) of every step, differences taken in float64."""
-    lengths = (times[:-1] - times[1:]).to(device, dtype)
-    return list(zip(times[:-1].to(device, dtype).unbind(), lengths.unbind(), strict=True))
+    """(t_i, t_i - t_{i+1}) of every step, differences taken in float64; `time_of` knows t_i's number."""
+    begins = times[:-1].to(device, dtype).unbind()
+    for t, value in zip(begins, times.tolist(), strict=False):
+        vars(t)["number"] = value
+    return list(zip(begins, (times[:-1] - times[1:]).to(device, dtype).unbind(), strict=True))
+
+
+def time_of(t: Tensor) -> float:
+    """t of shape () as a number, without waiting for the device where t is from `step_times`."""
+    return vars(t).get("number") or float(t)

@@ -249,8 +249,10 @@ def test_noise_by_a_generator_of_ones_own_is_recognised(digits, net):
 def test_noise_from_elsewhere_than_torch_is_noise(digits, net):
     generator = np.random.default_rng()
     noisy = Changed(lambda x: x + torch.from_numpy(generator.normal(0, 0.3, x.shape)).float(), net)
+    before = generator.bit_generator.state
     found = probe(noisy, digits.x, digits.y)
     assert found.random and found.alone
+    assert generator.bit_generator.state == before  # nobody else's numbers are taken
 
 
 def test_what_is_in_train_mode_is_named_and_only_batch_statistics_are_stopped(digits):

@@ -144,8 +144,8 @@ def test_number_and_count():
 
 def test_captions_say_where_attacks_did_not_compute_as_usual():
     assert Config(seed=3).seed_label == "seed 3"
-    unusual = Config(precision="bfloat16", compiled=True)
-    assert unusual.seed_label == "seed 0; attacked through a score network in bfloat16, compiled"
+    unusual = Config(precision="bfloat16")
+    assert unusual.seed_label == "seed 0; attacked through a score network in bfloat16"
     assert unusual.seed_label in tables.caption(unusual)
 
 
@@ -167,7 +167,7 @@ def test_from_notebook_takes_the_parameters():
 
 
 def test_from_notebook_refuses_an_unknown_parameter():
-    known = "budget, classifier, compiled, device, eot"
+    known = "budget, classifier, device, eot"
     with pytest.raises(ValueError, match=f"unknown parameter 'normm'; this notebook knows {known}"):
         from_notebook(Config, notebook("# Parameters\nnormm = 'l2'", norm="linf", normm="l2"))
 

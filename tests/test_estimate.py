@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coup_lib import paths, purify
+from coup_lib import gradients as gradients_module
+from coup_lib import paths
 from coup_lib.defences import DEFENCES, PURIFIERS
 from coup_lib.evaluation import bench
 from coup_lib.evaluation.bench import Bench, against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import CLEAN
-from coup_lib.gradients import solve_with_gradient
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.networks import zoo
 from coup_lib.studies import fidelity, grids, likelihood_study, mechanism, stronger_attacks, sweeps
@@ -95,12 +94,14 @@ def test_a_decision_of_several_purifications_is_counted_as_such(results):
     assert four["gradients"] == one["gradients"]
 
 
-@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("replayed", [0, 0.8, 1])
 @pytest.mark.parametrize("defence", DEFENCES)
 def test_network_calls_are_those_that_are_made(monkeypatch, defence, replayed):
     """Each call and each derivative takes a network's operations once; a counter sees no more and no less."""
-    if replayed:
-        monkeypatch.setattr(purify, "solve_with_gradient", partial(solve_with_gradient, activation_budget=0))
+    measured = gradients_module.steps_kept
+    monkeypatch.setattr(
+        gradients_module, "steps_kept", lambda *path: min(round(10 * (1 - replayed)), measured(*path))
+    )
     config, (x, y) = Config(n_steps=10), (torch.rand(1, 1, 8, 8), torch.tensor([3]))
     classifier = config.classifier
     flop = estimate._score_network(config).flop, estimate._classifier_flop("digits", classifier)
@@ -199,12 +200,14 @@ def test_purifications_count(results):
 
 
 def test_paths_whose_activations_do_not_fit_are_replayed(results, monkeypatch):
-    monkeypatch.setattr(estimate, "ACTIVATION_BUDGET", 10**9)
     kept = estimate.estimate(plan("coup", n_images=2))["network calls"]
-    monkeypatch.setattr(estimate, "ACTIVATION_BUDGET", 0)
     config = Config(n_images=2)
     again = config.n_images * config.n_iter * config.eot * config.n_steps
-    assert estimate.estimate(plan("coup", n_images=2))["network calls"] == kept + again
+    a_step = estimate._step_bytes(plan("coup", n_images=2)[0])
+    for steps in (0, 3):
+        monkeypatch.setenv("COUP_ACTIVATIONS", str(a_step * (steps + 0.5) / 2**30))
+        left = again * (config.n_steps - steps) / config.n_steps
+        assert estimate.estimate(plan("coup", n_images=2))["network calls"] == pytest.approx(kept + left)
 
 
 def test_in_lower_precision_only_what_is_lowered_is_faster():

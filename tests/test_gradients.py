@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from closed_forms import SmoothClassifier, relative_error, small_problem
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coup_lib import gradients
 from coup_lib.guidance import (
@@ -42,7 +43,7 @@ def plain_gradient(defence, x):
     x = x.clone().requires_grad_()
     purifier = defence.purifier
     noise = standard_normal(SEEDS, purifier.n_steps + 1, x)
-    state = purifier.start(to_state(x), noise[0])
+    state = purifier.start(to_state(x), noise)
     state = solve(purifier.score, purifier.sde, state, purifier.times, noise[1:])
     logits = defence.classifier(purifier.finish(state))
     return torch.autograd.grad((logits * torch.arange(1.0, 4.0, dtype=x.dtype)).sum(), x)[0]
@@ -53,11 +54,14 @@ def build(name, gradient, n_steps=12, t_star=0.1):
     return BUILDERS[name](classifier, score, n_steps=n_steps, t_star=t_star, gradient=gradient), x
 
 
-@pytest.fixture(params=["kept", "replayed"])
+@pytest.fixture(params=["kept", "partly kept", "replayed"])
 def activations(request, monkeypatch):
-    """Run a test with all activations kept, and with every step replayed."""
-    budget = {"kept": 2**30, "replayed": 0}[request.param]
-    monkeypatch.setattr(gradients.solve_with_gradient, "__defaults__", (budget,))
+    """Run a test with all activations kept, with those of the last two steps, and with none."""
+    if request.param == "partly kept":
+        measured = gradients.steps_kept
+        monkeypatch.setattr(gradients, "steps_kept", lambda *path: min(2, measured(*path)))
+    else:
+        monkeypatch.setenv("COUP_ACTIVATIONS", {"kept": "1", "replayed": "0"}[request.param])
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -332,20 +336,79 @@ def test_activation_bytes_are_what_autograd_keeps():
     assert 0.5 < forecast / counted < 2
 
 
+class Counting(nn.Module):
+    """A score that counts its calls, and says whether a GPU's convolutions would be deterministic in them."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score, self.settings = score, []
+
+    def forward(self, x, t):
+        self.settings.append(torch.backends.cudnn.deterministic)
+        return self.score(x, t)
+
+
 @pytest.mark.parametrize("gradient", ["exact", "first_order"])
-def test_as_many_images_as_are_kept_need_no_replay(gradient):
-    defence, x = build("coup", gradient, 5)
-    purifier, x = defence.purifier, x[:1].repeat(8, 1, 1, 1)
-    path = (gradient, purifier.score, purifier.sde, x, purifier.times)
-    of_one = 2**40 // gradients.images_kept(*path, 2**40)
-    budget = 4 * of_one + of_one // 2
-    assert gradients.images_kept(*path, budget) == 4
-    for n, replayed in ((4, False), (5, True)):
-        state = x[:n].clone().requires_grad_()
-        end = gradients.solve_with_gradient(
-            gradient, purifier.score, purifier.sde, state, purifier.times, None, budget
-        )
-        assert (type(end.grad_fn).__name__ == "_PathBackward") == replayed
+def test_the_last_steps_are_kept_for_which_there_is_room(gradient):
+    """Of five, those that fit are walked once and the others twice; as many images as fit need no replay."""
+    score, classifier, x = small_problem()
+    guided, times, sde = Guided(score, classifier), time_grid(0.1, 5), VPSDE()
+    path = (gradient, guided, sde, to_state(x), times)
+    a_step = 2**40 // gradients.images_kept(*path, 2**40) / 5 * len(x)
+    found = []
+    for kept in range(7):
+        budget, counting = int(a_step * (kept + 0.5)), Counting(guided)
+        assert gradients.steps_kept(*path, budget) == min(kept, 5)
+        assert (gradients.images_kept(*path, budget) >= len(x)) == (kept >= 5)
+        state = to_state(x).requires_grad_()
+        gradients.steps_kept(gradient, counting, sde, state, times, budget)  # measures a step once
+        counting.settings.clear()
+        end = gradients.solve_with_gradient(gradient, counting, sde, state, times, None, budget)
+        found.append(torch.autograd.grad(end.square().sum(), state)[0])
+        replayed = max(0, 5 - kept)
+        # What is walked a second time is walked alike: on a GPU, too.
+        assert counting.settings == [True] * replayed + [False] * (5 - replayed) + [True] * replayed
+        assert torch.backends.cudnn.deterministic is False
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=0, atol=1e-14)
+
+
+def test_room_for_activations_is_what_is_asked_for(monkeypatch):
+    assert gradients.free_for_activations(torch.device("cpu")) == 2 * 2**30
+    for given, expected in (("0", 0), ("0.5", 2**29), ("40", 40 * 2**30)):
+        monkeypatch.setenv("COUP_ACTIVATIONS", given)
+        assert gradients.free_for_activations(torch.device("cpu")) == expected
+    monkeypatch.setenv("COUP_ACTIVATIONS", "much")
+    with pytest.raises(ValueError, match=r"COUP_ACTIVATIONS \(GiB\): expected a number.*; got 'much'"):
+        gradients.free_for_activations(torch.device("cpu"))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a number is asked of a tensor, for which a GPU would have to end its work first."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guided", [Guided, GuidanceInterval, DenoisedGuided])
+@pytest.mark.parametrize("gradient", ["exact", "first_order"])
+def test_no_step_waits_for_the_device(guided, gradient, activations):
+    """A path, its gradient included, asks as often with three steps as with nine."""
+    score, classifier, x = small_problem()
+    guide = Guided(score, classifier)
+    score = GuidanceInterval(guide, 0.03, 0.1) if guided is GuidanceInterval else guided(score, classifier)
+    found = []
+    for n_steps in (3, 3, 9):
+        purifier, image = Purifier(score, n_steps=n_steps, gradient=gradient), x.clone().requires_grad_()
+        with HostReads() as reads:
+            torch.autograd.grad(purifier(image, SEEDS).sum(), image)
+        found.append(reads.count)
+    assert found[1] == found[2] > 0
 
 
 def test_unknown_gradient_is_refused():

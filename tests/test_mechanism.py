@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.protocol import Evaluation
+from coup_lib.evaluation.stats import Estimate
 from coup_lib.guidance import Guided, SmoothMax
 from coup_lib.purify import Purifier
 from coup_lib.studies import mechanism
@@ -99,7 +100,7 @@ def slope(exact, first_order, spread=0.01):
 
 def test_predicted_over_measured_slope():
     result = {"foretold_exact": np.full(8, 3.0), "measured_exact": np.full((2, 8), 2.0)}
-    assert mechanism.predicted_over_measured(result, "exact") == (1.5, 1.5, 1.5)
+    assert mechanism.predicted_over_measured(result, "exact") == Estimate(1.5, 1.5, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_on_trained_networks_the_exact_gradient_predicts_the_slope_where_nothing
     error = {}
     for case in ("reverse", "coup", "smooth"):
         result = mechanism.slopes(config, case, draws=8)
-        error[case] = abs(mechanism.predicted_over_measured(result, "exact")[0] - 1)
+        error[case] = abs(mechanism.predicted_over_measured(result, "exact").value - 1)
     assert error["reverse"] < 0.1 and error["smooth"] < 0.1
     assert error["coup"] > error["smooth"]
 

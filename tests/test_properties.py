@@ -47,7 +47,6 @@ VALID = {
     "gradient": st.sampled_from(GRADIENTS),
     "precision": st.sampled_from(["float32", "bfloat16"]),
     "device": st.sampled_from(["auto", "cpu"]),
-    "compiled": st.booleans(),
     "split": st.sampled_from(SPLITS),
     "purpose": st.sampled_from(PURPOSES),
     "eps": written(st.floats(1e-6, 10)) | FRACTIONS,
@@ -73,7 +72,6 @@ NOT_A_COUNT = NOT_A_NUMBER | st.sampled_from([True, False, 1.5, "2.5", 0.999, -1
 NOT_A_NAME = st.text(max_size=9).map("no {}".format) | st.sampled_from([None, 1, 0.5, ["exact"], {}, b"cpu"])
 INVALID = {
     **dict.fromkeys(NAMES, NOT_A_NAME),
-    "compiled": NOT_A_NAME.filter(lambda value: value != 1),
     "subset": NOT_A_NAME.filter(lambda value: value is not None),
     "eps": NOT_A_NUMBER | st.floats(-10, 0) | st.just("-1/8"),
     "t_star": NOT_A_NUMBER | st.floats(-1, 1e-5) | st.floats(0.3001, 10),

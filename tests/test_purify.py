@@ -1,5 +1,7 @@
 """The purifiers' randomness, their settings, and the contract of the wrapped classifier."""
 
+import weakref
+
 import pytest
 import torch
 from closed_forms import small_problem
@@ -14,6 +16,7 @@ from coup_lib.purify import (
     FixedNoise,
     Purified,
     Purifier,
+    StandardNormal,
     Vote,
     coup,
     diffpure,
@@ -45,6 +48,26 @@ def test_a_seed_means_the_same_noise_in_every_precision():
     double = standard_normal(seeds, 3, torch.zeros(2, 1, 4, 4, dtype=torch.float64))
     single = standard_normal(seeds, 3, torch.zeros(2, 1, 4, 4))
     assert torch.equal(double.float(), single)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 4, 4), (1, 5, 5), (65,), (1, 1, 1)])
+@pytest.mark.parametrize("n", [1, 2, 17, 101])
+def test_noise_drawn_step_by_step_is_that_of_one_draw(shape, n):
+    """PyTorch draws by groups of 16, so that where a draw is broken off decides on the numbers."""
+    seeds = torch.tensor([7, 2**40 + 3])
+    whole = [torch.randn((n, *shape), generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    noise = StandardNormal(seeds, n, torch.zeros(2, *shape))
+    for _ in range(2):
+        assert torch.equal(torch.stack([*noise]), torch.stack(whole, dim=1))
+
+
+def test_a_path_holds_the_noise_of_one_step():
+    """Of CIFAR's size; the noise of what was walked is let go, that of what is ahead is not drawn."""
+    alive, most = [], 0
+    for drawn in StandardNormal(torch.arange(4), 50, torch.zeros(4, 3, 32, 32)):
+        alive.append(weakref.ref(drawn))
+        most = max(most, sum(ref() is not None for ref in alive))
+    assert len(alive) == 50 and most <= 2
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -89,10 +112,10 @@ def test_two_purifiers_draw_different_noise_unless_told_otherwise(name):
 
 def test_diffpure_starts_from_noise_and_the_others_from_the_image():
     noise, (defence, x) = torch.ones(5, 1, 2, 2, dtype=torch.float64), build("diffpure")
-    start = defence.purifier.start(to_state(x), noise)
+    start = defence.purifier.start(to_state(x), [noise])
     torch.testing.assert_close(start, 0.94711 * to_state(x) + 0.32091 * noise, rtol=1e-4, atol=0)
     for name in ("reverse", "coup"):
-        assert torch.equal(build(name)[0].purifier.start(to_state(x), noise), to_state(x))
+        assert torch.equal(build(name)[0].purifier.start(to_state(x), [noise]), to_state(x))
 
 
 def test_no_brownian_motion_is_deterministic():

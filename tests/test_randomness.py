@@ -9,7 +9,6 @@ import torch
 from closed_forms import SmoothClassifier, small_problem
 from torch import nn
 
-from coup_lib import gradients
 from coup_lib.evaluation.run import predict
 from coup_lib.purify import coup
 from coup_lib.randomness import begun, restored, sources
@@ -64,11 +63,8 @@ def test_a_replay_draws_the_same_numbers_wherever_they_come_from(name, monkeypat
     score, _, x = small_problem()
     guide, seeds = drawing(name), torch.arange(len(x))
     found = []
-    for budget in (gradients.ACTIVATION_BUDGET, 0):
-        monkeypatch.setattr(
-            "coup_lib.purify.solve_with_gradient",
-            partial(gradients.solve_with_gradient, activation_budget=budget),
-        )
+    for gib in ("1", "0"):
+        monkeypatch.setenv("COUP_ACTIVATIONS", gib)
         image = x.clone().requires_grad_()
         with begun(guide, CPU, 3):
             logits = coup(guide, score, n_steps=4)(image, seeds)

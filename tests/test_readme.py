@@ -220,6 +220,7 @@ VERDICT = (
     "figures/side_by_side",
     "figures/cifar10-small/fig2b_linf_resnet20",
     "figures/cifar10-small/fig2b_linf_resnet20_claims",
+    "figures/cifar10-small/fig2b_linf_resnet20_counts_claims",
     "figures/cifar10-small/fig2b_l2_resnet20_claims",
     "docs/literature",
 )

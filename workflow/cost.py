@@ -31,7 +31,7 @@ PAPER, ALL = "the paper: 01 to 06", "all of them"
 def cost(job: Job) -> tuple[np.ndarray, np.ndarray]:
     """TFLOP in the score network and in the classifier, (2,): of an attack, and of scoring what it found."""
     call = np.array([SCORE, CLASSIFIERS.get(job.classifier, CLASSIFIERS["wrn-28-10"])]) / 1000
-    attack, scores = work(job, replayed=True)
+    attack, scores = work(job, replayed=1)
     return attack * call, scores * call
 
 

@@ -1,7 +1,6 @@
 """What notebooks cost on this machine: their network calls counted, at the speed of one of them here."""
 
 import argparse
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,15 +23,14 @@ from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measureme
 from coup_lib.evaluation.records import config_hash, is_complete, record_path
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.files import CheckpointError
-from coup_lib.gradients import ACTIVATION_BUDGET, activation_bytes
+from coup_lib.gradients import activation_bytes, free_for_activations
 from coup_lib.likelihood import N_STEPS
 from coup_lib.networks import zoo
 from coup_lib.networks.precision import PRECISIONS, products
 from coup_lib.sde import VPSDE
 from coup_lib.solver import time_grid
-from coup_lib.studies.grids import NOTEBOOKS, networks, obtain, of_run
+from coup_lib.studies.grids import NOTEBOOKS, networks, obtain, of_run, seconds_of_a_call
 
-TIMED_FLOP = {"cpu": 5e8, "cuda": 5e12}  # in one timed call, a tenth of a second or so
 USABLE = 0.8  # of the free memory
 
 
@@ -93,7 +91,7 @@ def _at_hand(part: Experiment) -> bool:
 # --- counting ---
 
 
-def work(job: Job, *, replayed: bool) -> tuple[np.ndarray, np.ndarray]:
+def work(job: Job, *, replayed: float) -> tuple[np.ndarray, np.ndarray]:
     """`network_calls` of one image's attack, and of the predictions on what it found."""
     (gradients, forwards), spec = job.calls, job.spec
     attack = forwards * network_calls(job, spec.surrogate)
@@ -103,14 +101,13 @@ def work(job: Job, *, replayed: bool) -> tuple[np.ndarray, np.ndarray]:
     return attack, 2 * job.config.n_draws * sum(scored, np.zeros(2))
 
 
-def network_calls(
-    job: Job, defence: str, gradient: str | None = None, *, replayed: bool = False
-) -> np.ndarray:
+def network_calls(job: Job, defence: str, gradient: str | None = None, *, replayed: float = 0) -> np.ndarray:
     """Calls of the score network and of the classifier, (2,), in one image's purifications and decision.
 
     A derivative counts as a call: that of a convolution takes as many operations as the convolution.
 
-    gradient: of a loss of the decision; None: no gradient. replayed: each step is taken once more for it.
+    gradient: of a loss of the decision; None: no gradient. replayed: the share of steps that are taken once
+    more for it.
     """
     decision = np.array([0, 1 if gradient is None else 2])
     if defence == "none":
@@ -120,7 +117,7 @@ def network_calls(
     if gradient == "adjoint":  # the path, torchsde's own path, and back with the drift and its derivative
         step = 4 * step
     elif gradient is not None:
-        again = replayed or PURIFIERS[defence].maximised
+        again = 1 if PURIFIERS[defence].maximised else replayed
         step = (1 + again) * step + (own if gradient == "first_order" else step)
     return purifications(defence) * (steps * step + decision)
 
@@ -155,14 +152,14 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
 
     network calls: of the score network, a derivative counting as one. GiB: of its activations and the states
     at the batch of the profile, for the path that takes most. GiB on disk: of the attacked images, float32.
-    hours: at the speed of the score network and its derivative.
+    hours: at the speed of the score network.
     """
     row = dict.fromkeys(("images", "purifications", "gradients", "network calls", "PFLOP", "GiB"), 0.0)
     row |= {"GiB on disk": 0.0, "hours": 0.0}
     for job in planned:
         config, spec, (gradients, forwards) = job.config, job.spec, job.calls
         n, pixels = job.n_images, prod(SHAPES[config.setup.dataset])
-        attack, scores = work(job, replayed=_replays(job))
+        attack, scores = work(job, replayed=_replayed(job))
         flop = np.array([_score_network(config).flop, _classifier_flop(config.setup.dataset, job.classifier)])
         decided = [(spec.surrogate, forwards), *((target, 2 * config.n_draws) for target in job.targets)]
         row["images"] = max(row["images"], n)
@@ -194,7 +191,7 @@ class Measured:
     """A network on this machine.
 
     flop: of one call on one image; multiply and add are two. kept: bytes, for its derivative. speed:
-    operations per second, of calls with their derivatives.
+    operations per second, of calls; those of a derivative are as fast, on a CPU within a fifth.
     """
 
     flop: float
@@ -214,16 +211,7 @@ def _measured_once(profile: str, device: str, precision: str) -> Measured:
     x, times = torch.rand(1, *SHAPES[dataset], device=where), time_grid(0.1, 1)
     with FlopCounter() as counter, products(precision):
         kept = activation_bytes(score, VPSDE(), x, times)
-    most = min(TIMED_FLOP.get(where.type, TIMED_FLOP["cpu"]) / counter.total, fitting(config, kept))
-    x = x.repeat(int(min(max(most, 1), config.setup.max_batch)), 1, 1, 1).requires_grad_()
-    for _ in range(1 if len(x) == 1 else 2):  # the first call of a shape is slower
-        began = time.perf_counter()
-        with products(precision):
-            torch.autograd.grad(score(x, times[0].to(x)).sum(), x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-    took = time.perf_counter() - began
-    return Measured(counter.total, kept, speed=2 * len(x) * counter.total / took)
+    return Measured(counter.total, kept, speed=counter.total / seconds_of_a_call(config, precision))
 
 
 @cache
@@ -265,15 +253,16 @@ def _step_bytes(job: Job) -> int:
     return (own + guidance)[0] * _score_network(job.config).kept
 
 
-def _replays(job: Job) -> bool:
-    """Whether the attacked path has too many activations to be kept, so that every step is gone once more."""
+def _replayed(job: Job) -> float:
+    """The share of the attacked path's steps that have no room for their activations and are taken again."""
     config, spec = job.config, job.spec
     if spec.surrogate == "none":
-        return False
+        return 0
     together = min(job.n_images, config.setup.chunk_size) * (spec.eot or config.eot)
     # On a CPU an attack takes as few images at once as fit.
     batch = 1 if config.torch_device.type == "cpu" else min(together, config.setup.max_batch)
-    return _step_bytes(job) * _steps(job, spec.surrogate) * batch > ACTIVATION_BUDGET
+    fit = free_for_activations(config.torch_device) // (_step_bytes(job) * batch)
+    return max(0.0, 1 - fit / _steps(job, spec.surrogate))
 
 
 def suggestion(config: Config, gib: float) -> str:

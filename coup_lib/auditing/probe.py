@@ -1,12 +1,9 @@
 """What can be found out about a defence before it is attacked, by asking it about a few images."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +14,7 @@ from coup_lib.ascent import margin
 from coup_lib.auditing.defence import CALLS, logits_of
 from coup_lib.checks import are_probabilities
 from coup_lib.evaluation.run import ran_out_of_memory
-from coup_lib.randomness import restored, sources
+from coup_lib.randomness import begun, restored, sources
 
 PROBED = 32  # images that a defence is asked about
 NEAR = 1e-3  # a step after which a gradient should not have turned
@@ -54,21 +51,6 @@ class Probe:
     unanswered: float
     answers: Tensor | None
     changed: bool = False
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """In here the generators of torch, NumPy and Python start from this seed; then they go on as before."""
-    before = np.random.get_state(), random.getstate()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(before[0])  # noqa: NPY002
-            random.setstate(before[1])
 
 
 def probe(model: nn.Module, x: Tensor, y: Tensor) -> Probe:
@@ -114,7 +96,7 @@ def asked_again(found: Probe, model: nn.Module, x: Tensor) -> Probe:
     """What was found out, and whether the defence has come to answer otherwise on the same images x."""
     if found.answers is None:
         return found
-    with seeded(0):
+    with begun(model, x.device, 0):
         return replace(found, changed=not _alike(found.answers, logits_of(model, x[: len(found.answers)])))
 
 
@@ -141,7 +123,7 @@ def _answers(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[_Drawn]]:
     answers, drawn = [], []
     for seed in range(2 * CALLS):
         try:
-            with seeded(seed), _Drawn() as noted:
+            with begun(model, x.device, seed), _Drawn() as noted:
                 answers.append(logits_of(model, x))
         except RuntimeError as error:
             if ran_out_of_memory(error):
@@ -168,10 +150,9 @@ def _together_and_alone(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _repeats(model: nn.Module, x: Tensor) -> bool:
     """Whether a defence answers alike on the same noise, as far as its generators can be set back."""
-    known = sources(model, x.device)
-    states, again = [source.get_state() for source in known], []
+    again = []
     for _ in range(2):
-        with seeded(0), restored(known[1:], states[1:]):
+        with begun(model, x.device, 0):
             again.append(logits_of(model, x))
     return _alike(again[0], again[1])
 
@@ -189,7 +170,7 @@ def _slopes(model: nn.Module, x: Tensor, y: Tensor, calls: int) -> tuple[list[Te
     """(the gradients of the margin like x, why some calls gave none)."""
     slopes, errors = [], []
     for seed in range(calls):
-        with torch.enable_grad(), seeded(seed):
+        with torch.enable_grad(), begun(model, x.device, seed):
             image = x.detach().clone().requires_grad_()
             try:
                 loss = margin(logits_of(model, image).nan_to_num(), y)
@@ -203,12 +184,8 @@ def _slopes(model: nn.Module, x: Tensor, y: Tensor, calls: int) -> tuple[list[Te
 
 def _turned(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether gradients on the same noise, a step of `NEAR` apart, have nothing in common."""
-    known = sources(model, x.device)
-    states, slopes = [source.get_state() for source in known], []
     shift = NEAR * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign().to(x)
-    for images in (x, x + shift, x - shift):
-        with restored(known[1:], states[1:]):
-            slopes.append(_slopes(model, images, y, 1)[0])
+    slopes = [_slopes(model, images, y, 1)[0] for images in (x, x + shift, x - shift)]
     if not all(slopes):
         return False
     here, *beside = (one[0].flatten(1).nan_to_num() for one in slopes)

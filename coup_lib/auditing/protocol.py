@@ -1,6 +1,6 @@
 """What an audit does: the attacks that a defence faces, their run, and decisions by many draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from coup_lib.data import Images
 from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
 from coup_lib.evaluation.run import Runner
-from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, with_transfers
+from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, Rows, with_transfers
 from coup_lib.outside import TRIED
 
 LONGER = 2  # times as many iterations, to see whether more still find something
@@ -26,6 +26,7 @@ AUDITS = {  # budget → effort; what it says of images is not for audits
     "quick": replace(QUICK_DIGITS["report"], square_queries=500),
     "full": FULL["report"],
 }
+Ask = Callable[..., dict[str, dict[Any, Predictions]]]  # of attacks by row, and what is other in the settings
 VOTE = "vote"  # the gradient of a defence that votes
 MANY_DRAWS = {"smoke": 4, "quick": 128, "full": 128}  # the most behind a decision
 
@@ -183,17 +184,21 @@ def measure(
     own = {name: {key: spec for key, (_, spec) in row.items()} for name, row in faced.items()}
     lent = {key for row in own.values() for key in row if key not in LOCAL}
     specs = with_transfers(own, sorted(lent))
-    rows = _runner(bench, images, settings, verbose=verbose).predictions(specs)
-    half = max(2, len(images) // 2)
-    eps = _by_radius(bench, rows, own, images, replace(settings, n_images=half), verbose)
-    drawn = replace(settings, n_draws=settings.many_draws)
-    many = _by_many(bench, rows, specs, images, drawn, verbose)
-    beyond = _outside(bench, images, settings, verbose) if outside else {}
-    return Measured(labels, rows, eps, many, beyond, hidden)
 
+    def ask(rows: Rows, **changed: Any) -> dict[str, dict[Any, Predictions]]:
+        here = replace(settings, **changed)
+        return Runner(here, bench, lambda: images, dict, verbose=verbose).predictions(rows)
 
-def _runner(bench: Bench, images: Images, settings: AuditSettings, *, verbose: bool) -> Runner:
-    return Runner(settings, bench, lambda: images, dict, verbose=verbose)
+    rows = ask(specs)
+    larger = radii(images.x.shape[1:], settings.norm, settings.eps)
+    return Measured(
+        labels,
+        rows,
+        eps=_by_radius(ask, rows, own, [settings.eps, *larger], max(2, len(images) // 2)),
+        many=ask(_voted_on(bench, rows, specs), n_draws=settings.many_draws),
+        outside=_outside(bench, ask) if outside else {},
+        hidden=hidden,
+    )
 
 
 def radii(shape: Sequence[int], norm: str, eps: float) -> list[float]:
@@ -203,51 +208,39 @@ def radii(shape: Sequence[int], norm: str, eps: float) -> list[float]:
 
 
 def _by_radius(
-    bench: Bench,
+    ask: Ask,
     rows: Mapping[str, Mapping[Any, Predictions]],
     own: Mapping[str, Mapping[str, AttackSpec]],
-    images: Images,
-    settings: AuditSettings,
-    verbose: bool,
+    every: Sequence[float],
+    n: int,
 ) -> dict[str, dict[float, np.ndarray]]:
-    """Defence → radius → the share of right draws of the first images, under APGD-ce by its own gradient."""
-    n, faced = settings.n_images, {name: {"ce": row["ce"]} for name, row in own.items() if "ce" in row}
-    found = {
-        name: {0.0: rows[name]["clean"].right[:n], settings.eps: rows[name]["ce"].right[:n]} for name in faced
-    }
-    for radius in radii(images.x.shape[1:], settings.norm, settings.eps) if faced else []:
-        at = _runner(bench, images, replace(settings, eps=radius), verbose=verbose)
-        for name, row in at.predictions(faced).items():
+    """Defence → radius → the share of right draws of the first n images under APGD-ce, its own gradient."""
+    faced = {name: {"ce": row["ce"]} for name, row in own.items() if "ce" in row}
+    eps, *larger = every
+    found = {name: {0.0: rows[name]["clean"].right[:n], eps: rows[name]["ce"].right[:n]} for name in faced}
+    for radius in larger if faced else []:
+        for name, row in ask(faced, eps=radius, n_images=n).items():
             found[name][radius] = row["ce"].right
     return found
 
 
-def _outside(
-    bench: Bench, images: Images, settings: AuditSettings, verbose: bool
-) -> dict[str, dict[str, np.ndarray]]:
+def _outside(bench: Bench, ask: Ask) -> dict[str, dict[str, np.ndarray]]:
     """Defence with a gradient → attack outside the ball → the share of right draws of each image, (n,)."""
     found: dict[str, dict[str, np.ndarray]] = {
         name: {} for name, one in bench.defences.items() if not one.probe.error
     }
     for (kind, reach), label in TRIED.items():
-        at = _runner(bench, images, replace(settings, eps=reach), verbose=verbose)
-        for name, row in at.predictions({name: {label: AttackSpec(kind, name)} for name in found}).items():
+        faced = {name: {label: AttackSpec(kind, name)} for name in found}
+        for name, row in ask(faced, eps=reach).items():
             found[name][label] = row[label].right
     return found
 
 
-def _by_many(
-    bench: Bench,
-    rows: Mapping[str, Mapping[Any, Predictions]],
-    specs: Mapping[str, Mapping[Any, AttackSpec]],
-    images: Images,
-    settings: AuditSettings,
-    verbose: bool,
-) -> dict[str, dict[Any, Predictions]]:
-    """Predictions of random defences under fewer attacks, by as many draws as `settings` say."""
+def _voted_on(bench: Bench, rows: Mapping[str, Mapping[Any, Predictions]], specs: Rows) -> Rows:
+    """The fewer attacks on random defences that are decided by many draws, too."""
     faced = {}
     for name, row in specs.items():
         if bench.defences[name].probe.random:
             strongest = strongest_of([*row], {key: rows[name][key].suspicion for key in row})
             faced[name] = {key: row[key] for key in ("clean", strongest, VOTE) if key in row}
-    return _runner(bench, images, settings, verbose=verbose).predictions(faced)
+    return faced

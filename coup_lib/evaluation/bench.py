@@ -13,7 +13,6 @@ from coup_lib.evaluation.identity import of_content, of_network
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.gradients import GRADIENTS
 from coup_lib.likelihood import LR, N_STEPS, SIGMA
-from coup_lib.networks.compiled import compiled_score
 from coup_lib.networks.precision import check_precision
 from coup_lib.networks.zoo import check_classifier, load_classifier, load_score
 from coup_lib.paths import is_smoke
@@ -68,30 +67,9 @@ class Bench:
         precision = self.config.precision
         if precision == "float32":
             return self.score_network
-        self._check_own()
-        return self._score_network(precision)
-
-    def _check_own(self) -> None:
         if self.score_network not in self._from_zoo:
-            raise ValueError("score_network: expected the profile's own, to be lowered or compiled")
-
-    def attacked_score(self, defence: str, gradient: str) -> nn.Module:
-        """The score network that an attack differentiates; compiled if the configuration says so.
-
-        Compiled code has no second derivative, and torchsde goes through one graph twice.
-        """
-        if not self.compiles(defence, gradient):
-            return self.attacked_network
-        self._check_own()
-        config = self.config
-        return compiled_score(config.setup.dataset, config.setup.score, config.precision, config.torch_device)
-
-    def compiles(self, defence: str, gradient: str) -> bool:
-        """Whether an attack by this gradient meets a compiled score network."""
-        possible = (
-            defence in PURIFIERS and not PURIFIERS[defence].differentiates_score and gradient != "adjoint"
-        )
-        return self.config.compiled and possible
+            raise ValueError("score_network: expected the profile's own, to be lowered")
+        return self._score_network(precision)
 
     def precision(self, defence: str) -> str:
         """That of an attack on the defence; an undefended classifier has no score network."""
@@ -106,8 +84,7 @@ class Bench:
         check_precision(self.precision(spec.surrogate), self.config.torch_device)
         if spec.surrogate == "none":
             return self.classifier
-        score = self.attacked_score(spec.surrogate, spec.gradient)
-        return self._build(spec.surrogate, score, spec.gradient, **spec.path)
+        return self._build(spec.surrogate, self.attacked_network, spec.gradient, **spec.path)
 
     def defence(self, name: str, gradient: str = "exact") -> nn.Module:
         """The named defence around the classifier, in float32."""
@@ -145,12 +122,8 @@ class Bench:
 
     def how_attacked(self, spec: AttackSpec) -> dict[str, Any]:
         """What else an attack's numbers depend on: the arithmetic in the score network, if not float32."""
-        found: dict[str, Any] = {}
-        if (precision := self.precision(spec.surrogate)) != "float32":
-            found["precision"] = precision
-        if self.compiles(spec.surrogate, spec.gradient):
-            found["compiled"] = True
-        return found
+        precision = self.precision(spec.surrogate)
+        return {} if precision == "float32" else {"precision": precision}
 
     def _identity(self, name: str) -> str:
         """The content of the network in hand, or of the zoo's while none is loaded here."""

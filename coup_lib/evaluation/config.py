@@ -182,7 +182,6 @@ class Config:
     subset: Any = None  # of the test images
     device: str = "auto"  # "auto" is a GPU where there is one; "cpu", "cuda", "cuda:1"
     precision: str = "float32"  # of the score network while it is attacked; one of precision.PRECISIONS
-    compiled: bool = False  # the score network while it is attacked, by torch.compile; see compiled.Compiled
     gradient: str = "exact"  # what the adaptive attack of the paper's protocol differentiates with
     eps: Any = None
     n_images: Any = None
@@ -210,7 +209,6 @@ class Config:
         choice("gradient", self.gradient, GRADIENTS)
         device(self.device)  # refuses an unknown one
         choice("precision", self.precision, PRECISIONS)
-        fill("compiled", yes_or_no("compiled", self.compiled))
         choice("split", self.split, SPLITS)
         if self.subset is None:
             fill("subset", profile.subset)
@@ -274,5 +272,5 @@ class Config:
     @property
     def seed_label(self) -> str:
         """For captions: the seed, and how attacks computed the score network if not plainly in float32."""
-        ways = [f"in {self.precision}"] * (self.precision != "float32") + ["compiled"] * self.compiled
-        return f"seed {self.seed}" + (f"; attacked through a score network {', '.join(ways)}" if ways else "")
+        lowered = self.precision != "float32"
+        return f"seed {self.seed}" + f"; attacked through a score network in {self.precision}" * lowered

@@ -7,16 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coup_lib.evaluation.stats import LEVEL, mean_interval, ratio_interval
+from coup_lib.evaluation.stats import LEVEL, Estimate, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A share of images with its 95 % interval, all in percent."""
+class Accuracy(Estimate):
+    """A share of n images with its 95 % interval, all in percent."""
 
-    value: float
-    low: float
-    high: float
     n: int
 
     @classmethod
@@ -40,18 +37,20 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of two accuracies on the same images, with its 95 % interval, in points."""
+class Difference(Estimate):
+    """A difference of two accuracies on the same n images, with its 95 % interval, in points."""
 
-    value: float
-    low: float
-    high: float
     n: int
 
     @classmethod
-    def of(cls, right: np.ndarray, reference: np.ndarray, level: float = LEVEL) -> "Difference":
-        """right - reference, the shares of right draws of each image, both (n,); level: of the interval."""
-        low, high = mean_interval(right - reference, -1, 1, level=level)
+    def of(
+        cls, right: np.ndarray, reference: np.ndarray, level: float = LEVEL, most: float = 1
+    ) -> "Difference":
+        """right - reference, the shares of right draws of each image, both (n,).
+
+        level: of the interval. most: none of the differences can be larger.
+        """
+        low, high = mean_interval(right - reference, -most, most, level=level)
         return cls(100 * float((right - reference).mean()), 100 * low, 100 * high, len(right))
 
     @property

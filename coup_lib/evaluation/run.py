@@ -284,21 +284,19 @@ class Runner:
 
         Attacks come first, each once. Finished records are read back.
         """
-        specs = list(dict.fromkeys(spec for row in rows.values() for spec in row.values()))
         faced = {target: list(dict.fromkeys(row.values())) for target, row in rows.items()}
-        left = self.left(rows)
-        costs = [left.get(self._attack_record(spec).path, 0.0) for spec in specs]
-        for target, scored in faced.items():
-            costs.append(sum(left.get(self._prediction_record(target, spec).path, 0.0) for spec in scored))
-        plan = Plan(costs, verbose=self.verbose)
-        for spec in specs:
-            plan.start(f"{self.bench.classifier_name}: {spec}")
-            self._attack_record(spec).share(plan.advance)
+        jobs = [(str(spec), [self._attack_record(spec)]) for spec in dict.fromkeys(chain(*faced.values()))]
         for target, row in faced.items():
-            plan.start(f"{self.bench.classifier_name}: {target} on images of {len(row)} sources")
-            for place, spec in enumerate(row, start=1):
-                self._prediction_record(target, spec).share()
-                plan.advance(place, len(row))
+            records = [self._prediction_record(target, spec) for spec in row]
+            jobs.append((f"{target} on images of {len(row)} sources", records))
+        left = self.left(rows)
+        costs = [sum(left.get(record.path, 0.0) for record in records) for _, records in jobs]
+        plan = Plan(costs, verbose=self.verbose)
+        for label, records in jobs:
+            plan.start(f"{self.bench.classifier_name}: {label}")
+            for place, record in enumerate(records, start=1):
+                record.share(plan.advance if len(records) == 1 else None)
+                plan.advance(place, len(records))
         plan.end()
         found = {
             target: {spec: self.prediction(target, spec) for spec in row} for target, row in faced.items()

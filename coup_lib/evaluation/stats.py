@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
@@ -11,7 +11,8 @@ from scipy.special import ndtri, stdtrit
 LEVEL = 0.95  # of every interval, unless a call says otherwise
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A value with its interval."""
 
     value: float

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import nbformat
@@ -17,20 +17,16 @@ BLOCK = re.compile(r"(<!-- (?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 # is found by {table; regular expression}. The template stays in the page, where it is not shown.
 SENTENCES = re.compile(r"(<!-- filled\n(?P<template>.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 CELL = re.compile(r"\{([\w/-]+); ([^{};]+)(?:; ([^{};]+))?\}")
-# Where the README's four claims are judged: column of its table → norm → table in figures/, its column.
-TABLES = {"L∞": "table1", "L2": "table2"}
-COUNTED = {norm: f"digits/{name}_counts_claims" for norm, name in TABLES.items()}
-OURS = {norm: f"digits/{name}_claims" for norm, name in TABLES.items()}
-SMALL = {norm: f"cifar10-small/fig2b_{name}_resnet20_claims" for norm, name in (("L∞", "linf"), ("L2", "l2"))}
-CLAIMS = {
-    "digits: paper's protocol": (OURS, "protocol"),
-    "digits, worst case: one draw": (COUNTED, "Worst case: one draw"),
-    "all of 10 draws": (COUNTED, "Worst case: all of 10"),
-    "majority of 10": (COUNTED, "Worst case: majority of 10"),
-    "cifar10-small: paper's protocol": (SMALL, "protocol"),
-    "cifar10-small, worst case: one draw": (SMALL, "Worst case"),
+# Where the README's claims are judged: norm → profile → a table in figures/, with that of counts beside it.
+JUDGED = {
+    "L∞": {"digits": "digits/table1", "cifar10-small": "cifar10-small/fig2b_linf_resnet20"},
+    "L2": {"digits": "digits/table2", "cifar10-small": "cifar10-small/fig2b_l2_resnet20"},
 }
-REPORTED = re.compile(r"the paper reports (\S+)\)")
+COUNTS = {
+    "worst case: one draw": "Worst case: one draw",
+    "all of 10 draws": "Worst case: all of 10",
+    "majority of 10": "Worst case: majority of 10",
+}
 
 
 def pages() -> list[Path]:
@@ -79,17 +75,15 @@ def _figure(name: str) -> str:
 
 def claims() -> str:
     """COUP against DiffPure and the reverse SDE: both norms, both profiles, every way to count."""
-    lines = [
-        f"| COUP is more robust than | paper | {' | '.join(CLAIMS)} |",
-        "|---" * (2 + len(CLAIMS)) + "|",
-    ]
-    for norm in TABLES:
-        for rival in ("DiffPure", "Reverse SDE"):
+    head = ["COUP is more robust than", "on", "paper's protocol", *COUNTS]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for norm, tables in JUDGED.items():
+        for rival, (profile, table) in product(("DiffPure", "Reverse SDE"), tables.items()):
             row = f"COUP is more robust than {rival}"
-            cells = [_places(tables[norm], row, column)[0] for tables, column in CLAIMS.values()]
+            cells = _places(f"{table}_claims", row, "protocol")
+            cells += [_places(f"{table}_counts_claims", row, column)[0] for column in COUNTS.values()]
             said = [re.sub(r" points|[()]", "", cell) for cell in cells]
-            reported = REPORTED.findall(_places(OURS[norm], row, "Claim")[0]) or ["larger"]
-            lines.append(f"| {rival}, {norm} | {' | '.join([*reported, *said])} |")
+            lines.append(f"| {' | '.join([f'{rival}, {norm}', profile, *said])} |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,6 @@ from coup_lib.evaluation.config import Config, radius
 from coup_lib.evaluation.outcomes import Accuracy, Difference, joint
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.records import record
-from coup_lib.evaluation.stats import mean_interval
 from coup_lib.guidance import to_image
 from coup_lib.purify import Purified, coup
 from coup_lib.reporting import plots
@@ -240,11 +239,12 @@ def verdicts(study: CaseStudy, group: str) -> dict[str, str]:
     p_true, p_adv = study.curves(group)
     free, guided, tenth = p_true["reverse"], p_true["coup"], study.tenth
     late, before = free[-1 - tenth] - free[-1], free[0] - free[-1 - tenth]
+    rescued = study.rescued(group)
     parts = {
         "1": [change(free[-1], free[0]), change(p_adv["reverse"][0], p_adv["reverse"][-1])],
         "1b": [change(np.zeros_like(late), late), change(before, late, most=2)],
         "2": [change(guided[0], guided[tenth]), change(free[tenth], guided[tenth])],
-        "3": [_above_half(study.rescued(group))],
+        "3": [change(np.full_like(rescued, 0.5), rescued, most=0.5)],
     }
     return {
         name: joint(filter(None, found)) if all(found) else "too few cases" for name, found in parts.items()
@@ -258,16 +258,7 @@ def change(before: np.ndarray, after: np.ndarray, most: float = 1) -> Difference
     """
     if len(after) < 2:
         return None
-    low, high = mean_interval(after - before, -most, most)
-    return Difference(100 * float((after - before).mean()), 100 * low, 100 * high, len(after))
-
-
-def _above_half(right: np.ndarray) -> Difference | None:
-    """By how much a share exceeds one half; None for fewer than two cases."""
-    if len(right) < 2:
-        return None
-    share = Accuracy.of(right)
-    return Difference(share.value - 50, share.low - 50, share.high - 50, share.n)
+    return Difference.of(after, before, most=most)
 
 
 def measured(study: CaseStudy, group: str) -> dict[str, Accuracy | Difference]:

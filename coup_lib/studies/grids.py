@@ -19,6 +19,7 @@ from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.progress import clock
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measurement, paper_attacks
 from coup_lib.networks import published, zoo
+from coup_lib.networks.precision import products
 from coup_lib.studies import (
     ablation,
     adversarial_training,
@@ -205,7 +206,7 @@ def prepare(experiments: Grid) -> None:
             left |= Evaluation(one.config, one.classifier).left(one.attacks)
     if left:
         config = experiments[0].config
-        took = sum(left.values()) * _seconds_of_a_call(config)
+        took = sum(left.values()) * seconds_of_a_call(config)
         scored = sum(path.name.startswith("score-") for path in left)
         todo = f"{len(left) - scored} attacks and {scored} evaluations of what they found"
         print(f"To do: {todo}; about {clock(took)} min on {config.torch_device}", flush=True)
@@ -213,15 +214,15 @@ def prepare(experiments: Grid) -> None:
         print("Every attack is on record, so none is run.", flush=True)
 
 
-def _seconds_of_a_call(config: Config) -> float:
-    """Of the score network, per image."""
+def seconds_of_a_call(config: Config, precision: str = "float32") -> float:
+    """Of the score network in this precision, per image."""
     setup, device = config.setup, config.torch_device
-    score = zoo.load_score(setup.dataset, setup.score, trained=False).to(device)
+    score = zoo.load_score(setup.dataset, setup.score, trained=False, precision=precision).to(device)
     fast = device.type != "cpu" or zoo.is_ours(setup.dataset, setup.score)
     n = min(256, config.max_batch) if fast else 1
     x, t = torch.rand(n, *SHAPES[setup.dataset], device=device), torch.tensor(0.1, device=device)
     took = []
-    with torch.no_grad():
+    with torch.no_grad(), products(precision):
         for _ in range(3 if fast else 1):  # the first call of a shape is slower
             began = time.perf_counter()
             score(x, t).cpu()

@@ -38,7 +38,7 @@ TOY = ("Fig. 3b", "Prop. 1", "Prop. 2")
 
 Spending = Mapping[str, Mapping[str, Any]]  # classifier → what it has other than the rest, by `SPENDABLE`
 SAME: Spending = MappingProxyType({})  # no classifier has anything other
-SPENDABLE = ("n_images", "n_iter", "eot", "n_draws", "precision", "compiled")
+SPENDABLE = ("n_images", "n_iter", "eot", "n_draws", "precision")
 
 
 @dataclass(frozen=True)
