@@ -90,11 +90,12 @@ docs: setup
 	@$(BIN)/python -m sphinx -q -W --keep-going -b $(BUILDER) -c docs -d build/doctrees . build/docs
 	@echo "The site: build/docs/index.html"
 
-# For an idle machine. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.
+# For an idle machine. PART=test_full_size measures one file of benchmarks/ alone, and what it finds is put into
+# what there is. COUP_BEFORE=FOLDER times the notebook of another checkout in turns with this one's.
 benchmarks: setup
 	@mkdir -p build
 	@unset COUP_RESULTS COUP_PUBLISHED COUP_FIGURES; OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
-		$(BIN)/pytest benchmarks --benchmark-json=build/benchmarks.json
+		$(BIN)/pytest benchmarks$(if $(PART),/$(PART).py) --benchmark-json=build/benchmarks.json
 	@unset COUP_RESULTS COUP_PUBLISHED; COUP_FIGURES=figures $(BIN)/python -m benchmarks.report build/benchmarks.json
 
 clean:

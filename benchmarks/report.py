@@ -1,11 +1,13 @@
 """From pytest-benchmark's JSON to a small committed file; from that to tables, a figure and docs/speed.md.
 
 python -m benchmarks.report build/benchmarks.json    (`make benchmarks`)
+
+What was measured in parts is put together: a row takes the place of the one that was measured before it.
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ Summary = dict[str, Any]
 # What a smoke run measures means nothing and must not take the place of real results.
 RESULTS = (ROOT / "build" / "smoke" if is_smoke() else ROOT) / "benchmarks" / "results"
 PROBLEMS = {"digits": "digits", "cifar": "CIFAR size"}
+FULL_SIZE = {"full": "DDPM++ deep, WRN-28-10", "small": "cifar10-small"}
+EXACT = ("kept", "half kept", "replayed")
+# What a row was measured on: another measurement of the same takes its place.
+SUBJECT = ("problem", "defence", "precision", "activations", "images", "work")
+GRADIENTS = 100 * 20  # of an image by APGD-100 with 20 draws each
 CLASSIFIERS = {"resnet20": "ResNet-20", "Standard": "WRN-28-10"}
 OURS, DIFFPURE = "ours, replayed", "adjoint, as DiffPure"
 # Time over that of the bare networks, at most.
@@ -44,14 +51,35 @@ def summary(raw: Mapping[str, Any]) -> Summary:
     return {"machine": raw["machine_info"], "groups": groups}
 
 
+def merged(before: Summary, found: Summary) -> Summary:
+    """What was measured before on the same processor or GPU and PyTorch, with what is found now in it."""
+    here, there = (
+        (made["gpu"] or made["cpu"], made["torch"]) for made in (found["machine"], before["machine"])
+    )
+    if here != there:
+        print(f"measured on {here}; what was measured on {there} leaves the file")
+        return found
+    groups = dict(before["groups"])
+    for name, rows in found["groups"].items():
+        groups[name] = [*({_subject(row): row for row in [*groups.get(name, ()), *rows]}).values()]
+    return found | {"groups": groups}
+
+
+def _subject(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in SUBJECT)
+
+
 def _row(info: Mapping[str, Any]) -> Row:
-    row = {key: value for key, value in info.items() if key not in ("seconds", "cosines", "reference")}
+    raw = ("seconds", "cosines", "reference", "references")
+    row = {key: value for key, value in info.items() if key not in raw}
     if seconds := info.get("seconds"):
         row["rounds"] = len(next(iter(seconds.values())))
         row["seconds"] = {name: _short(np.median(values)) for name, values in seconds.items()}
     if reference := info.get("reference"):
         others = {name: values for name, values in seconds.items() if name != reference}
         row["ratio"] = {name: ratio(values, seconds[reference]) for name, values in others.items()}
+    if references := info.get("references"):  # each method has its own
+        row["ratio"] = {name: ratio(seconds[name], seconds[one]) for name, one in references.items()}
     if cosines := info.get("cosines"):
         row["cosine"] = {name: _mean_and_worst(values) for name, values in cosines.items()}
     return row
@@ -183,6 +211,91 @@ def share_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(shares).map(lambda value: f"{100 * value:.1f} %").rename_axis("share of the time")
 
 
+def full_size_table(found: Summary) -> pd.DataFrame:
+    """Purifications and exact gradients of large networks: time, over their floor, and peak memory."""
+    lines = [
+        _large(row) | {method: _timed(row, method) for method in ("forward", *EXACT)}
+        for row in _rows(found, "full size")
+    ]
+    return pd.DataFrame(lines).set_index("networks")
+
+
+def full_size_speeds(found: Summary) -> pd.DataFrame:
+    """The fastest exact gradient of each row: its speed, and DiffPure's way in float32 beside it."""
+    lines, theirs = [], {}
+    for row in _rows(found, "full size"):
+        if DIFFPURE in row["seconds"]:
+            theirs[row["problem"], row["images"], row["defence"]] = row
+    for row in _rows(found, "full size"):
+        best, other = _fastest(row), theirs.get((row["problem"], row["images"], row["defence"]))
+        lines.append(
+            _large(row)
+            | {
+                "exact gradient": f"{best}: {duration(row['seconds'][best])}",
+                "TFLOP/s (of a product's)": _teraflops(row, best),
+                "DiffPure's adjoint over it": f"{_slower(other, row):.2f}" if other else "",
+                "cosine, mean (worst)": _cosine(row, "ours"),
+                "its cosine": _cosine(other, DIFFPURE) if other else "",
+                "images attacked per hour": f"{_per_hour(row):,.2g}",
+            }
+        )
+    return pd.DataFrame(lines).set_index("networks")
+
+
+def _large(row: Row) -> Row:
+    named = {"networks": FULL_SIZE[row["problem"]], "defence": LABELS[row["defence"]]}
+    return named | {"images": row["images"], "steps": row["n_steps"], "precision": row["precision"]}
+
+
+def _timed(row: Row, method: str) -> str:
+    if method not in row["seconds"]:
+        return "does not fit"
+    memory = row["memory_mib"][method]
+    gib = "" if memory is None else f"; {memory / 1024:.1f} GiB"
+    return f"{duration(row['seconds'][method])} (**{row['ratio'][method][1]:.2f}**{gib})"
+
+
+def _fastest(row: Row) -> str:
+    return min((method for method in EXACT if method in row["seconds"]), key=row["seconds"].__getitem__)
+
+
+def _slower(theirs: Row, row: Row) -> float:
+    return theirs["seconds"][DIFFPURE] / row["seconds"][_fastest(row)]
+
+
+def _teraflops(row: Row, method: str) -> str:
+    ours, product = (row["flop"][name] / row["seconds"][name] / 1e12 for name in (method, "product"))
+    return f"{ours:.3g} ({ours / product:.0%} of {product:.3g})"
+
+
+def _per_hour(row: Row) -> float:
+    whole_path = row["seconds"][_fastest(row)] * row["path"] / row["n_steps"]
+    return 3600 * row["images"] / whole_path / GRADIENTS
+
+
+def table1_table(found: Summary) -> pd.DataFrame:
+    """Hours of the paper's Table 1 by counting, and by attacks that were tried beside it."""
+    lines = [
+        {
+            "precision": row["precision"],
+            "images": row["n_images"],
+            "hours, estimated": f"{row['hours']:,.3g}",
+            "tried: estimated, measured": "; ".join(
+                f"{LABELS[name]} {duration(expected)}, {duration(row['seconds'][name])}"
+                for name, expected in row["expected"].items()
+            ),
+            "hours at that pace": f"{row['hours'] * _pace(row):,.3g}",
+        }
+        for row in _rows(found, "table 1")
+    ]
+    return pd.DataFrame(lines).set_index("precision")
+
+
+def _pace(row: Row) -> float:
+    """Measured over estimated seconds."""
+    return sum(row["seconds"].values()) / sum(row["expected"].values())
+
+
 def duration(seconds: float) -> str:
     """For people: milliseconds below a second."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
@@ -224,49 +337,90 @@ def cost_figure(found: Summary) -> Figure:
     return figure
 
 
+# Group → heading, caption and what is shown, where the group was measured.
+SECTIONS: dict[str, tuple[str, str, Callable[[Summary], str]]] = {
+    "forward": (
+        "Over the bare networks",
+        "*bare networks*: N calls of the score network, for COUP also N times the classifier forward and "
+        "backward. For a gradient these, unless all activations are kept, and then forward and backward "
+        "again, a Hessian-vector product counting as two gradients of the classifier. *digits*: the "
+        "trained networks; *CIFAR size*: a DDPM++ of width 16 and a ResNet-20, random weights, 32×32×3.",
+        lambda found: markdown(floor_table(found)),
+    ),
+    "peers": (
+        "Beside the ways of the field",
+        "One network, Brownian path, batch and pulled-back vector for all, dt = 1e-3. *adjoint*: "
+        "torchsde's `sdeint_adjoint` by Euler, its backward solver left at the default, as there; "
+        "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
+        "activations kept. Peak memory is what a method takes above what its process had before.",
+        lambda found: markdown(peer_table(found)),
+    ),
+    "full size": (
+        "Large networks",
+        "DDPM++ deep and WRN-28-10 as the paper's, random weights, a tenth of the path at dt = 1e-3; "
+        "`cifar10-small`: its score network and a ResNet-20, its whole path. In brackets the ratio to the "
+        "network calls that cannot be avoided, and peak memory. *half kept*: the activations of half of the "
+        "steps, the other half is replayed. DiffPure's adjoint runs in float32, as there. *images attacked "
+        "per hour*: by APGD-100 with 20 draws a gradient on the whole path.",
+        lambda found: f"{markdown(full_size_table(found))}\n\n{markdown(full_size_speeds(found))}",
+    ),
+    "table 1": (
+        "The paper's Table 1 on this machine",
+        "Estimated by `coup estimate --profile cifar10 --budget full 04_autoattack`. Tried: PGD with the "
+        "exact gradient on a few images, its time by the same count beside it; *at that pace* the estimate "
+        "is multiplied by what the attacks took over what they should have taken.",
+        lambda found: markdown(table1_table(found)),
+    ),
+    "second order": (
+        "Second derivatives",
+        "A Hessian-vector product of log max p, as the exact gradient of COUP needs one a step, random "
+        "weights, 32×32×3: by convolutions and batch norms that know that their weights are frozen "
+        "(`coup_lib.hessian`), and by PyTorch's own second derivatives. Measured with as many threads as "
+        "the table says.",
+        lambda found: markdown(second_order_table(found)),
+    ),
+    "cheaper": (
+        "A cheaper score network under attack",
+        "Exact gradients by trained networks, the score network in lower precision (`-p precision "
+        "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by "
+        "ten draws; a verdict is that of their majority.",
+        lambda found: markdown(cheaper_table(found)),
+    ),
+    "cost": (
+        "Cost against work",
+        "Exact gradients of COUP; for processes, an attack on it that they share.",
+        lambda found: f"![Cost against work]({_device(found)}_cost.png)\n\n{markdown(cost_table(found))}",
+    ),
+    "profile": (
+        "Where the time goes",
+        "",
+        lambda found: "\n\n".join(
+            [
+                _notebook(found),
+                "Its attacks and scores, by Python's profiler:",
+                markdown(share_table(_rows(found, "profile"))),
+                "One exact gradient of COUP, by PyTorch's:",
+                markdown(share_table(_rows(found, "kernels"))),
+            ]
+        ),
+    ),
+}
+
+
 def page(found: Summary) -> str:
     """All tables of one device, with their captions and the command that makes them."""
-    return "\n\n".join(
-        [
-            f"# Benchmarks on {_device(found)}",
-            f"{machine(found)}. Medians over rounds in which the competitors take turns; ratios are taken "
-            "within a round, [quartiles] beside them. Cosines are to the float64 gradient by plain autograd.",
-            "Command: `make benchmarks`, on an idle machine.",
-            "## Over the bare networks",
-            "*bare networks*: N calls of the score network, for COUP also N times the classifier forward and "
-            "backward. For a gradient these, unless all activations are kept, and then forward and backward "
-            "again, a Hessian-vector product counting as two gradients of the classifier. *digits*: the "
-            "trained networks; *CIFAR size*: a DDPM++ of width 16 and a ResNet-20, random weights, 32×32×3.",
-            markdown(floor_table(found)),
-            "## Beside the ways of the field",
-            "One network, Brownian path, batch and pulled-back vector for all, dt = 1e-3. *adjoint*: "
-            "torchsde's `sdeint_adjoint` by Euler, its backward solver left at the default, as there; "
-            "*as DiffPure*: with all parameters in the adjoint state. *sdeint*: backpropagated, all "
-            "activations kept. Peak memory is what a method takes above what its process had before.",
-            markdown(peer_table(found)),
-            "## Second derivatives",
-            "A Hessian-vector product of log max p, as the exact gradient of COUP needs one a step, random "
-            "weights, 32×32×3: by convolutions and batch norms that know that their weights are frozen "
-            "(`coup_lib.hessian`), and by PyTorch's own second derivatives. Measured with as many threads as "
-            "the table says.",
-            markdown(second_order_table(found)),
-            "## A cheaper score network under attack",
-            "Exact gradients by trained networks, the score network in lower precision (`-p precision "
-            "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by "
-            "ten draws; a verdict is that of their majority.",
-            markdown(cheaper_table(found)),
-            "## Cost against work",
-            "Exact gradients of COUP; for processes, an attack on it that they share.",
-            f"![Cost against work]({_device(found)}_cost.png)",
-            markdown(cost_table(found)),
-            "## Where the time goes",
-            _notebook(found),
-            "Its attacks and scores, by Python's profiler:",
-            markdown(share_table(_rows(found, "profile"))),
-            "One exact gradient of COUP, by PyTorch's:",
-            markdown(share_table(_rows(found, "kernels"))),
-        ]
-    )
+    parts = [
+        f"# Benchmarks on {_device(found)}",
+        f"{machine(found)}. Medians over rounds in which the competitors take turns; ratios are taken "
+        "within a round, [quartiles] beside them. Cosines are to the float64 gradient by plain autograd.",
+        "Command: `make benchmarks`, on an idle machine.",
+    ]
+    for group, (heading, caption, shown) in SECTIONS.items():
+        if rows := _rows(found, group):
+            parts += [f"## {heading}", *[caption] * bool(caption), shown(found)]
+            if group in ("peers", "full size") and not any(DIFFPURE in row["seconds"] for row in rows):
+                parts.append("torchsde was not there, so its ways are missing.")
+    return "\n\n".join(parts)
 
 
 def machine(found: Summary) -> str:
@@ -279,7 +433,7 @@ def machine(found: Summary) -> str:
 
 
 def _device(found: Summary) -> str:
-    return "cuda" if found["machine"]["gpu"] else "cpu"
+    return "gpu" if found["machine"]["gpu"] else "cpu"
 
 
 def _notebook(found: Summary) -> str:
@@ -301,38 +455,96 @@ def _notebook(found: Summary) -> str:
 def paragraph(summaries: Mapping[str, Summary]) -> str:
     """For docs/speed.md: each device's results, and which device there are none of."""
     parts = [_sentences(found) for found in summaries.values()]
-    return "\n\n".join(parts + ([] if "cuda" in summaries else ["Not measured on a GPU."]))
+    return "\n\n".join(parts + ([] if "gpu" in summaries else ["Not measured on a GPU."]))
 
 
 def _sentences(found: Summary) -> str:
+    """One for each group that was measured, then the table of lower precision."""
+    said = [say(found) for group, say in SAID.items() if _rows(found, group)]
+    listed = "\n".join(f"- {point}" for point in said if point)
+    table = f"\n\n{markdown(_cheaper(found))}" if _rows(found, "cheaper") else ""
+    return f"Measured on {machine(found)}.\n\n{listed}{table}"
+
+
+def _overhead(found: Summary) -> str:
     forward = {name: _highest(found, "forward", name) for name in PROBLEMS}
+    return (
+        f"**Overhead.** A purification takes at most {forward['digits']:.2f} times as long as the network "
+        f"calls in it on digits, {forward['cifar']:.2f} times at CIFAR's size; an exact gradient, replayed, "
+        f"at most {_highest(found, 'gradient', 'cifar'):.2f} times at CIFAR's size."
+    )
+
+
+def _diffpure(found: Summary) -> str:
     peers = {(row["problem"], row["defence"]): row for row in _rows(found, "peers")}
+    if any(DIFFPURE not in row["seconds"] for row in peers.values()):
+        return ""
     slower = {defence: peers["cifar", defence]["ratio"][DIFFPURE][1] for defence in ("reverse", "coup")}
     theirs = [peers["digits", defence]["cosine"][DIFFPURE]["mean"] for defence in slower]
     own = min(peers["digits", defence]["cosine"][OURS]["worst"] for defence in slower)
-    costs = ", ".join(f"{row['work']} {exponent(row['seconds']):.2f}" for row in _fitted(found))
-    second_order = " and ".join(
-        f"{row['ratio']['frozen layers'][1]:.2f} ({CLASSIFIERS[row['problem']]})"
-        for row in _rows(found, "second order")
-    )
-    points = (
-        f"**Overhead.** A purification takes at most {forward['digits']:.2f} times as long as the network "
-        f"calls in it on digits, {forward['cifar']:.2f} times at CIFAR's size; an exact gradient, replayed, "
-        f"at most {_highest(found, 'gradient', 'cifar'):.2f} times at CIFAR's size.",
+    return (
         f"**DiffPure's adjoint** takes {slower['reverse']:.2f} times as long as our exact gradient for the "
         f"reverse SDE and {slower['coup']:.2f} times for COUP, at CIFAR's size. On the trained networks of "
         f"digits its mean cosine to the gradient in float64 is {theirs[0]:.2f} and {theirs[1]:.2f}; ours is "
-        f"{own:.4f} in the worst case.",
-        f"**Second derivatives.** With frozen layers a Hessian-vector product takes {second_order} times as "
-        "long as with PyTorch's own.",
-        f"**Growth.** Time is a power of the work. The exponents: {costs}. An exponent of 1 is proportional, "
-        "-1 is a perfect speed-up.",
-        f"**End to end.** {_notebook(found)}",
-        "**Lower precision** of the attacked score network is off by default. What it saves, and how many "
-        "images are classified otherwise (in float32, by the majority of ten draws) in the end:",
+        f"{own:.4f} in the worst case."
     )
-    listed = "\n".join(f"- {point}" for point in points)
-    return f"Measured on {machine(found)}.\n\n{listed}\n\n{markdown(_cheaper(found))}"
+
+
+def _full_size(found: Summary) -> str:
+    """Of COUP by the paper's networks, at the most images measured."""
+    rows = [row for row in _rows(found, "full size") if (row["problem"], row["defence"]) == ("full", "coup")]
+    most = max(row["images"] for row in rows)
+    rows = [row for row in rows if row["images"] == most]
+    theirs = next((row for row in rows if DIFFPURE in row["seconds"]), None)
+    said = []
+    for row in rows:
+        best = _fastest(row)
+        floor, slower = (
+            row["ratio"][best][1],
+            f", DiffPure's adjoint {_slower(theirs, row):.2f} ×" if theirs else "",
+        )
+        said.append(f"{row['precision']} {floor:.2f} × its floor, {_teraflops(row, best)} TFLOP/s{slower}")
+    listed = "; ".join(said)
+    return f"**Large networks.** Exact gradients of COUP by DDPM++ deep and WRN-28-10, n = {most}: {listed}."
+
+
+def _table1(found: Summary) -> str:
+    said = (f"{row['precision']} {row['hours'] * _pace(row):,.3g}" for row in _rows(found, "table 1"))
+    return f"**The paper's Table 1**, in hours at the pace of an attack that was tried: {', '.join(said)}."
+
+
+def _second_order(found: Summary) -> str:
+    ratios = " and ".join(
+        f"{row['ratio']['frozen layers'][1]:.2f} ({CLASSIFIERS[row['problem']]})"
+        for row in _rows(found, "second order")
+    )
+    return (
+        f"**Second derivatives.** With frozen layers a Hessian-vector product takes {ratios} times as "
+        "long as with PyTorch's own."
+    )
+
+
+def _growth(found: Summary) -> str:
+    costs = ", ".join(f"{row['work']} {exponent(row['seconds']):.2f}" for row in _fitted(found))
+    return (
+        f"**Growth.** Time is a power of the work. The exponents: {costs}. An exponent of 1 is proportional, "
+        "-1 is a perfect speed-up."
+    )
+
+
+SAID: dict[str, Callable[[Summary], str]] = {
+    "gradient": _overhead,
+    "peers": _diffpure,
+    "full size": _full_size,
+    "table 1": _table1,
+    "second order": _second_order,
+    "cost": _growth,
+    "notebook": lambda found: f"**End to end.** {_notebook(found)}",
+    "cheaper": lambda found: (
+        "**Lower precision** of the attacked score network is off by default. What it saves, and how many "
+        "images are classified otherwise (in float32, by the majority of ten draws) in the end:"
+    ),
+}
 
 
 def _cheaper(found: Summary) -> pd.DataFrame:
@@ -366,7 +578,9 @@ def write(summaries: Mapping[str, Summary]) -> None:
     """figures/benchmarks: a page and a figure for each device, and what docs/speed.md shows."""
     plots.use_style()
     for name, found in summaries.items():
-        plots.save(cost_figure(found), "benchmarks", f"{name}_cost", "Seconds of purifications and gradients")
+        if _fitted(found):
+            figure = cost_figure(found)
+            plots.save(figure, "benchmarks", f"{name}_cost", "Seconds of purifications and gradients")
         _write(paths.FIGURES / "benchmarks" / f"{name}.md", page(found))
     _write(paths.FIGURES / "benchmarks" / "summary.md", paragraph(summaries))
 
@@ -377,12 +591,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Reduce a raw JSON, where one is given, and render all that is committed."""
+    """Reduce raw JSONs, where any is given, and render all that is committed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", type=Path, nargs="?", help="what pytest-benchmark saved")
-    if raw := parser.parse_args(arguments).raw:
+    parser.add_argument("raw", type=Path, nargs="*", help="what pytest-benchmark saved")
+    for raw in parser.parse_args(arguments).raw:
         found = summary(json.loads(raw.read_text()))
-        _write(RESULTS / f"{_device(found)}.json", json.dumps(found, indent=1, ensure_ascii=False))
+        file = RESULTS / f"{_device(found)}.json"
+        found = merged(json.loads(file.read_text()), found) if file.exists() else found
+        _write(file, json.dumps(found, indent=1, ensure_ascii=False))
     write({path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))})
 
 

@@ -1,6 +1,7 @@
 """Gradients through the paper's networks at their full size, and through those of cifar10-small.
 
-For a GPU: without one, an image and two steps show that all is in place. Random weights but for score-small.
+For a GPU. Without one a smoke run (COUP_SMOKE=1) takes small networks, one image and two steps, to see that
+all is in place. Weights are random, but for score-small's.
 """
 
 from collections.abc import Callable
@@ -30,16 +31,19 @@ from problems import (
 )
 from torch import Tensor
 
-from coup_lib.gradients import activation_bytes
+from coup_lib.gradients import images_kept
+from coup_lib.paths import is_smoke
 from workflow.estimate import FlopCounter
 
 GPU, DIFFPURE = DEVICE.type == "cuda", "adjoint, as DiffPure"
 # The paper's steps of 1e-3, but a tenth of them; all of the profile's.
+WHOLE = {"full": 100, "small": 20}  # steps of the path
 PATHS = {"full": {"t_star": 0.01, "n_steps": 10}, "small": {"t_star": 0.1, "n_steps": 20}}
 IMAGES = [("full", 1), ("full", 8), ("full", 64), ("small", 64), ("small", 512)]
 if not GPU:
     PATHS, IMAGES = {name: path | {"n_steps": 2} for name, path in PATHS.items()}, [("full", 1), ("small", 1)]
 ROUNDS = 3 if GPU else 1
+pytestmark = pytest.mark.skipif(not (GPU or is_smoke()), reason="without a GPU only with COUP_SMOKE=1")
 COMPARED = 4 if GPU else 1  # images whose gradients are compared with those in float64
 
 
@@ -67,6 +71,7 @@ def test_full_size(benchmark: Any, name: str, images: int, defence: str, kind: s
             defence=defence,
             precision=kind,
             n_steps=len(given.noise),
+            path=WHOLE[name],
             references={method: f"floor, {method}" for method in fitting if f"floor, {method}" in fitting},
             flop={method: found[0] for method, found in tried.items() if found},
             memory_mib={method: found[1] for method, found in tried.items() if found},
@@ -77,7 +82,7 @@ def test_full_size(benchmark: Any, name: str, images: int, defence: str, kind: s
 
 
 def against_floors(given: Problem, defence: str) -> dict[str, Run]:
-    """A purification and its exact gradient by all, half and none of the activations; before each its floor."""
+    """A purification, its exact gradient by all, half and none of the activations, and the floor of each."""
     n, half = len(given.noise), len(given.noise) // 2
     first, last = replace(given, noise=given.noise[: n - half]), replace(given, noise=given.noise[n - half :])
     floor = test_gradient.floor
@@ -87,7 +92,9 @@ def against_floors(given: Problem, defence: str) -> dict[str, Run]:
         "half kept": in_turn(floor(first, defence, REPLAY), floor(last, defence, KEEP)),
         "replayed": floor(given, defence, REPLAY),
     }
-    bytes_of_half = half * len(given.x) * activation_bytes(*given.path, given.state[:1], given.times[:2])
+    # Which also measures a step now, so that no gradient has to.
+    path_bytes = KEEP // images_kept("exact", *given.path, given.state, given.times, KEEP)
+    bytes_of_half = len(given.x) * path_bytes * half // n + 1
     budgets = {"kept": KEEP, "half kept": bytes_of_half, "replayed": REPLAY}
     runs = {"forward": torch.no_grad()(lambda: given.defence.purifier(given.x))}
     runs |= {method: lambda budget=budget: ours(given, budget) for method, budget in budgets.items()}

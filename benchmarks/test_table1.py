@@ -1,6 +1,6 @@
-"""The paper's Table 1 with networks of its size: hours by counting, and an attack that says how true they are.
+"""The paper's Table 1 by networks of its size: hours by counting, and attacks that say how true they are.
 
-Random weights. Without a GPU, an image and two steps show that all is in place.
+For a GPU, random weights. Without one a smoke run takes small networks, one image and two steps.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from coup_lib.evaluation.run import attack
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.networks.precision import products
 from coup_lib.networks.zoo import load_classifier, load_score
+from coup_lib.paths import is_smoke
 from coup_lib.studies import grids
 from workflow.estimate import Job, estimate, jobs
 
@@ -25,6 +26,9 @@ SIZE = {"n_images": 16, "n_iter": 1, "eot": 4}
 if DEVICE.type == "cpu":
     SIZE |= {"n_images": 1, "eot": 1, "n_steps": 2}
 TRIED = ("diffpure", "coup")
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not is_smoke(), reason="without a GPU only with COUP_SMOKE=1"
+)
 
 
 @pytest.mark.benchmark(group="table 1")
