@@ -6,7 +6,7 @@ from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 
 from training import fit as fitting
-from training.fit import KernelMuon, Recipe, average_into, fit
+from training.fit import KernelMuon, Recipe, Stopped, average_into, fit
 
 RECIPE = Recipe(steps=12, batch=8, lr=0.1, decay=0.9, weight_decay=0.0, seed=3)
 
@@ -71,6 +71,17 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, die
     # Done is done: asked again, it takes no step.
     again = fit(network(), loss_until(dies=1), recipe, score, state)
     assert torch.equal(numbers(again), numbers(undisturbed))
+
+
+def test_who_watches_can_stop_it_and_the_same_run_goes_on(tmp_path):
+    state, recipe = tmp_path / "state.pt", replace(RECIPE, every=2)
+    undisturbed = fit(line(), loss_until(), recipe, away)
+    with pytest.raises(Stopped, match="after 5 of 12 steps"):
+        fit(line(), loss_until(), recipe, away, state, watch=lambda step: step == 5)
+    resumed = fit(line(), loss_until(dies=8), recipe, away, state, watch=lambda step: False)
+    assert torch.equal(numbers(resumed), numbers(undisturbed))
+    curve = torch.load(state, weights_only=True)["curve"]
+    assert [step for step, _ in curve] == [2, 4, 6, 8, 10, 12]
 
 
 def test_a_compiled_network_is_trained_as_itself_and_returned_without_its_program(monkeypatch):

@@ -72,6 +72,25 @@ def test_key_order_does_not_matter_and_values_do():
     assert records.config_hash({"a": 1}) != records.config_hash({"a": 1.5})
 
 
+def test_no_chunk_is_begun_that_would_not_end_in_time(monkeypatch):
+    """Three seconds each: at 0 and at 3 there is time, at 6 there is none before 8."""
+    now, made = [0.0], []
+
+    def takes_three_seconds(chunk):
+        now[0] += 3
+        made.append(chunk)
+        return square(chunk)
+
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(records.time, clock, lambda: now[0])
+    with pytest.raises(records.OutOfTime, match="work: its next chunk"), records.until(8):
+        run(takes_three_seconds)
+    with pytest.raises(records.OutOfTime), records.until(5):
+        run(takes_three_seconds, settings={"a": 2})
+    assert made == [0, 1]
+    assert run(takes_three_seconds)["result"]["values"] == [0, 1, 4] and made == [0, 1, 2]
+
+
 def breaks_off(at):
     """Chunks as `square` makes them, up to one at which the run fails."""
 

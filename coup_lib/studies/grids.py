@@ -150,12 +150,12 @@ def _winners(search: Config, confirm: Config, compared: Config) -> None:
 class Notebook:
     """settings: of each of its configurations. grid: what it attacks, given these and its own parameters.
 
-    rest: computes what else it takes, given these.
+    rest: computes what else it takes, given its configurations.
     """
 
     settings: tuple[dict[str, Any], ...]
     grid: Callable[..., Grid]
-    rest: Callable[..., None] = lambda *configs: None
+    rest: Callable[..., None] | None = None
 
 
 NOTEBOOKS = {
@@ -264,4 +264,5 @@ def compute(run: str, given: dict[str, Any]) -> None:
     for one in of_run(run, given):
         if isinstance(one, Experiment):
             one.predictions()
-    NOTEBOOKS[run.partition("@")[0]].rest(*configurations(run, given))
+    if rest := NOTEBOOKS[run.partition("@")[0]].rest:
+        rest(*configurations(run, given))
