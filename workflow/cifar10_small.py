@@ -30,6 +30,7 @@ from coup_lib.evaluation import records
 from coup_lib.evaluation.progress import clock
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.files import write_atomically
+from coup_lib.gradients import BUDGET_VARIABLE
 from coup_lib.paths import SMOKE_VARIABLE, WEIGHTS_VARIABLE, is_smoke
 from coup_lib.studies import grids
 from training import train
@@ -262,6 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (out / "weights").mkdir(parents=True, exist_ok=True)
     os.environ |= {"COUP_RESULTS": str(out / "results"), WEIGHTS_VARIABLE: str(out / "weights")}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    if torch.cuda.is_available():  # each process would take half of what it finds free
+        memory = torch.cuda.get_device_properties(0).total_memory
+        os.environ.setdefault(BUDGET_VARIABLE, f"{memory / 2**31 / count:.2f}")
     chosen = [name for name in STEPS if name in (options.only or STEPS)]
     networks = [name for name in left(chosen, out) if name in NETWORKS]
     tables = [name for name in left(chosen, out) if name in TABLES]
