@@ -97,7 +97,8 @@ def typed(clone, tmp_path):
         "pip": f'"{sys.executable}" -c "$PIP" "$@"',
         "make": f'{shutil.which("make")} --dry-run "$@"',
         "snakemake": f'"{sys.executable}" -m snakemake --dry-run "$@"' if snakemake else "true",
-        "python": f'case "$*" in *publishing*) set -- "$@" --help;; esac; "{sys.executable}" "$@"',
+        "python": 'case "$*" in *publishing* | *cifar10_small*) set -- "$@" --help;; esac\n'
+        f'"{sys.executable}" "$@"',
         "coup": f'case "$1" in train) "{sys.executable}" -c "$TRAIN" "$@";;\n'
         f'audit) "{sys.executable}" -c "$AUDIT" "$@";;\n'
         f'*) "{sys.executable}" -m coup_lib.cli "$@";; esac',

@@ -240,7 +240,7 @@ def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
         begun.append(name)
         return published
 
-    def train_robust(network, data, attack, recipe, state):
+    def train_robust(network, data, attack, recipe, *rest):
         met.append((attack.norm, attack.n_iter, recipe.steps, recipe.lr))
         return network
 

@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -201,22 +201,12 @@ class ChunkedRecord:
             return
         with _lock(file, wait) as free:
             if free and not file.exists() and not is_complete(self.path):  # deleted only when it is complete
-                self._check_time()
+                _check_time(self.name, map(self.chunk_path, range(len(self.chunks))))
                 started = time.perf_counter()
                 with products("float32"):  # unless `compute` says otherwise, as attacks may
                     arrays, values = _split(self.compute(self.chunks[index]))
                 seconds = round(time.perf_counter() - started, 3)
                 _write_chunk(file, {"values": values, "seconds": seconds, "made": provenance()}, arrays)
-
-    def _check_time(self) -> None:
-        """Raise `OutOfTime` where the next chunk would end after the time given by `until`."""
-        if (end := _end.get()) == math.inf:
-            return
-        done = (file for index in range(len(self.chunks)) if (file := self.chunk_path(index)).exists())
-        with suppress(FileNotFoundError):  # another process has just written the record
-            took = next((part["seconds"] for file in done if (part := _read_chunk(file))), 0.0)
-            if time.monotonic() + took > end:
-                raise OutOfTime(f"{self.name}: its next chunk would not end in time; the others are kept")
 
     def _write(self, files: list[Path], wait: bool) -> None:
         """Combine the chunks of these files, if all are as they were written."""
@@ -344,6 +334,16 @@ def _read_chunk(path: Path) -> dict[str, Any] | None:
         arrays = dict(file)
     about = json.loads(arrays.pop(ABOUT).item())
     return about | {"values": about["values"] | arrays}
+
+
+def _check_time(name: str, chunks: Iterable[Path]) -> None:
+    """Raise `OutOfTime` where another chunk than those there are would end after the time of `until`."""
+    if (end := _end.get()) == math.inf:
+        return
+    with suppress(FileNotFoundError):  # another process has just written the record
+        done = (part for file in chunks if file.exists() and (part := _read_chunk(file)))
+        if time.monotonic() + next((part["seconds"] for part in done), 0.0) > end:
+            raise OutOfTime(f"{name}: its next chunk would not end in time; the others are kept")
 
 
 @contextmanager
