@@ -337,9 +337,9 @@ def cost_figure(found: Summary) -> Figure:
     return figure
 
 
-# Group → heading, caption and what is shown, where the group was measured.
-SECTIONS: dict[str, tuple[str, str, Callable[[Summary], str]]] = {
-    "forward": (
+# Groups → heading, caption and what is shown, where any of the groups was measured.
+SECTIONS: dict[tuple[str, ...], tuple[str, str, Callable[[Summary], str]]] = {
+    ("forward", "gradient"): (
         "Over the bare networks",
         "*bare networks*: N calls of the score network, for COUP also N times the classifier forward and "
         "backward. For a gradient these, unless all activations are kept, and then forward and backward "
@@ -347,7 +347,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Summary], str]]] = {
         "trained networks; *CIFAR size*: a DDPM++ of width 16 and a ResNet-20, random weights, 32×32×3.",
         lambda found: markdown(floor_table(found)),
     ),
-    "peers": (
+    ("peers",): (
         "Beside the ways of the field",
         "One network, Brownian path, batch and pulled-back vector for all, dt = 1e-3. *adjoint*: "
         "torchsde's `sdeint_adjoint` by Euler, its backward solver left at the default, as there; "
@@ -355,23 +355,23 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Summary], str]]] = {
         "activations kept. Peak memory is what a method takes above what its process had before.",
         lambda found: markdown(peer_table(found)),
     ),
-    "full size": (
+    ("full size",): (
         "Large networks",
-        "DDPM++ deep and WRN-28-10 as the paper's, random weights, a tenth of the path at dt = 1e-3; "
+        "DDPM++ deep and WRN-28-10 as the paper's, random weights, a few steps of the path, dt = 1e-3; "
         "`cifar10-small`: its score network and a ResNet-20, its whole path. In brackets the ratio to the "
         "network calls that cannot be avoided, and peak memory. *half kept*: the activations of half of the "
         "steps, the other half is replayed. DiffPure's adjoint runs in float32, as there. *images attacked "
         "per hour*: by APGD-100 with 20 draws a gradient on the whole path.",
         lambda found: f"{markdown(full_size_table(found))}\n\n{markdown(full_size_speeds(found))}",
     ),
-    "table 1": (
+    ("table 1",): (
         "The paper's Table 1 on this machine",
         "Estimated by `coup estimate --profile cifar10 --budget full 04_autoattack`. Tried: PGD with the "
         "exact gradient on a few images, its time by the same count beside it; *at that pace* the estimate "
         "is multiplied by what the attacks took over what they should have taken.",
         lambda found: markdown(table1_table(found)),
     ),
-    "second order": (
+    ("second order",): (
         "Second derivatives",
         "A Hessian-vector product of log max p, as the exact gradient of COUP needs one a step, random "
         "weights, 32×32×3: by convolutions and batch norms that know that their weights are frozen "
@@ -379,19 +379,19 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Summary], str]]] = {
         "the table says.",
         lambda found: markdown(second_order_table(found)),
     ),
-    "cheaper": (
+    ("cheaper",): (
         "A cheaper score network under attack",
         "Exact gradients by trained networks, the score network in lower precision (`-p precision "
         "bfloat16`; tf32 on a GPU), on validation images. What APGD-ce finds is scored in float32, by "
         "ten draws; a verdict is that of their majority.",
         lambda found: markdown(cheaper_table(found)),
     ),
-    "cost": (
+    ("cost",): (
         "Cost against work",
         "Exact gradients of COUP; for processes, an attack on it that they share.",
         lambda found: f"![Cost against work]({_device(found)}_cost.png)\n\n{markdown(cost_table(found))}",
     ),
-    "profile": (
+    ("profile",): (
         "Where the time goes",
         "",
         lambda found: "\n\n".join(
@@ -415,10 +415,10 @@ def page(found: Summary) -> str:
         "within a round, [quartiles] beside them. Cosines are to the float64 gradient by plain autograd.",
         "Command: `make benchmarks`, on an idle machine.",
     ]
-    for group, (heading, caption, shown) in SECTIONS.items():
-        if rows := _rows(found, group):
+    for groups, (heading, caption, shown) in SECTIONS.items():
+        if rows := [row for group in groups for row in _rows(found, group)]:
             parts += [f"## {heading}", *[caption] * bool(caption), shown(found)]
-            if group in ("peers", "full size") and not any(DIFFPURE in row["seconds"] for row in rows):
+            if groups[0] in ("peers", "full size") and not any(DIFFPURE in row["seconds"] for row in rows):
                 parts.append("torchsde was not there, so its ways are missing.")
     return "\n\n".join(parts)
 
@@ -467,6 +467,8 @@ def _sentences(found: Summary) -> str:
 
 
 def _overhead(found: Summary) -> str:
+    if not _rows(found, "forward"):
+        return ""
     forward = {name: _highest(found, "forward", name) for name in PROBLEMS}
     return (
         f"**Overhead.** A purification takes at most {forward['digits']:.2f} times as long as the network "
