@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from coup_lib.data import load_split
 from coup_lib.evaluation.config import device as named_device
-from coup_lib.gradients import solve_with_gradient
+from coup_lib.gradients import images_kept, solve_with_gradient
 from coup_lib.guidance import to_state
 from coup_lib.networks.checkpoints import load_network
 from coup_lib.networks.precision import products
@@ -160,6 +160,12 @@ def classifier_gradient(given: Problem, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         logits = given.defence.classifier(x)
         return torch.autograd.grad(logits, x, torch.ones_like(logits))[0]
+
+
+def room_for(given: Problem, kept: float) -> int:
+    """Bytes for the activations of this part of the path's steps."""
+    path = KEEP // images_kept("exact", *given.path, given.state, given.times, KEEP)
+    return round((kept + 0.01) * len(given.x) * path)
 
 
 def ours(given: Problem, budget: int) -> Tensor:

@@ -4,9 +4,7 @@ For a GPU. Without one a smoke run (COUP_SMOKE=1) takes small networks, one imag
 all is in place. Weights are random, but for score-small's.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ import torch
 from problems import (
     DEFENCES,
     DEVICE,
-    KEEP,
     METHODS,
     PRECISIONS,
     REPLAY,
@@ -27,11 +24,11 @@ from problems import (
     precision,
     problem,
     reference,
+    room_for,
     take_turns,
 )
 from torch import Tensor
 
-from coup_lib.gradients import images_kept
 from coup_lib.paths import is_smoke
 from workflow.estimate import FlopCounter
 
@@ -83,32 +80,13 @@ def test_full_size(benchmark: Any, name: str, images: int, defence: str, kind: s
 
 def against_floors(given: Problem, defence: str) -> dict[str, Run]:
     """A purification, its exact gradient by all, half and none of the activations, and the floor of each."""
-    n, half = len(given.noise), len(given.noise) // 2
-    first, last = replace(given, noise=given.noise[: n - half]), replace(given, noise=given.noise[n - half :])
-    floor = test_gradient.floor
-    floors = {
-        "forward": torch.no_grad()(test_forward.floor(given, defence)),
-        "kept": floor(given, defence, KEEP),
-        "half kept": in_turn(floor(first, defence, REPLAY), floor(last, defence, KEEP)),
-        "replayed": floor(given, defence, REPLAY),
-    }
-    # Which also measures a step now, so that no gradient has to.
-    path_bytes = KEEP // images_kept("exact", *given.path, given.state, given.times, KEEP)
-    bytes_of_half = len(given.x) * path_bytes * half // n + 1
-    budgets = {"kept": KEEP, "half kept": bytes_of_half, "replayed": REPLAY}
+    kept = {"kept": 1.0, "half kept": 0.5, "replayed": 0.0}
     runs = {"forward": torch.no_grad()(lambda: given.defence.purifier(given.x))}
-    runs |= {method: lambda budget=budget: ours(given, budget) for method, budget in budgets.items()}
-    return {f"floor, {method}": run for method, run in floors.items()} | runs
-
-
-def in_turn(*runs: Run) -> Callable[[], None]:
-    """One after the other."""
-
-    def run() -> None:
-        for one in runs:
-            one()
-
-    return run
+    runs["floor, forward"] = torch.no_grad()(test_forward.floor(given, defence))
+    for method, part in kept.items():
+        runs[method] = partial(ours, given, room_for(given, part))
+        runs[f"floor, {method}"] = test_gradient.floor(given, defence, part)
+    return runs
 
 
 def product(kind: str) -> Run:

@@ -169,20 +169,25 @@ class NoSecondDerivative(TorchFunctionMode):
 
 
 def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:
-    """What plain autograd would keep for all steps: measured on one step of one image, and multiplied."""
-    sizes: dict[int, int] = {}
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*score.parameters(), *score.buffers())}
+    """What plain autograd would keep for all steps: measured on one step, and multiplied.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+    It is what a second image adds to the first: weights, and their copies in lower precision, are kept once.
+    """
+
+    def kept(images: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            return tensor
 
-    t, dt = step_times(times, x.dtype, x.device)[0]
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        euler_step(score, sde, x[:1].detach().requires_grad_(), t, dt)
-    return sum(sizes.values()) * len(x) * (len(times) - 1)
+        state = x[:1].detach().repeat(images, *[1] * (x.ndim - 1)).requires_grad_()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            euler_step(score, sde, state, *step_times(times, x.dtype, x.device)[0])
+        return sum(sizes.values())
+
+    return (kept(2) - kept(1)) * len(x) * (len(times) - 1)
 
 
 def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Module) -> Tensor:

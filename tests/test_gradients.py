@@ -17,7 +17,9 @@ from coup_lib.guidance import (
     to_image,
     to_state,
 )
+from coup_lib.networks.precision import Bfloat16
 from coup_lib.purify import Purifier, coup, diffpure, reverse_only, standard_normal
+from coup_lib.score import NoiseScore
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, time_grid
 
@@ -346,6 +348,24 @@ class Counting(nn.Module):
     def forward(self, x, t):
         self.settings.append(torch.backends.cudnn.deterministic)
         return self.score(x, t)
+
+
+def test_copies_of_weights_in_lower_precision_are_no_activations():
+    """They are kept once, however many images there are, and would else leave no room for any."""
+    network = nn.Sequential(nn.Conv2d(3, 96, 3, padding=1), nn.Conv2d(96, 3, 3, padding=1))
+    score, x = NoiseScore(Conditioned(network)), torch.zeros(1, 3, 4, 4)
+    half = NoiseScore(Bfloat16(Conditioned(network)))
+    whole, less = (gradients.activation_bytes(one, VPSDE(), x, time_grid(0.1, 4)) for one in (score, half))
+    assert 0 < less < whole
+
+
+class Conditioned(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, labels):
+        return self.network(x)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "first_order"])

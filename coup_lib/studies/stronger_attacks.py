@@ -18,7 +18,6 @@ from coup_lib.evaluation.config import Config, radius
 from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import (
     RULES,
-    Accuracy,
     Difference,
     Predictions,
     Transfer,
@@ -295,22 +294,6 @@ def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
 def across(rows: Sequence[Row], names: Mapping[str, str], title: str = "Accuracy under (%)") -> pd.DataFrame:
     """Columns by name × defences, "accuracy [95 % interval]" in percent; names: column → heading."""
     return tables.accuracies(rows, names).T.rename_axis(title)
-
-
-def decisions_table(columns: Columns, config: Config) -> pd.DataFrame:
-    """Defences × ways of deciding, each under the source that is worst for that defence and that way."""
-    own, lines = labels(config), {}
-    for defence, row in columns.items():
-        names = {name: label for name, label in own.items() if name in row} | {
-            key: f"{own[key.column]}, made against {LABELS[key.surrogate]}" for key in transferred(row)
-        }
-        cells = {}
-        for rule, label in RULES.items():
-            shares = {name: row[name].decided(rule) for name in names}
-            worst = min(shares, key=lambda name: float(shares[name].mean()))
-            cells[f"Decided by {label}"] = f"{Accuracy.of(shares[worst])}: {names[worst]}"
-        lines[LABELS[defence]] = cells
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis(f"Defence, {config.n_draws} draws (%)")
 
 
 def difference_table(results: PerImage, config: Config) -> pd.DataFrame:
