@@ -1,5 +1,6 @@
 """A purification against the network evaluations that it cannot avoid."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from problems import (
     sizes,
     take_turns,
 )
+
+from coup_lib.purify import StandardNormal
 
 ROUNDS = {"digits": 41, "cifar": 9}
 
@@ -40,7 +43,12 @@ def floor(given: Problem, defence: str) -> Callable[[], None]:
 def test_forward(benchmark: Any, name: str, defence: str, kind: str) -> None:
     size = sizes(name)
     given = problem(name, defence, **size)
-    rivals = {"ours": lambda: given.defence.purifier(given.x), "floor": floor(given, defence)}
+    noise = StandardNormal(torch.arange(len(given.x)), len(given.noise) + 1, given.x)
+    rivals = {
+        "ours": lambda: given.defence.purifier(given.x),
+        "floor": floor(given, defence),
+        "noise": lambda: deque(noise, maxlen=0),
+    }
     with torch.no_grad(), precision(kind):
         take_turns(
             benchmark,
