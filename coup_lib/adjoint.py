@@ -78,7 +78,7 @@ class GridBrownian(torchsde.BaseBrownian):
         if noise is not None:
             roots = (times[:-1] - times[1:]).sqrt().to(like.device)
             for place, (root, increment) in enumerate(zip(roots, noise, strict=True), start=1):
-                increments[place] = root * increment.flatten(1)
+                increments[place] = root * increment.flatten(1).double()
         self._path = increments.cumsum(0)
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Tensor:

@@ -33,7 +33,7 @@ def choice(name: str, value: Any, known: Any) -> Any:
 def number(name: str, value: Any, low: float, high: float = float("inf"), *, closed: bool = False) -> float:
     """A float in (low, high], or [low, high] if closed, from a number or a string as "0.1" or "8/255"."""
     try:
-        result = float(Fraction(value)) if isinstance(value, str) else float(value)
+        result = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
     except (TypeError, ValueError, ArithmeticError):  # also 8/0 and 1e999
         raise ValueError(f'{name}: expected a number or a fraction such as "8/255"; got {value!r}') from None
     above = result >= low if closed else result > low

@@ -9,6 +9,7 @@ bpda         the identity (in `purify.Purifier`: it skips the forward noise and 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,18 +20,18 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cudnn
 from torch.overrides import TorchFunctionMode
 
-from coup_lib.checks import choice, number
+from coup_lib.checks import choice, in_one_line, number
 from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.randomness import Source, States, restored, sources
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, Noise, check_end, euler_step, increments, step_times, walk
 
 BUDGET_VARIABLE = "COUP_ACTIVATIONS"
-CPU_BUDGET, GPU_SHARE = 2.0, 0.5  # GiB of activations; on a GPU, of what is free
+CPU_BUDGET, GPU_SHARE, MOST = 2.0, 0.5, 1e6  # GiB of activations; on a GPU, of what is free
 GRADIENTS = ("exact", "first_order", "adjoint", "bpda")
 THROUGH_STEPS = ("exact", "first_order")  # gradients that autograd takes step by step
 
-# Of one step of one image, by score: an attack asks thousands of times.
+# Of one step, by score: an attack asks thousands of times.
 _step_bytes: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 Randomness = Sequence[States]  # of some sources, before every step and at the end
@@ -59,8 +60,9 @@ def solve_with_gradient(
         activation_budget: bytes; None: those of `free_for_activations`.
 
     Raises:
-        ValueError: for an unknown gradient, for "first_order" of a score that differentiates something which
-            is not a `Guided`'s, and (when it is pulled back) for "adjoint" of one that draws random numbers.
+        ValueError: for an unknown gradient, for weights that ask for a gradient and have no room for all
+            activations, for "first_order" of a score that differentiates something which is not a `Guided`'s,
+            and (when it is pulled back) for "adjoint" of one that draws random numbers.
     """
     choice("gradient", gradient, (*THROUGH_STEPS, "adjoint"))
     followed, left = _followed(score, gradient), increments(noise, x, times)
@@ -84,12 +86,28 @@ def solve_with_gradient(
         first = len(times) - 1 - steps_kept(gradient, score, sde, x, times, activation_budget)
         steps = step_times(times, x.dtype, x.device)
         if first:
+            if any(weight.requires_grad for weight in score.parameters()):
+                raise ValueError("score: expected frozen weights, of which a replayed step knows no gradient")
             walked = partial(run, end=first)
             x = replayed(x, walked, lambda index, x: euler_step(followed, sde, x, *steps[index]), score)
         x = run(x, first=first)
     return check_end(x, score, sde, start, times, noise)
 
 
+_graphs = ContextVar("purifications that share one graph", default=1)
+
+
+@contextmanager
+def in_one_graph(purifications: int) -> Iterator[None]:
+    """In here so many purifications are differentiated together, and share the room for activations."""
+    token = _graphs.set(_graphs.get() * purifications)
+    try:
+        yield
+    finally:
+        _graphs.reset(token)
+
+
+@in_one_line()
 def free_for_activations(device: torch.device) -> int:
     """Bytes for activations: COUP_ACTIVATIONS, in GiB, or else half of a GPU's free memory, 2 GiB on a CPU.
 
@@ -97,14 +115,16 @@ def free_for_activations(device: torch.device) -> int:
     go through the networks at once, see `purify.images_per_call`.
 
     Raises:
-        ValueError: if COUP_ACTIVATIONS is no number from 0 up.
+        ValueError: if COUP_ACTIVATIONS is no number from 0 to `MOST`.
     """
     if given := os.environ.get(BUDGET_VARIABLE):
-        return int(2**30 * number(f"{BUDGET_VARIABLE} (GiB)", given, 0, closed=True))
-    if device.type != "cuda":
-        return int(2**30 * CPU_BUDGET)
-    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + held_back))
+        room = 2**30 * number(f"{BUDGET_VARIABLE} (GiB)", given, 0, MOST, closed=True)
+    elif device.type == "cuda":
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + held_back)
+    else:
+        room = 2**30 * CPU_BUDGET
+    return int(room / _graphs.get())
 
 
 def steps_kept(
@@ -112,7 +132,8 @@ def steps_kept(
 ) -> int:
     """Of how many steps from x (B, ...) the activations fit into the budget, see `solve_with_gradient`."""
     budget = free_for_activations(x.device) if budget is None else budget
-    return min(budget // max(len(x) * _bytes_of_a_step(gradient, score, sde, x, times), 1), len(times) - 1)
+    steps = len(times) - 1
+    return min(budget // max(_bytes_of_a_step(gradient, score, sde, x, times), 1), steps)
 
 
 def images_kept(
@@ -120,13 +141,13 @@ def images_kept(
 ) -> int:
     """How many images like x fit with all activations of their paths, so that none needs to be replayed."""
     budget = free_for_activations(x.device) if budget is None else budget
-    return budget // max(_bytes_of_a_step(gradient, score, sde, x, times) * (len(times) - 1), 1)
+    return budget // max(_bytes_of_a_step(gradient, score, sde, x[:1], times) * (len(times) - 1), 1)
 
 
 def _bytes_of_a_step(gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:
-    """Of one image."""
+    """From all of x: it need not grow with the images, as `hessian.FrozenLayers` are for larger batches."""
     measured = _step_bytes.setdefault(score, {})
-    kind = gradient, x.shape[1:], x.dtype, x.device, tuple(times.tolist())
+    kind = gradient, x.shape, x.dtype, x.device, tuple(times.tolist())
     if kind not in measured:
         followed = _followed(score, gradient)
         with restored(sources(score, x.device)):
@@ -134,7 +155,7 @@ def _bytes_of_a_step(gradient: str, score: nn.Module, sde: VPSDE, x: Tensor, tim
                 with torch.enable_grad(), NoSecondDerivative():
                     for t, dt in step_times(times, x.dtype, x.device):
                         euler_step(followed, sde, x[:1].detach().requires_grad_(), t, dt)
-            measured[kind] = activation_bytes(followed, sde, x[:1], times[:2])
+            measured[kind] = activation_bytes(followed, sde, x, times[:2])
     return measured[kind]
 
 
@@ -169,25 +190,20 @@ class NoSecondDerivative(TorchFunctionMode):
 
 
 def activation_bytes(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor) -> int:
-    """What plain autograd would keep for all steps: measured on one step, and multiplied.
+    """What plain autograd would keep of all steps from x (B, ...): measured on one step, and multiplied."""
+    sizes: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*score.parameters(), *score.buffers())}
 
-    It is what a second image adds to the first: weights, and their copies in lower precision, are kept once.
-    """
-
-    def kept(images: int) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+        return tensor
 
-        state = x[:1].detach().repeat(images, *[1] * (x.ndim - 1)).requires_grad_()
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            euler_step(score, sde, state, *step_times(times, x.dtype, x.device)[0])
-        return sum(sizes.values())
-
-    return (kept(2) - kept(1)) * len(x) * (len(times) - 1)
+    t, dt = step_times(times, x.dtype, x.device)[0]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        euler_step(score, sde, x.detach().requires_grad_(), t, dt)
+    return sum(sizes.values()) * (len(times) - 1)
 
 
 def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Module) -> Tensor:

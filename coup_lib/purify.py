@@ -21,7 +21,14 @@ from coup_lib.checks import (
     number,
     warn_of_probabilities,
 )
-from coup_lib.gradients import GRADIENTS, THROUGH_STEPS, check_compiled, images_kept, solve_with_gradient
+from coup_lib.gradients import (
+    GRADIENTS,
+    THROUGH_STEPS,
+    check_compiled,
+    images_kept,
+    in_one_graph,
+    solve_with_gradient,
+)
 from coup_lib.guidance import Guided, ImageGuided, to_image, to_state
 from coup_lib.score import agreed_sde
 from coup_lib.sde import T_END, VPSDE
@@ -291,7 +298,8 @@ class Vote(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logarithm of the mean probabilities (B, K), all noise being torch's own generator's."""
-        logits = torch.stack([check_logits(self._draw(x), x) for _ in range(self.draws)])
+        with in_one_graph(self.draws):
+            logits = torch.stack([check_logits(self._draw(x), x) for _ in range(self.draws)])
         warn_of_probabilities("model of a Vote", logits[0], "it votes by them as if they were")
         return logits.log_softmax(2).logsumexp(0) - math.log(self.draws)
 
@@ -349,7 +357,6 @@ def freeze(name: str, network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
 class StandardNormal:
     """n standard normal draws like `like` (B, ...), the image at place b from seeds[b] alone.
 
@@ -361,19 +368,17 @@ class StandardNormal:
         ValueError: unless there is one seed per image.
     """
 
-    seeds: Tensor
-    n: int
-    like: Tensor
-
-    def __post_init__(self) -> None:
-        check_seeds(self.seeds, self.like)
+    def __init__(self, seeds: Tensor, n: int, like: Tensor) -> None:
+        check_seeds(seeds, like)
+        self.seeds, self.n, self.like = seeds.tolist(), n, like
 
     def __iter__(self) -> Iterator[Tensor]:
         shape, pinned = self.like.shape[1:], self.like.is_cuda
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds.tolist()]
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         # PyTorch draws in groups of 16 numbers: whole groups at a time are those of one long draw.
         steps = 16 // math.gcd(16, shape.numel())
         steps *= max(1, SMALL // (steps * shape.numel()))
+        steps = steps if shape.numel() >= 16 else self.n  # what is left over would be no group
         for first in range(0, self.n, steps):
             size = min(steps, self.n - first), *shape
             drawn = torch.stack([torch.randn(size, generator=generator) for generator in generators], dim=1)

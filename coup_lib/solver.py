@@ -79,13 +79,13 @@ def walk(
     callback: Callback | None = None,
 ) -> Tensor:
     """`solve` without its checks: as many increments are taken as there are steps."""
-    steps = step_times(times, x.dtype, x.device)
-    for index, ((t, dt), increment) in enumerate(zip(steps, noise, strict=False)):
+    numbers = times.tolist()
+    for index, (t, dt) in enumerate(step_times(times, x.dtype, x.device)):
         if callback:
-            callback(index, time_of(t), x)
-        x = euler_step(score, sde, x, t, dt, increment)
+            callback(index, numbers[index], x)
+        x = euler_step(score, sde, x, t, dt, next(noise))
     if callback:
-        callback(len(steps), float(times[-1]), x)
+        callback(len(numbers) - 1, numbers[-1], x)
     return x
 
 
@@ -93,14 +93,19 @@ def increments(noise: Noise | None, x: Tensor, times: Tensor) -> Iterator[Tensor
     """The noise of one walk from x; without noise, None for every step.
 
     Raises:
-        ValueError: for a tensor of another shape.
+        ValueError: for a tensor of another shape; when asked for them, for increments that are not like x, or
+            fewer than steps.
     """
-    if noise is None:
-        return repeat(None)
     expected = (len(times) - 1, *x.shape)
     if isinstance(noise, Tensor) and noise.shape != expected:
         raise ValueError(f"noise: expected shape {expected}, steps first; got {tuple(noise.shape)}")
-    return iter(noise)
+
+    def checked(noise: Noise) -> Iterator[Tensor]:
+        for increment in noise:
+            yield check_like("noise", increment, x)
+        raise ValueError(f"noise: expected {expected[0]} increments, the same ones each time; got fewer")
+
+    return repeat(None) if noise is None else checked(noise)
 
 
 def check_end(
@@ -127,10 +132,10 @@ def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Noise 
 
     hooks = [module.register_forward_hook(look(name)) for name, module in score.named_modules()]
     try:
-        steps = step_times(times, x.dtype, x.device)
-        for index, ((t, dt), increment) in enumerate(zip(steps, increments(noise, x, times), strict=False)):
+        left = increments(noise, x, times)
+        for index, (t, dt) in enumerate(step_times(times, x.dtype, x.device)):
             with torch.no_grad():
-                x = euler_step(score, sde, x, t, dt, increment)
+                x = euler_step(score, sde, x, t, dt, next(left))
             if found or not bool(x.isfinite().all()):
                 where = found[0] if found else "the step itself"
                 return f"NaN or infinity from {where} in step {index} of {len(times) - 1}, t = {t:g}"
@@ -143,11 +148,11 @@ def _fault(score: nn.Module, sde: VPSDE, x: Tensor, times: Tensor, noise: Noise 
 def step_times(times: Tensor, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(t_i, t_i - t_{i+1}) of every step, differences taken in float64; `time_of` knows t_i's number."""
     begins = times[:-1].to(device, dtype).unbind()
-    for t, value in zip(begins, times.tolist(), strict=False):
+    for t, value in zip(begins, times.to(dtype).tolist(), strict=False):
         vars(t)["number"] = value
     return list(zip(begins, (times[:-1] - times[1:]).to(device, dtype).unbind(), strict=True))
 
 
 def time_of(t: Tensor) -> float:
     """t of shape () as a number, without waiting for the device where t is from `step_times`."""
-    return vars(t).get("number") or float(t)
+    return getattr(t, "number", None) or float(t)

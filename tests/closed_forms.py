@@ -51,11 +51,11 @@ class SmoothClassifier(nn.Module):
 
 
 def small_problem() -> tuple[nn.Module, nn.Module, Tensor]:
-    """(mixture score, classifier, images (5, 1, 2, 2) in [0, 1]) in float64."""
+    """(mixture score, classifier with frozen weights, images (5, 1, 2, 2) in [0, 1]) in float64."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(3, 4, generator=generator, dtype=torch.float64) * 0.5
     x = torch.rand(5, 1, 2, 2, generator=generator, dtype=torch.float64)
-    return GaussianMixtureScore(means, 0.3), SmoothClassifier().double(), x
+    return GaussianMixtureScore(means, 0.3), SmoothClassifier().double().requires_grad_(False), x
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

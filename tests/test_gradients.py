@@ -1,5 +1,7 @@
 """Every named gradient against its definition, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from coup_lib.guidance import (
     to_state,
 )
 from coup_lib.networks.precision import Bfloat16
-from coup_lib.purify import Purifier, coup, diffpure, reverse_only, standard_normal
+from coup_lib.purify import Purifier, Vote, coup, diffpure, reverse_only, standard_normal
 from coup_lib.score import NoiseScore
 from coup_lib.sde import VPSDE
 from coup_lib.solver import solve, time_grid
@@ -350,13 +352,28 @@ class Counting(nn.Module):
         return self.score(x, t)
 
 
-def test_copies_of_weights_in_lower_precision_are_no_activations():
-    """They are kept once, however many images there are, and would else leave no room for any."""
-    network = nn.Sequential(nn.Conv2d(3, 96, 3, padding=1), nn.Conv2d(96, 3, 3, padding=1))
-    score, x = NoiseScore(Conditioned(network)), torch.zeros(1, 3, 4, 4)
-    half = NoiseScore(Bfloat16(Conditioned(network)))
-    whole, less = (gradients.activation_bytes(one, VPSDE(), x, time_grid(0.1, 4)) for one in (score, half))
-    assert 0 < less < whole
+@pytest.mark.parametrize("images", [1, 6])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "guided by large convolutions"])
+def test_what_is_kept_is_what_was_foreseen(kind, images):
+    """Of whole paths: copies of weights in bfloat16, too, and layers that keep less in a larger batch."""
+    network = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 3, 3, padding=1))
+    score, x = NoiseScore(Conditioned(network)), torch.rand(images, 3, 32, 32)
+    if kind == "bfloat16":
+        score = NoiseScore(Bfloat16(Conditioned(network)))
+    if kind.startswith("guided"):
+        middle = [layer for _ in range(3) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.LeakyReLU())]
+        score = Guided(score, nn.Sequential(nn.Conv2d(3, 32, 3), *middle, nn.Flatten(), nn.Linear(28800, 5)))
+    score, times, kept = score.eval().requires_grad_(False), time_grid(0.1, 4), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradients.solve_with_gradient("exact", score, VPSDE(), x.requires_grad_(), times, None, 2**40)
+    weights = {tensor.data_ptr() for tensor in (*score.parameters(), *score.buffers())}
+    counted = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    assert 0.8 < gradients.activation_bytes(score, VPSDE(), x, times) / counted < 1.25
 
 
 class Conditioned(nn.Module):
@@ -370,16 +387,20 @@ class Conditioned(nn.Module):
 
 @pytest.mark.parametrize("gradient", ["exact", "first_order"])
 def test_the_last_steps_are_kept_for_which_there_is_room(gradient):
-    """Of five, those that fit are walked once and the others twice; as many images as fit need no replay."""
+    """Of five, those that fit are walked once and the others twice."""
     score, classifier, x = small_problem()
     guided, times, sde = Guided(score, classifier), time_grid(0.1, 5), VPSDE()
     path = (gradient, guided, sde, to_state(x), times)
-    a_step = 2**40 // gradients.images_kept(*path, 2**40) / 5 * len(x)
+    followed = gradients.FirstOrder(guided) if gradient == "first_order" else guided
+    a_step, an_image = (
+        gradients.activation_bytes(followed, sde, *given)
+        for given in ((path[3], times[:2]), (path[3][:1], times))
+    )
+    assert gradients.images_kept(*path, 7 * an_image + 1) == 7
     found = []
     for kept in range(7):
         budget, counting = int(a_step * (kept + 0.5)), Counting(guided)
         assert gradients.steps_kept(*path, budget) == min(kept, 5)
-        assert (gradients.images_kept(*path, budget) >= len(x)) == (kept >= 5)
         state = to_state(x).requires_grad_()
         gradients.steps_kept(gradient, counting, sde, state, times, budget)  # measures a step once
         counting.settings.clear()
@@ -398,9 +419,42 @@ def test_room_for_activations_is_what_is_asked_for(monkeypatch):
     for given, expected in (("0", 0), ("0.5", 2**29), ("40", 40 * 2**30)):
         monkeypatch.setenv("COUP_ACTIVATIONS", given)
         assert gradients.free_for_activations(torch.device("cpu")) == expected
-    monkeypatch.setenv("COUP_ACTIVATIONS", "much")
-    with pytest.raises(ValueError, match=r"COUP_ACTIVATIONS \(GiB\): expected a number.*; got 'much'"):
-        gradients.free_for_activations(torch.device("cpu"))
+    with gradients.in_one_graph(10):
+        assert gradients.free_for_activations(torch.device("cpu")) == 4 * 2**30
+    for mistaken in ("much", "-1", "nan", "inf", "1e300", "1e900000000"):
+        monkeypatch.setenv("COUP_ACTIVATIONS", mistaken)
+        with pytest.raises(ValueError, match=r"COUP_ACTIVATIONS \(GiB\): expected .*; got "):
+            gradients.free_for_activations(torch.device("cpu"))
+
+
+def test_weights_that_ask_for_a_gradient_are_refused_where_steps_are_replayed():
+    score, classifier, x = small_problem()
+    guided = Guided(score, classifier.requires_grad_(True))
+    path = ("exact", guided, VPSDE(), to_state(x).requires_grad_(), time_grid(0.1, 3), None)
+    assert gradients.solve_with_gradient(*path, 2**30).requires_grad
+    with pytest.raises(ValueError, match="expected frozen weights, of which a replayed step knows no grad"):
+        gradients.solve_with_gradient(*path, 0)
+    classifier.requires_grad_(False)
+
+
+def test_draws_of_a_vote_share_the_room(monkeypatch):
+    """They are pulled back together, so that each may keep a tenth."""
+    asked = []
+    monkeypatch.setattr(gradients, "steps_kept", lambda *path: asked.append(room()) or 0)
+    room = partial(gradients.free_for_activations, torch.device("cpu"))
+    score, classifier, x = small_problem()
+    Vote(coup(classifier, score, n_steps=2), 10)(x.requires_grad_())
+    assert asked == [room() // 10] * 10
+
+
+@pytest.mark.parametrize("gradient", ["exact", "adjoint"])
+def test_noise_is_that_of_the_seeds_as_they_were(gradient):
+    defence, x = build("coup", gradient)
+    seeds, x = SEEDS.clone(), x.clone().requires_grad_()
+    expected = torch.autograd.grad(defence(x, seeds=seeds).square().sum(), x)[0]
+    logits = defence(x, seeds=seeds)
+    seeds += 1000
+    assert torch.equal(torch.autograd.grad(logits.square().sum(), x)[0], expected)
 
 
 class HostReads(TorchDispatchMode):
@@ -444,6 +498,15 @@ def test_noise_of_another_shape_is_refused(shape):
     score, _, x = small_problem()
     with pytest.raises(ValueError, match=r"^noise: expected shape \(4, 5, 1, 2, 2\).*; got \("):
         solve(score, VPSDE(), x, time_grid(0.1, 4), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("noise", [[], [0.5] * 3, [0.5] * 4 + [torch.zeros(5, 1, 2, 2)]])
+@pytest.mark.parametrize("walk", [solve, partial(gradients.solve_with_gradient, "exact")])
+def test_noise_that_is_too_little_or_not_like_the_images_is_refused(walk, noise):
+    score, _, x = small_problem()
+    given = [torch.full((1,), one) if isinstance(one, float) else one for one in noise]
+    with pytest.raises(ValueError, match="noise: expected"):
+        walk(score, VPSDE(), x, time_grid(0.1, 4), given)
 
 
 def test_images_of_the_purifier_stay_in_range():

@@ -50,8 +50,10 @@ def test_a_seed_means_the_same_noise_in_every_precision():
     assert torch.equal(double.float(), single)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 4, 4), (1, 5, 5), (65,), (1, 1, 1)])
-@pytest.mark.parametrize("n", [1, 2, 17, 101])
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (1, 8, 8), (2, 4, 4), (1, 5, 5), (65,), (1, 1, 1), (1, 2, 2), (15,)]
+)
+@pytest.mark.parametrize("n", [1, 2, 17, 101, 513])
 def test_noise_drawn_step_by_step_is_that_of_one_draw(shape, n):
     """PyTorch draws by groups of 16, so that where a draw is broken off decides on the numbers."""
     seeds = torch.tensor([7, 2**40 + 3])
