@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from coup_lib.data import load_split
 from coup_lib.evaluation.config import device as named_device
-from coup_lib.gradients import images_kept, solve_with_gradient
+from coup_lib.gradients import activation_bytes, solve_with_gradient
 from coup_lib.guidance import to_state
 from coup_lib.networks.checkpoints import load_network
 from coup_lib.networks.precision import products
@@ -163,9 +163,9 @@ def classifier_gradient(given: Problem, x: Tensor) -> Tensor:
 
 
 def room_for(given: Problem, kept: float) -> int:
-    """Bytes for the activations of this part of the path's steps."""
-    path = KEEP // images_kept("exact", *given.path, given.state, given.times, KEEP)
-    return round((kept + 0.01) * len(given.x) * path)
+    """Bytes for the activations of this part of the path's steps, and half a step's more."""
+    steps, path = len(given.noise), activation_bytes(*given.path, given.state, given.times)
+    return round((round(kept * steps) + 0.5) * path / steps)
 
 
 def ours(given: Problem, budget: int) -> Tensor:
@@ -205,7 +205,7 @@ def _torchsde(given: Problem, solver: str, score: nn.Module) -> Tensor:
 
     x, times = given.state.flatten(1).requires_grad_(), given.times
     sde = ReverseSDE(score, given.path[1], float(times[0]), given.x.shape, noisy=True)
-    ends = torch.tensor([0.0, float(times[0] - times[-1])], device=x.device)
+    ends = torch.tensor([0.0, float(times[0] - times[-1])])  # where a solver can look at them, as ours does
     path = GridBrownian(times, given.noise, given.state)
     end = getattr(torchsde, solver)(sde, x, ends, bm=path, method="euler", dt=float(times[0] - times[1]))[-1]
     return torch.autograd.grad(end, x, given.v.flatten(1))[0].reshape(given.x.shape)

@@ -27,6 +27,7 @@ from problems import (
 )
 from torch import Tensor, nn
 
+from coup_lib.gradients import steps_kept
 from coup_lib.guidance import gradient_of, log_confidence
 from coup_lib.hessian import FrozenLayers
 from coup_lib.networks.wideresnet import wrn_28_10
@@ -71,7 +72,10 @@ def floor(given: Problem, defence: str, kept: float) -> Callable[[], None]:
 def test_gradient(benchmark: Any, name: str, defence: str, activations: str, kind: str) -> None:
     size, kept = sizes(name), KEPT[activations]
     given = problem(name, defence, **size)
-    budget = room_for(given, kept)
+    with precision(kind):
+        budget = room_for(given, kept)
+        walked_once = steps_kept("exact", *given.path, given.state, given.times, budget)
+    assert walked_once == round(kept * len(given.noise))  # what the floor counts
     square = torch.rand(SIDE, SIDE, device=DEVICE)
     rivals = {
         "ours": lambda: ours(given, budget),

@@ -84,11 +84,10 @@ def solve_with_gradient(
         x = _Path.apply(x, run, pull_back, sources(score, x.device))
     else:
         first = len(times) - 1 - steps_kept(gradient, score, sde, x, times, activation_budget)
-        steps = step_times(times, x.dtype, x.device)
         if first:
             if any(weight.requires_grad for weight in score.parameters()):
                 raise ValueError("score: expected frozen weights, of which a replayed step knows no gradient")
-            walked = partial(run, end=first)
+            walked, steps = partial(run, end=first), step_times(times, x.dtype, x.device)
             x = replayed(x, walked, lambda index, x: euler_step(followed, sde, x, *steps[index]), score)
         x = run(x, first=first)
     return check_end(x, score, sde, start, times, noise)
