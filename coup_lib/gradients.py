@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from coup_lib.checks import choice, in_one_line, number
 from coup_lib.guidance import FirstOrder, Guided
-from coup_lib.randomness import Source, States, restored, sources
+from coup_lib.randomness import Source, States, alike, restored, set_states, sources, states_of
 from coup_lib.sde import VPSDE
 from coup_lib.solver import Callback, Noise, check_end, euler_step, increments, step_times, walk
 
@@ -73,7 +73,7 @@ def solve_with_gradient(
     def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
         from coup_lib.adjoint import adjoint  # torchsde, which nothing else needs, takes a second to load
 
-        if not all(map(torch.equal, randomness[0], randomness[-1])):
+        if not alike(randomness[0], randomness[-1]):
             raise ValueError("gradient: the score draws random numbers, which adjoint cannot draw again")
         return adjoint(followed, sde, states, times, noise, v)
 
@@ -219,8 +219,9 @@ def replayed(x: Tensor, run: Callable[..., Tensor], step: Step, network: nn.Modu
     drawn_from = sources(network, x.device)
 
     def pull_back(states: tuple[Tensor, ...], randomness: Randomness, v: Tensor) -> Tensor:
-        for index in reversed(range(len(states))):
-            with restored(drawn_from, randomness[index]), torch.enable_grad(), deterministic():
+        with restored(drawn_from), torch.enable_grad(), deterministic():
+            for index in reversed(range(len(states))):
+                set_states(drawn_from, randomness[index])
                 state = states[index].detach().requires_grad_()
                 (v,) = torch.autograd.grad(step(index, state), state, v)
         return v
@@ -250,11 +251,11 @@ class _Path(torch.autograd.Function):
         drawn_from: Sequence[Source],
     ) -> Tensor:
         states: list[Tensor] = []
-        randomness: list[list[Tensor]] = []
+        randomness: list[States] = []
 
         def keep(index: int, t: float, state: Tensor) -> None:
             states.append(state)
-            randomness.append([source.get_state() for source in drawn_from])
+            randomness.append(states_of(drawn_from))
 
         with deterministic():
             result = run(x, keep)

@@ -4,6 +4,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -12,31 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-States: TypeAlias = Sequence[Tensor]  # of some sources
+States: TypeAlias = Sequence[Any]  # of some sources, each as it gives its own
 
 
+@dataclass(frozen=True)
 class Other:
     """A source that is not torch's, asked as a torch.Generator is.
 
-    get, put: its state. begin: anew, from a seed.
+    begin: anew, from a seed.
     """
 
-    def __init__(
-        self, get: Callable[[], Any], put: Callable[[Any], Any], begin: Callable[[int], Any]
-    ) -> None:
-        self._get, self._put, self._begin = get, put, begin
-
-    def get_state(self) -> Tensor:
-        """Its state, in bytes."""
-        return torch.frombuffer(bytearray(pickle.dumps(self._get())), dtype=torch.uint8)
-
-    def set_state(self, state: Tensor) -> None:
-        """Go on from what `get_state` gave."""
-        self._put(pickle.loads(state.numpy().tobytes()))
+    get_state: Callable[[], Any]
+    set_state: Callable[[Any], Any]
+    begin: Callable[[int], Any]
 
     def manual_seed(self, seed: int) -> None:
         """Begin anew."""
-        self._begin(seed % 2**32)  # NumPy's seeds have no more bits
+        self.begin(seed % 2**32)  # NumPy's seeds have no more bits
 
 
 Source: TypeAlias = torch.Generator | Other
@@ -110,17 +103,34 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
+def states_of(drawn_from: Sequence[Source]) -> States:
+    """The states that sources are in."""
+    return [source.get_state() for source in drawn_from]
+
+
+def set_states(drawn_from: Sequence[Source], states: States) -> None:
+    """Let sources go on from these states."""
+    for source, state in zip(drawn_from, states, strict=True):
+        source.set_state(state)
+
+
+def alike(first: States, second: States) -> bool:
+    """Whether these are the same states of the same sources."""
+    return pickle.dumps([*map(_plain, first)]) == pickle.dumps([*map(_plain, second)])
+
+
+def _plain(state: Any) -> Any:
+    return state.tolist() if isinstance(state, Tensor) else state
+
+
 @contextmanager
-def restored(drawn_from: Sequence[Source], states: States | None = None) -> Iterator[None]:
-    """In here sources are in these states (None: as they are), afterwards as they were before."""
-    before = [source.get_state() for source in drawn_from]
+def restored(drawn_from: Sequence[Source]) -> Iterator[None]:
+    """After this sources are as they were before."""
+    before = states_of(drawn_from)
     try:
-        for source, state in zip(drawn_from, states or before, strict=True):
-            source.set_state(state)
         yield
     finally:
-        for source, state in zip(drawn_from, before, strict=True):
-            source.set_state(state)
+        set_states(drawn_from, before)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from coup_lib.evaluation.run import predict
 from coup_lib.purify import coup
-from coup_lib.randomness import begun, restored, sources
+from coup_lib.randomness import alike, begun, restored, sources, states_of
 
 CPU = torch.device("cpu")
 
@@ -76,12 +76,12 @@ def test_a_replay_draws_the_same_numbers_wherever_they_come_from(name, monkeypat
 def test_predictions_are_those_of_their_seeds_and_leave_the_sources_alone(name):
     network, (_, _, x) = drawing(name), small_problem()
     network.random = True
-    before = [source.get_state() for source in sources(network, CPU)]
+    before = states_of(sources(network, CPU))
     seeds = torch.tensor([[1, 2]]).expand(len(x), 2)
     found = predict(network, x, seeds, 640)
-    after = [source.get_state() for source in sources(network, CPU)]
-    assert all(map(torch.equal, before, after))
+    assert alike(before, states_of(sources(network, CPU)))
     network(x)
+    assert not alike(before, states_of(sources(network, CPU)))
     assert torch.equal(found, predict(network, x, seeds, 640))
     assert not torch.equal(found[:, 0], found[:, 1])
 
