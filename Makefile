@@ -57,8 +57,9 @@ run: setup
 	@echo "Executed notebooks: build/notebooks-$(BUDGET); figures and tables: $(FIGURES); records: $(RESULTS)"
 
 LINT = run $(BIN)/ruff check .; run $(BIN)/ruff format --check .; run $(BIN)/mypy
-# Two tests at a time, with one thread each: what is small is no faster with more.
-PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile -p no:benchmark
+# Two tests at a time, with one thread each: what is small is no faster with more. In alphabetical order: files
+# of a single long test would else come last, and leave one process idle.
+PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
 # Those that compare with published numbers and closed forms run as on an older processor, too.
 OLDER = env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 NUMERICAL = $(patsubst %,tests/test_%.py,wideresnet resnet ddpmpp edm sde solver gradients likelihood)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -132,12 +131,3 @@ def test_notebooks_know_every_parameter_that_a_step_gives_them(name):
     known = {node.target.id for node in ast.parse(cell).body if isinstance(node, ast.AnnAssign)}
     assert {*step.given, "precision"} <= known
     assert grids.of_run(step.run, step.given) and " -p classifier resnet" in step.papermill
-
-
-@pytest.mark.parametrize("run", [name for name, notebook in grids.NOTEBOOKS.items() if notebook.rest])
-def test_a_notebook_finds_on_record_all_that_was_computed_without_it(run):
-    grids.compute(run, {})
-    namespace = {"get_ipython": lambda: SimpleNamespace(input_transformers_cleanup=[]), "In": []}
-    with reading_only():
-        for code in code_of(run):
-            exec(code, namespace)
