@@ -137,6 +137,10 @@ def test_planes_hold_what_the_images_do():
         ),
         ({"defences": {"it": "resnet"}}, "it: expected a torch.nn.Module; got str"),
         ({"defences": {"it": (linear(),) * 3}}, "it: expected a torch.nn.Module; got tuple"),
+        (
+            {"defences": {"it": (linear(), nn.Hardtanh(-5, 5).eval())}},
+            r"it: expected a pair \(purifier, classifier\); its first part gives shape \(4, 10\)",
+        ),
         ({"defences": {"it": linear(size=100)}}, r"images of shape \(1, 8, 8\); it says: mat1 and mat2"),
         ({"defences": {"it": linear(classes=1)}}, "expected logits"),
         (

@@ -176,6 +176,20 @@ def inner_classifiers(model: nn.Module, x: Tensor) -> list[nn.Module]:
     return [part for part in dict.fromkeys(found) if part not in inside]
 
 
+class Pair(nn.Sequential):
+    """A purifier, from images to images, and the classifier behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, K) of images x (n, ...). ValueError for a pair that is the wrong way round."""
+        purifier, classifier = self
+        logits = classifier(images := purifier(x))
+        if images.ndim == 2 < x.ndim and images.shape == logits.shape:
+            raise ValueError(
+                f"expected a pair (purifier, classifier); its first part gives {described(images)}"
+            )
+        return logits
+
+
 def as_module(name: str, model: Any) -> nn.Module:
     """A model as one module: a pair (purifier, classifier) becomes one that calls both.
 
@@ -184,7 +198,7 @@ def as_module(name: str, model: Any) -> nn.Module:
     if isinstance(model, tuple | list) and len(model) == 2:
         for part in model:
             check_module(name, part)
-        pair = nn.Sequential(*model)
+        pair = Pair(*model)
         pair.training = False  # its parts stay as they are
         return pair
     check_module(name, model)

@@ -218,7 +218,8 @@ def figure(times: Sweep, unguided: Sweep, weights: Sweep, config: Config) -> Fig
             if column in JUDGED:
                 peak = best(found, column)
                 where = places[list(found).index(peak)], 100 * found[peak][column].mean()
-                axes.scatter(*where, s=120, facecolors="none", edgecolors="black", zorder=3)
+                look = {"s": 120, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+                axes.scatter(*where, **look, label="best of its line" if column == JUDGED[0] else None)
         axes.set_xticks(range(len(found)), [f"{value:g}" for value in found])
         bar = {"color": "0.75", "linewidth": 5, "alpha": 0.5, "zorder": 0}
         axes.axvline(list(found).index(papers), label="the paper's", **bar)
@@ -227,7 +228,7 @@ def figure(times: Sweep, unguided: Sweep, weights: Sweep, config: Config) -> Fig
     left.set_xlabel("purification time t*")
     right.set_xlabel(f"guidance weight λ (0: {LABELS['reverse']})")
     plots.titles((left, right), (f"COUP, λ = {config.guidance_weight:g}", f"COUP, t* = {config.t_star:g}"))
-    whole.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    whole.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return whole
 
 
