@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from coup_lib.attacks import in_parts, project
+from coup_lib.ascent import in_parts, project, steepest
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.noise import image_seeds
@@ -28,12 +28,10 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Measurement
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import CLEAN, AttackSpec
-from coup_lib.evaluation.stats import Estimate, mean_interval, student
-from coup_lib.guidance import FirstOrder, to_image
-from coup_lib.purify import Purified, Purifier, images_per_call
+from coup_lib.evaluation.stats import Estimate, student
+from coup_lib.purify import Purified, images_per_call
 from coup_lib.reporting.plots import PALETTE, band, estimates, titles
 from coup_lib.reporting.tables import MISSING
-from coup_lib.solver import euler_step, step_times
 
 KINDS = ("exact", "first_order")
 NAMES = {"exact": "exact", "first_order": "first-order"}
@@ -43,11 +41,9 @@ CASES = {  # the cases of `slopes`
     "flipped": "COUP, sign flipped",
     "smooth": "COUP, smoothed max",
 }
-STARTS = {"clean": "clean", "reverse": "attacked"}
 WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # λ of the control with the sign flipped
 EOT_FACTORS = (0.05, 0.25, 1.0, 3.2)  # of the configured draws: 1, 5, 20, 64 at the full size
 DRAWS = 64  # behind a mean gradient
-SECOND_ORDER_PATHS = 4  # behind the share of the second-order term
 SLOPE_DRAWS = 32
 LANDSCAPE_DRAWS = 16
 LANDSCAPE = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # distances, in units of eps
@@ -72,12 +68,11 @@ def eot_counts(config: Config) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """All measurements: what the functions of these names return, (case, start) → and case → for the last."""
+    """All measurements: what the functions of these names return, by case the landscapes and the slopes."""
 
     controls: Mapping[float | str, Arrays]
-    gradient_statistics: Arrays
     reached: Mapping[str, Mapping[int, np.ndarray]]
-    landscapes: Mapping[tuple[str, str], Arrays]
+    landscapes: Mapping[str, Arrays]
     slopes: Mapping[str, Arrays]
 
 
@@ -86,13 +81,8 @@ def measure(config: Config) -> Mechanism:
     flipped = replace(config, guidance_weight=-config.guidance_weight)
     return Mechanism(
         controls(config),
-        gradient_statistics(config),
         reached(config),
-        {
-            (case, start): landscape(one, "coup", start)
-            for case, one in (("coup", config), ("flipped", flipped))
-            for start in STARTS
-        },
+        {case: landscape(one, "coup", "reverse") for case, one in (("coup", config), ("flipped", flipped))},
         {case: slopes(config, case) for case in CASES},
     )
 
@@ -125,38 +115,6 @@ def control_experiments(config: Config) -> dict[float | str, Experiment]:
     return found
 
 
-def gradient_statistics(config: Config, draws: int = DRAWS) -> dict[str, np.ndarray]:
-    """Both gradients of COUP at the images that APGD-ce made against the reverse SDE.
-
-    cosine, ratio (n,): angle between the mean gradients, and length of the exact one over the other's.
-    snr_exact, snr_first_order (n,): |mean| over the standard deviation of a single draw's gradient.
-    second_order (N, n): the length of what the second-order term adds to a step's vector-Jacobian product,
-        over that of the whole product; first step first, mean of 4 paths.
-    switched (n,): the share of paths on which the classifier's decision changes from a step to the next.
-    """
-    evaluation = Evaluation(config, verbose=False)
-
-    def compute(places: range) -> dict[str, Tensor]:
-        x, y = _attacked(evaluation)[places], evaluation.images.y[places]
-        seeds = image_seeds(config.seed, FIT, places, draws)
-        exact, first = (draw_gradients(evaluation.bench.defence("coup", kind), x, y, seeds) for kind in KINDS)
-        means = exact.mean(1).flatten(1), first.mean(1).flatten(1)
-        lengths = [mean.norm(dim=1) for mean in means]
-        model = cast(Purified, evaluation.bench.defence("coup"))
-        fresh = image_seeds(config.seed, FRESH, places, SECOND_ORDER_PATHS)
-        shares, switched = zip(*[_second_order(model, x, y, once) for once in fresh.T], strict=True)
-        return {
-            "snr_exact": signal_to_noise(exact),
-            "snr_first_order": signal_to_noise(first),
-            "cosine": (means[0] * means[1]).sum(1) / (lengths[0] * lengths[1]),
-            "ratio": lengths[0] / lengths[1],
-            "second_order": torch.stack(shares).mean(0),
-            "switched": torch.stack(switched).float().mean(0),
-        }
-
-    return _record(evaluation, "gradients", compute, draws=draws)
-
-
 def landscape(
     config: Config, target: str, start: str, draws: int = LANDSCAPE_DRAWS, kinds: Sequence[str] = KINDS
 ) -> dict[str, np.ndarray]:
@@ -178,7 +136,7 @@ def landscape(
         found = {}
         for kind in kinds:
             gradient = draw_gradients(evaluation.bench.defence(target, kind), begin, y, seeds).mean(1)
-            direction = config.eps * step_direction(gradient, config)
+            direction = config.eps * steepest(gradient, config.norm)
             images = [project(begin + s * direction, x, config.norm_label, config.eps) for s in LANDSCAPE]
             found[kind] = torch.stack([draw_losses(model, image, y, seeds).mean(1) for image in images])
         return found
@@ -208,7 +166,7 @@ def slopes(config: Config, case: str, draws: int = SLOPE_DRAWS) -> dict[str, np.
         model.purifier.margin = config.eps  # differences on either side of an image on the edge
         for kind in KINDS:
             gradient = draw_gradients(evaluation.bench.defence(target, kind), x, y, seeds).mean(1)
-            direction, steps = step_direction(gradient, config), [s * config.eps for s in DIFFERENCES]
+            direction, steps = steepest(gradient, config.norm), [s * config.eps for s in DIFFERENCES]
             found[f"foretold_{kind}"] = (gradient * direction).flatten(1).sum(1)
             differences = [central_difference(model, x, y, seeds, step * direction) / step for step in steps]
             found[f"measured_{kind}"] = torch.stack(differences)
@@ -258,12 +216,10 @@ def experiments(config: Config) -> list[Experiment]:
 def measurements(config: Config) -> list[Measurement]:
     """What is no attack here; the slopes are taken at half of the images."""
     kinds, n = len(KINDS), config.n_images
-    statistics = kinds * (DRAWS + SECOND_ORDER_PATHS), SECOND_ORDER_PATHS
     landscapes = kinds * LANDSCAPE_DRAWS, kinds * len(LANDSCAPE) * LANDSCAPE_DRAWS
     slope = kinds * SLOPE_DRAWS, kinds * 2 * len(DIFFERENCES) * SLOPE_DRAWS
     return [
-        Measurement(config, "coup", statistics, n),
-        *[Measurement(config, "coup", landscapes, n)] * 2 * len(STARTS),  # with guidance of either sign
+        *[Measurement(config, "coup", landscapes, n)] * 2,  # with guidance of either sign
         *[Measurement(config, "coup", slope, max(2, n // 2))] * len(CASES),
         *[Measurement(config, "coup", (0, DRAWS), n)] * kinds * len(eot_counts(config)),
     ]
@@ -299,50 +255,6 @@ def central_difference(model: nn.Module, x: Tensor, y: Tensor, seeds: Tensor, sh
     """Half of the mean loss at x + shift minus that at x − shift, (n,): slope times length."""
     ahead, behind = (draw_losses(model, x + side * shift, y, seeds).mean(1) for side in (1, -1))
     return (ahead - behind) / 2
-
-
-def signal_to_noise(gradients: Tensor) -> Tensor:
-    """|mean| over the root mean square distance to the mean, (n,), of gradients (n, draws, C, H, W)."""
-    flat = gradients.flatten(2)
-    mean = flat.mean(1, keepdim=True)
-    spread = (flat - mean).square().sum(2).sum(1) / (flat.shape[1] - 1)
-    return mean.norm(dim=2)[:, 0] / spread.sqrt()
-
-
-def step_direction(gradient: Tensor, config: Config) -> Tensor:
-    """An attack's step of size 1 in the config's norm, like gradient (n, C, H, W)."""
-    if config.norm == "linf":
-        return gradient.sign()
-    return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
-
-
-def _second_order(model: Purified, x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """(share (N, n) of the second-order term in each step's product, decision changed on the path (n,))."""
-    states: list[Tensor] = []
-    purifier = model.purifier
-    purifier.trajectory(x, lambda index, t, state: states.append(state), seeds=seeds)
-    decisions = torch.stack([model.classifier(to_image(state)).argmax(1) for state in states])
-    end = states[-1].detach().requires_grad_()
-    loss = F.cross_entropy(model.classifier(purifier.finish(end)), y, reduction="sum")
-    (v,) = torch.autograd.grad(loss, end)
-    shares, steps = [], step_times(purifier.times, x.dtype, x.device)
-    for state, (t, dt) in zip(reversed(states[:-1]), reversed(steps), strict=True):
-        whole, without = (
-            _pulled_back(score, purifier, state, t, dt, v)
-            for score in (purifier.score, FirstOrder(purifier.score))
-        )
-        # A path that ends deep in the right class has no gradient left to divide by.
-        length = whole.flatten(1).norm(dim=1).clamp_min(1e-30)
-        shares.append((whole - without).flatten(1).norm(dim=1) / length)
-        v = whole
-    return torch.stack(shares[::-1]), (decisions != decisions[0]).any(0)
-
-
-def _pulled_back(
-    score: nn.Module, purifier: Purifier, state: Tensor, t: Tensor, dt: Tensor, v: Tensor
-) -> Tensor:
-    x = state.detach().requires_grad_()
-    return torch.autograd.grad(euler_step(score, purifier.sde, x, t, dt), x, v)[0]
 
 
 def _per_draw(x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -423,10 +335,6 @@ def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> Estimate:
     return Estimate(float(statistic(*samples)), float(low), float(high))
 
 
-def _median(values: np.ndarray) -> Estimate:
-    return bootstrap(partial(np.median, axis=-1), values)
-
-
 def _mean(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), *map(float, student(values)))
 
@@ -442,33 +350,24 @@ def _side(found: Any, reference: float | None) -> str:
 def findings(found: Mechanism) -> pd.DataFrame:
     """Each measured quantity with its 95 % interval, and what the interval says of no difference.
 
-    Medians and ratios have bootstrap intervals and mean losses Student's; shares, accuracies and their
-    differences have `stats.mean_interval`'s. "No difference" is a ratio of 1, and a difference of 0.
+    Ratios have bootstrap intervals and mean losses Student's; accuracies and their differences have
+    `stats.mean_interval`'s. "No difference" is a ratio of 1, and a difference of 0.
     """
-    statistics, controls = found.gradient_statistics, found.controls
-    share, draws = statistics["second_order"].max(0), max(found.reached["exact"])
-    switched = statistics["switched"]
+    controls, draws = found.controls, max(found.reached["exact"])
     plain: dict[str, Any] = {
-        "Cosine of the exact and the first-order mean gradient, median": _median(statistics["cosine"]),
-        "Second-order term over a step's vector-Jacobian product, largest step, median": _median(share),
-        "Share of the paths on which the classifier's decision changes": Estimate(
-            float(switched.mean()), *mean_interval(switched)
-        ),
+        f"Accuracy (%) of COUP, smoothed max, {label} attack": Accuracy.of(controls["smooth"][kind])
+        for kind, label in NAMES.items()
     }
-    for kind, label in NAMES.items():
-        plain[f"Signal to noise of one draw, {label}, median"] = _median(statistics[f"snr_{kind}"])
-        plain[f"Accuracy (%) of COUP, smoothed max, {label} attack"] = Accuracy.of(controls["smooth"][kind])
-    ratios = {"Length of the exact over the first-order mean gradient, median": _median(statistics["ratio"])}
-    for (case, slope), kind in product(found.slopes.items(), KINDS):
-        label = f"Predicted over measured slope, {CASES[case]}, {NAMES[kind]}"
-        ratios[label] = predicted_over_measured(slope, kind)
+    ratios = {
+        f"Predicted over measured slope, {CASES[case]}, {NAMES[kind]}": predicted_over_measured(slope, kind)
+        for (case, slope), kind in product(found.slopes.items(), KINDS)
+    }
 
     gain = found.reached["first_order"][draws] - found.reached["exact"][draws]
     differences: dict[str, Any] = {f"First-order − exact: loss reached, {draws} draws": _mean(gain)}
-    for (case, start), losses in found.landscapes.items():
+    for case, losses in found.landscapes.items():
         gain = losses["first_order"][1:].mean(0) - losses["exact"][1:].mean(0)
-        label = f"loss along the direction, {CASES[case]}, {STARTS[start]} image"
-        differences[f"First-order − exact: {label}"] = _mean(gain)
+        differences[f"First-order − exact: loss along the direction, {CASES[case]}"] = _mean(gain)
     for name, row in controls.items():
         label = "smoothed max" if name == "smooth" else f"λ = {name:g}"
         gap = Difference.of(row["exact"], row["first_order"])
@@ -514,7 +413,6 @@ LOOKS: dict[str, Any] = {  # of the kinds of gradients, and of the worst case ov
     "worst": {"label": "worst case", "color": "black", "marker": "D"},
 }
 SMALL: dict[str, Any] = {"markersize": 4, "capsize": 1.8}
-IMAGES: dict[str, Any] = {"color": PALETTE[4], "markersize": 3.5, "alpha": 0.7}  # a point for each image
 REFERENCE: dict[str, Any] = {"color": "0.6", "linewidth": 0.8, "zorder": 0}
 
 
@@ -537,35 +435,8 @@ def sign_panel(axes: Axes, controls: Mapping[float | str, Arrays], at: float) ->
     axes.set(xlabel="guidance weight λ", ylabel="change against λ = 0 (points)")
 
 
-def gradient_panels(panels: Sequence[Axes], statistics: Arrays, t_star: float) -> None:
-    """How alike the gradients are, what the second-order term adds, and which is noisier.
-
-    A point for each image, its cosine against the ratio of lengths; the term's size along the path, median
-    and 5–95 % of the images; a point for each image, its two ratios of signal to noise.
-    """
-    alike, term, noise = panels
-    alike.plot(statistics["ratio"], statistics["cosine"], "o", **IMAGES)
-    alike.axhline(1, **REFERENCE)
-    alike.axvline(1, **REFERENCE)
-    alike.set(xlabel="length, exact / first-order", ylabel="cosine, exact · first-order")
-
-    shares = 100 * statistics["second_order"]
-    times = t_star * (1 - np.arange(len(shares)) / len(shares))
-    low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95], axis=1)
-    band(term, times, middle, (low, high), "o-", PALETTE[4])
-    term.set(xlabel="time t of the step", ylabel="second-order part (%)", ylim=(0, None))
-    term.invert_xaxis()
-
-    exact, first = (statistics[f"snr_{kind}"] for kind in KINDS)
-    top = 1.05 * max(exact.max(), first.max())
-    noise.plot((0, top), (0, top), **REFERENCE)
-    noise.plot(exact, first, "o", **IMAGES)
-    noise.set(xlabel="signal to noise, exact", ylabel="signal to noise, first-order")
-
-
-def loss_panels(panels: Sequence[Axes], found: Mechanism) -> None:
-    """Paired gain in loss of first-order over exact, with 95 %: by attacks, and by steps from two starts."""
-    attacks, *steps = panels
+def loss_panels(attacks: Axes, steps: Axes, found: Mechanism) -> None:
+    """Paired gain in loss of first-order over exact, with 95 %: by attacks, and by steps."""
     exact, first = (found.reached[kind] for kind in KINDS)
     gains = [_mean(first[count] - exact[count]) for count in exact]
     estimates(attacks, [*exact], gains, fmt="D-", color=PALETTE[2], **SMALL)
@@ -575,12 +446,11 @@ def loss_panels(panels: Sequence[Axes], found: Mechanism) -> None:
     attacks.set(xlabel="noise draws per gradient", ylabel="loss reached, first-order − exact")
 
     styles = {"coup": ("D-", PALETTE[2]), "flipped": ("v-", PALETTE[1])}
-    at = dict(zip(STARTS, steps, strict=True))
-    for (case, start), losses in found.landscapes.items():
+    for case, losses in found.landscapes.items():
         gain = losses["first_order"] - losses["exact"]
-        band(at[start], LANDSCAPE, gain.mean(1), student(gain), *styles[case], label=CASES[case])
-        at[start].set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
-    for axes in panels:
+        band(steps, LANDSCAPE, gain.mean(1), student(gain), *styles[case], label=CASES[case])
+    steps.set(xlabel="step along the direction (eps)", ylabel="loss, first-order − exact")
+    for axes in (attacks, steps):
         axes.axhline(0, **REFERENCE)
 
 
@@ -599,19 +469,14 @@ def slope_panel(axes: Axes, slopes: Mapping[str, Arrays]) -> None:
 
 
 def mechanism_figure(found: Mechanism, config: Config) -> Figure:
-    """Eight panels, (a) to (h), of what was measured for the config."""
-    figure, grid = plt.subplots(2, 4, figsize=(14, 6.6))
-    panels = list(grid.flat)
-    sign_panel(panels[0], found.controls, config.guidance_weight)
-    gradient_panels(panels[1:4], found.gradient_statistics, config.t_star)
-    loss_panels(panels[4:7], found)
-    slope_panel(panels[7], found.slopes)
-    names = (
-        *("robustness against λ", "gradients alike", "second-order term", "noise of one draw"),
-        *("averaging more draws", "steps from the clean image", "steps from the attacked image"),
-        "the predicted slope",
-    )
-    titles(panels, names)
-    for axes, title in ((panels[0], "hollow: smooth"), (panels[6], ""), (panels[7], "")):
+    """Four panels, (a) to (d), of what was measured for the config."""
+    figure, panels = plt.subplots(2, 2, figsize=(8.5, 6.6))
+    (signs, attacks), (steps, slope) = panels
+    sign_panel(signs, found.controls, config.guidance_weight)
+    loss_panels(attacks, steps, found)
+    slope_panel(slope, found.slopes)
+    names = "robustness against λ", "averaging more draws", "steps from the attacked image"
+    titles(panels.flat, (*names, "the predicted slope"))
+    for axes, title in ((signs, "hollow: smooth"), (steps, ""), (slope, "")):
         axes.legend(loc="best", fontsize="small", title=title, title_fontsize="small")
     return figure
