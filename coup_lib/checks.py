@@ -73,7 +73,8 @@ def check_images(x: Any, margin: float = ROUNDING) -> None:
         raise ValueError(f"x: expected {expected}; got {described(x)}")
     low, high = torch.stack(x.detach().aminmax()).tolist()
     if not (low >= -margin and high <= 1 + margin):  # NaN is neither
-        raise ValueError(f"x: expected values in [0, 1]; got {low:.4g} to {high:.4g}")
+        got = f"{low:.4g} to {high:.4g}" if low == low else "NaN"
+        raise ValueError(f"x: expected values in [0, 1]; got {got}")
 
 
 def check_module(name: str, network: Any) -> None:

@@ -138,7 +138,13 @@ def audit_parser() -> argparse.ArgumentParser:
         f"images of {', '.join(SIZES)} (required)",
     )
     option("--n", type=int, help="only the first N of these images (default: all)")
-    option("--norm", choices=NORMS, default="linf", help="of a perturbation (default: %(default)s)")
+    option(
+        "--norm",
+        type=str.lower,
+        choices=NORMS,
+        default="linf",
+        help="of a perturbation (default: %(default)s)",
+    )
     option("--eps", required=True, help='radius in units of x, a number or as "8/255" (required)')
     option(
         "--budget",
@@ -186,7 +192,7 @@ def read_images(given: str, n: int | None = None) -> "tuple[torch.Tensor, torch.
         if not Path(given).is_file():
             raise ValueError(f"{expected}; there is no file {given}")
         if not is_zipfile(given):
-            raise ValueError(f"{expected}; {given} is no such file, or is cut short")
+            raise ValueError(f"{expected}; {given} is no .npz file, or is cut short")
         try:
             with np.load(given, allow_pickle=False) as arrays:
                 if not {"x", "y"} <= set(arrays.files):

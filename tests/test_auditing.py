@@ -21,7 +21,7 @@ from coup_lib.auditing.defence import (
     own_gradients,
 )
 from coup_lib.auditing.probe import probe
-from coup_lib.auditing.signs import HARMLESS, signs, strongest_of
+from coup_lib.auditing.signs import HARMLESS, compared, signs, strongest_of
 from coup_lib.data import load_split
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_content
@@ -135,8 +135,8 @@ def test_planes_hold_what_the_images_do():
             {"defences": {"it": Defence(linear(), {"exact": linear()})}},
             "it: expected other gradients",
         ),
-        ({"defences": {"it": "resnet"}}, "it: expected a torch.nn.Module; got str"),
-        ({"defences": {"it": (linear(),) * 3}}, "it: expected a torch.nn.Module; got tuple"),
+        ({"defences": {"it": "resnet"}}, "it: expected a torch.nn.Module, or a pair .*; got str"),
+        ({"defences": {"it": (linear(),) * 3}}, "it: expected a torch.nn.Module, or a pair .*; got tuple"),
         (
             {"defences": {"it": (linear(), nn.Hardtanh(-5, 5).eval())}},
             r"it: expected a pair \(purifier, classifier\); its first part gives shape \(4, 10\)",
@@ -728,6 +728,7 @@ HONEST = {
         (dict.fromkeys(("ce", "long", "dlr", "margin", "fgsm", "square"), 0.94) | {"bpda-ce": 0.1},
          "random noise does as much as the gradient"),
         ({"single": 0.42, "bpda-ce": 0.39, Transfer("plain", "ce"): 0.5}, None),
+        ({"clean": 0.3}, "clean accuracy is not above chance"),
     ],
 )  # fmt: skip
 def test_a_sign_is_named_where_an_attack_that_should_be_weaker_is_stronger(change, name, digits, net):
@@ -735,6 +736,15 @@ def test_a_sign_is_named_where_an_attack_that_should_be_weaker_is_stronger(chang
     found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, {})
     assert not found if name is None else name in {sign.name for sign in found}
     assert all(sign.masking != (sign.name in HARMLESS) for sign in found)
+
+
+@pytest.mark.parametrize(("images", "seen"), [(16, False), (400, True)])
+def test_of_few_images_no_gradient_is_shown_to_be_like_noise(images, seen):
+    """Noise leaves 75 % of the images, the gradient 69 %, the worst case 25 %."""
+    shares = {"noise": 0.75, "ce": 0.69, "worst": 0.25}
+    right = {key: (np.arange(images) < round(share * images)).astype(float) for key, share in shares.items()}
+    found = compared("it", right, right, {key: key for key in right}, {}, np.arange(images) % 10)
+    assert ("random noise does as much as the gradient" in {sign.name for sign in found if sign.seen}) == seen
 
 
 def test_which_attack_is_the_strongest_is_seen_by_other_draws_than_those_reported():
@@ -749,7 +759,7 @@ def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
     found = {}
     for left in (0.0, 0.3):
         labels = np.arange(N) % 10
-        row["clean"] = replace(row["clean"], labels=labels)
+        row["clean"] = replace(row["clean"], labels=labels, report=labels[:, None])
         by_radius = {0.15: row["ce"].right, 0.5: made_up(left).right}
         found[left] = signs(
             "it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, by_radius
@@ -762,7 +772,8 @@ def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):
 @pytest.mark.parametrize(("right", "seen"), [(1, False), (3, True)])
 def test_a_large_radius_is_a_sign_only_if_the_interval_is_above_chance(right, seen, digits, net):
     row = {key: made_up(share) for key, share in HONEST.items()}
-    row["clean"] = replace(row["clean"], labels=np.arange(N) % 10)
+    labels = np.arange(N) % 10
+    row["clean"] = replace(row["clean"], labels=labels, report=labels[:, None])
     left = np.arange(3) < right
     by_radius = {0.15: np.ones(3), 0.5: left.astype(float)}
     found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, by_radius)

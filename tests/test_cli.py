@@ -121,7 +121,7 @@ def test_the_first_images_of_a_test_split_are_read():
         ("wrong.py:build", r"wrong.py: expected a module .* \(wrong.py, line 1\)"),
         ("defences:biuld", "defences:biuld: expected biuld in defences, which has .*, build"),
         ("defences:of", "defences:of: expected .* callable without arguments .*; missing .* 'size'"),
-        ("defences:number", r"defences.number: expected a torch.nn.Module; got int"),
+        ("defences:number", r"defences.number: expected a torch.nn.Module, or a pair .*; got int"),
         ("a(b)=defences:pair", r"expected names of letters.*; got 'a\(b\)'"),
     ],
 )
@@ -160,10 +160,10 @@ def mistaken_data(folder):
     np.savez(folder / "few.npz", x=x, y=y[:3])
     return {
         "nowhere.npz": "there is no file nowhere.npz",
-        "short.npz": "is no such file, or is cut short",
+        "short.npz": "is no .npz file, or is cut short",
         "damaged.npz": "Bad CRC-32",
-        "empty.npz": "is no such file, or is cut short",
-        "one.npy": "is no such file, or is cut short",
+        "empty.npz": "is no .npz file, or is cut short",
+        "one.npy": "is no .npz file, or is cut short",
         "unlabelled.npz": "unlabelled.npz: got x, labels",
         "objects.npz": "allow_pickle=False",
         "words.npz": "numpy.str_",

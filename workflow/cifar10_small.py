@@ -233,7 +233,7 @@ def run(target: Callable[..., None], *given: tuple[Any, ...], end: float) -> boo
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; ValueError for an unknown step."""
+    """The options; exit code 2 for an unknown step."""
     parser = argparse.ArgumentParser(
         prog="python -m workflow.cifar10_small",
         description=__doc__,
@@ -249,8 +249,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--processes", type=int, default=several, help=f"that attack at a time {default}")
     option("--smoke", action="store_true", help="the smallest sizes, to see that all is in place")
     options = parser.parse_args(arguments)
-    for name in options.only or ():
-        choice("--only", name, STEPS)
+    try:
+        for name in options.only or ():
+            choice("--only", name, STEPS)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

@@ -342,7 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total |= {head: max(row[head] for row in rows.values()) for head in ("images", "GiB")}
     if len(rows) > 1:
         print(table_lines("all of them", total)[-1])
-    print(f"\n{suggestion(Config(**given), total['GiB'])}")
+    print("\nHours are of what is not on record; COUP_PUBLISHED=build/none counts all.")
+    print(suggestion(Config(**given), total["GiB"]))
 
 
 def _absent(grid: Grid) -> str:

@@ -110,7 +110,8 @@ def _place(folder: str | Path) -> Path:
 def _by_name(defences: Any) -> dict[str, dict[str, nn.Module]]:
     """Defence → gradient → module, "exact" being the defence itself; ValueError for what is none."""
     if not isinstance(defences, Mapping) or not defences:
-        raise ValueError('defences: expected at least one by name, as {"mine": module}')
+        got = type(defences).__name__
+        raise ValueError(f'defences: expected at least one by name, as {{"mine": module}}; got {got}')
     given = {}
     for name, one in defences.items():
         one = one if isinstance(one, Defence) else Defence(one)
@@ -172,7 +173,9 @@ def _prepared(
     try:
         found = probe(model, x, y)
     except ValueError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix('defences: ')}") from error
+        raise ValueError(
+            f"{name}: {str(error).removeprefix('defences: ').removeprefix('classifier: ')}"
+        ) from error
     modules = {"exact": model, **own_gradients(model, x[:2]), **given}
     exact, *others = modules.values()
     # Weights, constants and code do not tell what a library does, or a file: answers do.

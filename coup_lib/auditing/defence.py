@@ -182,12 +182,11 @@ class Pair(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, K) of images x (n, ...). ValueError for a pair that is the wrong way round."""
         purifier, classifier = self
-        logits = classifier(images := purifier(x))
-        if images.ndim == 2 < x.ndim and images.shape == logits.shape:
-            raise ValueError(
-                f"expected a pair (purifier, classifier); its first part gives {described(images)}"
-            )
-        return logits
+        images = purifier(x)
+        if images.ndim == 2 < x.ndim and images[0].numel() != x[0].numel():
+            got = described(images)
+            raise ValueError(f"expected a pair (purifier, classifier); its first part gives {got}")
+        return classifier(images)
 
 
 def as_module(name: str, model: Any) -> nn.Module:
@@ -201,7 +200,9 @@ def as_module(name: str, model: Any) -> nn.Module:
         pair = Pair(*model)
         pair.training = False  # its parts stay as they are
         return pair
-    check_module(name, model)
+    if not isinstance(model, nn.Module):
+        expected = "a torch.nn.Module, or a pair of them (purifier, classifier)"
+        raise ValueError(f"{name}: expected {expected}; got {type(model).__name__}")
     return model
 
 
@@ -243,7 +244,7 @@ def check_data(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: for what is no images in [0, 1] with a label each, or fewer than two.
     """
-    images, labels = torch.as_tensor(x), torch.as_tensor(y)
+    images, labels = _numbers("x", x), _numbers("y", y)
     if not images.is_floating_point():
         raise ValueError(f"x: expected floating point in [0, 1]; got {images.dtype} (divide bytes by 255)")
     if images.ndim < 2 or len(images) < 2:
@@ -256,6 +257,14 @@ def check_data(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"y: expected labels from 0 on; got {int(labels.min())}")
     check_images(images.reshape(len(images), *as_planes(images.shape[1:])))
     return images.float(), labels.long()
+
+
+def _numbers(name: str, given: Any) -> Tensor:
+    """A tensor or an array as a tensor; ValueError for what holds no numbers."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected a tensor or an array of numbers; {error}") from None
 
 
 def as_planes(shape: Sequence[int]) -> tuple[int, int, int]:

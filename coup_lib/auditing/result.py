@@ -99,6 +99,10 @@ class Audit:
             f"{accuracy.high:.1f}] ({self.threat}; the worst of {len(row) - 1} attacks on each image; the "
             f"strongest one, {labels[best]}, leaves {100 * row[best].right.mean():.1f} %)."
         )
+        if row[best].right.mean() < self.worst[name].right.mean():
+            text += (
+                " Chosen by other draws than are reported, the worst attacks may leave a little more than it."
+            )
         if self.probes[name].changed:
             text += " This is no bound: its answers change with use, and another copy of it may do worse."
         if self.probes[name].error:

@@ -20,7 +20,7 @@ EFFORTS = ("short", "ce", "long")  # each with more iterations than the one befo
 NOT_COMPARED = ("clean", "single", "standard", "restart", "worst", *EFFORTS)
 TOLERANCE = 2.0  # points by which a cheaper attack or more work may win
 LOSS_TOLERANCE = 5.0  # points that a loss may be better than another one
-NOISE_TOLERANCE = 10.0  # points that several draws a gradient may be better than one
+NOISE_TOLERANCE = 10.0  # points that several draws a gradient may be better than one, or than random noise
 ZERO_TOLERANCE = 0.05  # share of images that may have a gradient of zero
 
 # What an attack gets over by itself, or what may be meant.
@@ -29,6 +29,7 @@ HARMLESS = (
     "batch normalisation in train mode",
     "probabilities instead of logits",
     "another loss is stronger than the cross-entropy",
+    "clean accuracy is not above chance",
 )
 
 
@@ -142,7 +143,8 @@ def compared(
     shown = ", ".join(f"{label[key]} {_percent(right[key])}" for key in efforts)
     seen = any(_wins(right[more], right[less]) for less, more in pairwise(efforts))
     found.append(Sign(defence, "more iterations still find something", shown, seen=seen))
-    return found + _at_large_radius(defence, by_radius, labels) + _like_noise(defence, right)
+    found += _at_large_radius(defence, by_radius, labels) + _like_noise(defence, right)
+    return found + _at_chance(defence, right, labels)
 
 
 def strongest_of(keys: Sequence[Any], suspicion: Mapping[Any, np.ndarray]) -> Any:
@@ -157,9 +159,9 @@ def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float = TOLERANCE
 
 
 def _like_noise(defence: str, right: Mapping[Any, np.ndarray]) -> list[Sign]:
-    """The gradient is no better than random noise, though the defence can be attacked."""
+    """The gradient is shown to be hardly better than random noise, though the defence can be attacked."""
     noise, exact, worst = (right[key] for key in ("noise", "ce", "worst"))
-    seen = not _wins(exact, noise, 0.0) and _wins(worst, exact)
+    seen = Difference.of(noise, exact).high < NOISE_TOLERANCE and _wins(worst, exact)
     shown = f"{_percent(noise)} against {_percent(exact)}"
     return [Sign(defence, "random noise does as much as the gradient", shown, seen=seen)]
 
@@ -178,6 +180,16 @@ def _at_large_radius(defence: str, by_radius: Mapping[float, np.ndarray], labels
     shown = f"{_percent(right)} at {radius:.3g}, chance {100 * chance:.3g} %" + ", and rises" * rises
     seen = rises or Accuracy.of(right).low > 100 * chance
     return [Sign(defence, "accuracy at a large radius stays above chance", shown, seen=seen)]
+
+
+def _at_chance(defence: str, right: Mapping[Any, np.ndarray], labels: np.ndarray) -> list[Sign]:
+    """Clean accuracy is near chance: the labels may be in another order than the logits."""
+    if "clean" not in right:
+        return []
+    found, chance = Accuracy.of(right["clean"]), 100 / max(2, len(np.unique(labels)))
+    shown = f"{found}, chance {chance:.3g} %; are the labels in the order of the logits?"
+    seen = found.low <= chance and found.value < 2 * chance
+    return [Sign(defence, "clean accuracy is not above chance", shown, seen=seen)]
 
 
 def _percent(right: np.ndarray) -> str:

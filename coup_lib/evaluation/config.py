@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import keyword
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -225,7 +226,7 @@ class Config:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 fill(name, value)
-        fill("eps", number("eps", self.eps, 0))
+        fill("eps", number("eps", self.eps, 0, 1 if self.norm == "linf" else math.inf))
         fill("t_star", number("t_star", self.t_star, 1e-5, profile.t_max))
         # Negative weights are a legitimate control: guidance with its sign flipped.
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))

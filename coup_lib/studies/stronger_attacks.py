@@ -345,7 +345,8 @@ def eps_experiments(config: Config) -> dict[float, Experiment]:
     small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), {}
     for factor in (0.0, *EPS_FACTORS[config.norm]):
         faced = {name: {"it": against("apgd-ce" if factor else "clean", name)} for name in PAPER}
-        found[factor] = Experiment(replace(small, eps=(factor or 1.0) * config.eps), faced)
+        eps = (factor or 1.0) * config.eps
+        found[factor] = Experiment(replace(small, eps=min(eps, 1.0) if config.norm == "linf" else eps), faced)
     return found
 
 
