@@ -138,13 +138,7 @@ def audit_parser() -> argparse.ArgumentParser:
         f"images of {', '.join(SIZES)} (required)",
     )
     option("--n", type=int, help="only the first N of these images (default: all)")
-    option(
-        "--norm",
-        type=str.lower,
-        choices=NORMS,
-        default="linf",
-        help="of a perturbation (default: %(default)s)",
-    )
+    option("--norm", type=str.lower, choices=NORMS, default="linf", help="of the ball (default: %(default)s)")
     option("--eps", required=True, help='radius in units of x, a number or as "8/255" (required)')
     option(
         "--budget",

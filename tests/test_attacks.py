@@ -694,7 +694,7 @@ class Constant(Flat):
         ({"x": (255 * X).to(torch.uint8)}, r"x: expected .* in floating point; got shape .*, torch.uint8"),
         ({"x": X[:0]}, r"x: expected at least one image, .*; got shape \(0, 1, 8, 8\)"),
         ({"x": 2 * X - 1.01}, r"x: expected values in \[0, 1\]; got -0.01 to -0.01"),
-        ({"x": X * torch.nan}, r"x: expected values in \[0, 1\]; got nan to nan"),
+        ({"x": X * torch.nan}, r"x: expected values in \[0, 1\]; got NaN"),
         ({"y": Y.numpy()}, LABELS + "ndarray"),
         ({"y": Y.int()}, LABELS + r"shape \(4,\), torch.int32, on cpu"),
         ({"y": Y[:3]}, LABELS + r"shape \(3,\), torch.int64, on cpu"),

@@ -409,7 +409,7 @@ def test_grey_images_are_refused_by_a_colour_model(build):
     [
         (lambda x: 255 * x, r"values in \[0, 1\]; got 0 to 255"),
         (lambda x: 2 * x - 1, r"values in \[0, 1\]; got -1 to 1"),
-        (lambda x: x / 0, r"values in \[0, 1\]; got nan to nan"),
+        (lambda x: x / 0, r"values in \[0, 1\]; got NaN"),
         (lambda x: x[0], r"at least one image, \(B, C, H, W\).*; got shape \(1, 8, 8\)"),
         (lambda x: x[:0], r"at least one image, .*; got shape \(0, 1, 8, 8\)"),
         (lambda x: (255 * x).byte(), r"in floating point; got shape \(3, 1, 8, 8\), torch\.uint8"),

@@ -49,7 +49,7 @@ VALID = {
     "device": st.sampled_from(["auto", "cpu"]),
     "split": st.sampled_from(SPLITS),
     "purpose": st.sampled_from(PURPOSES),
-    "eps": written(st.floats(1e-6, 10)) | FRACTIONS,
+    "eps": written(st.floats(1e-6, 1)) | FRACTIONS,
     "t_star": written(st.floats(0.01, PROFILES["digits"].t_max)),
     "guidance_weight": written(st.floats(-999, 1000)),
     "n_images": written(st.integers(1, min(SIZES["digits"].values()))),

@@ -31,7 +31,7 @@ class Parameters:
     def __post_init__(self) -> None:
         fill = partial(object.__setattr__, self)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
-        fill("eps", number("eps", self.eps, 0))
+        fill("eps", number("eps", self.eps, 0, 1 if self.norm == "linf" else 8))  # of 64 pixels in [0, 1]
         choice("budget", self.budget, BUDGETS)
         fill("n_images", count("n_images", self.n_images, split_size("digits", "test"), low=2))
         fill("seed", count("seed", self.seed, 2**31 - 9, low=0))
