@@ -38,6 +38,11 @@ def norm_label(norm: str) -> str:
     return NORM_LABELS[choice("norm", str(norm).lower(), NORMS)]
 
 
+def largest_radius(norm: str, shape: Sequence[int]) -> float:
+    """The distance between the two images of this shape in [0, 1] that lie farthest apart."""
+    return 1.0 if norm_label(norm) == "Linf" else float(torch.Size(shape).numel()) ** 0.5
+
+
 def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
     """x_adv (n, C, H, W) moved into the eps-ball around x, and into [0, 1]."""
     shift = x_adv - x

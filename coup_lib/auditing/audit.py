@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from coup_lib import paths
+from coup_lib.ascent import largest_radius
 from coup_lib.attacks import NORMS
 from coup_lib.auditing.defence import (
     Audited,
@@ -75,7 +76,7 @@ def audit(
     choice("budget", budget, AUDITS)
     given = _by_name(defences)
     images, labels = _beside(given, *check_data(x, y))
-    eps = number("eps", eps, 0, 1.0 if norm == "linf" else images[0].numel() ** 0.5)
+    eps = number("eps", eps, 0, largest_radius(norm, images.shape[1:]))
     place = _place(folder)
     bench = _bench(given, images, labels, AUDITS[budget].n_draws)
     settings = AuditSettings(

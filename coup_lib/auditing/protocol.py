@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from coup_lib.ascent import hidden_states
+from coup_lib.ascent import hidden_states, largest_radius
 from coup_lib.attacks import CLASSES
 from coup_lib.auditing.probe import Probe
 from coup_lib.auditing.signs import strongest_of
@@ -203,7 +203,7 @@ def measure(
 
 def radii(shape: Sequence[int], norm: str, eps: float) -> list[float]:
     """Radii beyond eps, up to the one at which every image of this shape can be made grey."""
-    grey = 0.5 if norm == "linf" else 0.5 * float(np.prod(shape)) ** 0.5
+    grey = 0.5 * largest_radius(norm, shape)
     return [factor * eps for factor in LARGER if factor * eps < grey] + [max(grey, eps)]
 
 

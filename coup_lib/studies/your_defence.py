@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from coup_lib import paths
+from coup_lib.ascent import largest_radius
 from coup_lib.attacks import NORMS
 from coup_lib.checks import choice, count, number
-from coup_lib.data import split_size
+from coup_lib.data import SHAPES, split_size
 from coup_lib.evaluation.profiles import BUDGETS
 
 SMOKE_IMAGES = 6
@@ -31,7 +32,7 @@ class Parameters:
     def __post_init__(self) -> None:
         fill = partial(object.__setattr__, self)
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
-        fill("eps", number("eps", self.eps, 0, 1 if self.norm == "linf" else 8))  # of 64 pixels in [0, 1]
+        fill("eps", number("eps", self.eps, 0, largest_radius(self.norm, SHAPES["digits"])))
         choice("budget", self.budget, BUDGETS)
         fill("n_images", count("n_images", self.n_images, split_size("digits", "test"), low=2))
         fill("seed", count("seed", self.seed, 2**31 - 9, low=0))
