@@ -93,6 +93,20 @@ def kept(monkeypatch):
     """What a part changes in the environment is as before after the test."""
     for name in ("COUP_RESULTS", "COUP_WEIGHTS", "COUP_SMOKE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
+    monkeypatch.setattr(session, "load_split", lambda *given: None)
+
+
+def test_missing_images_are_said_before_anything_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", failing)
+    with pytest.raises(SystemExit, match="2"):
+        session.main(["--out", str(tmp_path / "out")])
+    assert f"error: no whole cifar10 at {tmp_path}: expected the folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def failing(*given, **more):
+    raise RuntimeError("nothing there")
 
 
 def test_without_time_nothing_is_begun_and_the_last_line_says_what_is_left(kept, tmp_path, capsys):
@@ -105,7 +119,7 @@ def test_without_time_nothing_is_begun_and_the_last_line_says_what_is_left(kept,
     assert last == "done: nothing; left: card, fig2b; about 1:30 min for 1 of them"
     with pytest.raises(SystemExit, match="2"):
         session.main(["--out", str(tmp_path), "--only", "fig3"])
-    assert "--only: expected one of score-small, " in capsys.readouterr().err
+    assert "--only: invalid choice: 'fig3' (choose from 'score-small', " in capsys.readouterr().err
 
 
 def test_a_step_without_its_package_is_named_and_left_out(kept, tmp_path, capsys, monkeypatch):

@@ -56,8 +56,11 @@ def no_smoke(monkeypatch):
         ({"eps": "small"}, "eps: expected a number or a fraction such as \"8/255\"; got 'small'"),
         ({"eps": 8}, "eps: expected a number greater than 0 and at most 1; got 8"),
         ({"eps": float("nan")}, "eps: expected a number greater than 0 and at most 1; got nan"),
-        ({"n_images": 9999}, "n_images: expected a number greater than 0 and at most 512; got 9999"),
-        ({"n_images": 2.5}, "n_images: expected a whole number; got 2.5"),
+        (
+            {"n_images": 9999},
+            "n_images of the test split: expected a number greater than 0 and at most 512; got 9999",
+        ),
+        ({"n_images": 2.5}, "n_images of the test split: expected a whole number; got 2.5"),
         ({"t_star": 0.5}, "t_star: expected a number greater than 1e-05 and at most 0.3; got 0.5"),
         ({"n_steps": 0}, "n_steps: expected a number greater than 0; got 0"),
         ({"seed": -1}, "seed: expected a number greater than -1 and at most 2.14748e+09; got -1"),

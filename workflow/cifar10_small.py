@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from coup_lib.checks import choice
+from coup_lib.data import load_split
 from coup_lib.evaluation import records
 from coup_lib.evaluation.progress import clock
 from coup_lib.evaluation.protocol import Evaluation, Experiment
@@ -233,26 +233,26 @@ def run(target: Callable[..., None], *given: tuple[Any, ...], end: float) -> boo
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; exit code 2 for an unknown step."""
+    """The options; exit code 2 for an unknown step or where CIFAR-10 is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m workflow.cifar10_small",
         description=__doc__,
-        epilog=f"steps: {', '.join(STEPS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option, default = parser.add_argument, "(default: %(default)g)"
     several = max(1, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
     option("--out", type=Path, required=True, metavar="FOLDER", help="all that has to be kept between parts")
     option("--minutes", type=float, default=math.inf, help="of this part (default: until all is done)")
-    option("--only", nargs="+", metavar="STEP", help="these alone (default: all)")
+    option(
+        "--only", nargs="+", metavar="STEP", choices=STEPS, help=f"out of {', '.join(STEPS)} (default: all)"
+    )
     option("--train", type=float, default=13, metavar="MINUTES", help=f"of the score network {default}")
     option("--processes", type=int, default=several, help=f"that attack at a time {default}")
     option("--smoke", action="store_true", help="the smallest sizes, to see that all is in place")
     options = parser.parse_args(arguments)
     try:
-        for name in options.only or ():
-            choice("--only", name, STEPS)
-    except ValueError as error:
+        load_split("cifar10", "test")
+    except FileNotFoundError as error:
         parser.error(str(error))
     return options
 

@@ -230,7 +230,7 @@ class Config:
         fill("t_star", number("t_star", self.t_star, 1e-5, profile.t_max))
         # Negative weights are a legitimate control: guidance with its sign flipped.
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))
-        fill("n_images", count("n_images", self.n_images, available))
+        fill("n_images", count(f"n_images of the {self.split} split", self.n_images, available))
         for name in ("n_iter", "eot", "n_targets", "square_queries", "n_steps", "n_draws"):
             fill(name, count(name, getattr(self, name)))
         time_grid(self.t_star, self.n_steps)  # refuses steps that are too short
