@@ -475,8 +475,9 @@ def mechanism_figure(found: Mechanism, config: Config) -> Figure:
     sign_panel(signs, found.controls, config.guidance_weight)
     loss_panels(attacks, steps, found)
     slope_panel(slope, found.slopes)
-    names = "robustness against λ", "averaging more draws", "steps from the attacked image"
-    titles(panels.flat, (*names, "the predicted slope"))
-    for axes, title in ((signs, "hollow: smooth"), (steps, ""), (slope, "")):
-        axes.legend(loc="best", fontsize="small", title=title, title_fontsize="small")
+    shown = "robustness against λ", "averaging more draws", "steps from the attacked image"
+    titles(panels.flat, (*shown, "the predicted slope"))
+    steps.legend(loc="best", fontsize="small")
+    names = signs.get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=3, title="(a), (d); hollow: smoothed max")
     return figure
