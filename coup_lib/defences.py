@@ -80,15 +80,15 @@ PURIFIERS = {
     "diffpure": Recipe("DiffPure", path=DiffPurePurifier),
     "reverse": Recipe("Reverse SDE"),
     "coup": Recipe("COUP", Guided),
-    "noised": Recipe("guided after forward noise", Guided, path=DiffPurePurifier),
+    "guided-diffpure": Recipe("guided DiffPure", Guided, path=DiffPurePurifier),
     "denoised": Recipe("guided by x̂0", DenoisedGuided, differentiates_score=True),
-    "late": Recipe("guided late", Guided, times=(0.0, SWITCH)),
-    "early": Recipe("guided early", Guided, times=(SWITCH, 1.0)),
-    "late-denoised": Recipe(
-        "guided late by x̂0", DenoisedGuided, times=(0.0, SWITCH), differentiates_score=True
+    "low-noise": Recipe("guided at low noise", Guided, times=(0.0, SWITCH)),
+    "high-noise": Recipe("guided at high noise", Guided, times=(SWITCH, 1.0)),
+    "low-noise-denoised": Recipe(
+        "guided at low noise by x̂0", DenoisedGuided, times=(0.0, SWITCH), differentiates_score=True
     ),
     "smoothed": Recipe("guided by a smoothed classifier", Guided, smoothing=SMOOTHING),
-    "doubting": Recipe("guidance fading with doubt", ConfidenceGuided),
+    "confidence-weighted": Recipe("confidence-weighted guidance", ConfidenceGuided),
     "robust-guide": Recipe("guided by a robust classifier", Guided, robust_guide=True),
     "averaged": Recipe("no guidance, averaged", draws=AVERAGED),
     "coup-averaged": Recipe("COUP, averaged", Guided, draws=AVERAGED),

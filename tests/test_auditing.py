@@ -749,9 +749,9 @@ def test_of_few_images_no_gradient_is_shown_to_be_like_noise(images, seen):
 
 def test_which_attack_is_the_strongest_is_seen_by_other_draws_than_those_reported():
     lucky, strong = made_up(0.4), made_up(0.5)
-    lucky = replace(lucky, suspicion=np.full(N, 0.6))
+    lucky = replace(lucky, selection=np.full(N, 0.6))
     row = {"lucky": lucky, "strong": strong}
-    assert strongest_of([*row], {key: score.suspicion for key, score in row.items()}) == "strong"
+    assert strongest_of([*row], {key: score.selection for key, score in row.items()}) == "strong"
 
 
 def test_a_large_radius_at_which_images_are_still_right_is_a_sign(digits, net):

@@ -37,7 +37,8 @@ def test_the_winner_is_guided_and_best_under_its_worst_source(found):
 
 
 @pytest.mark.parametrize(
-    ("winner", "twin"), [("coup-averaged", "averaged"), ("noised", "diffpure"), ("smoothed", "reverse")]
+    ("winner", "twin"),
+    [("coup-averaged", "averaged"), ("guided-diffpure", "diffpure"), ("smoothed", "reverse")],
 )
 def test_a_winner_must_face_its_own_purifier_without_guidance(winner, twin):
     chosen = beyond.to_confirm(Setting(winner, 2.0), 1.0)

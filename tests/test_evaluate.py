@@ -49,8 +49,8 @@ def in_chunks(monkeypatch):
     return change
 
 
-def score(report, suspicion, labels=(0, 0, 0), robust=None, average=(0, 0, 0)):
-    return Predictions(*map(np.array, (labels, report, average, suspicion)), robust)
+def score(report, selection, labels=(0, 0, 0), robust=None, average=(0, 0, 0)):
+    return Predictions(*map(np.array, (labels, report, average, selection)), robust)
 
 
 def attack_hash(source, **changes):
@@ -79,7 +79,7 @@ def test_a_borrowed_attack_has_no_count_of_its_own():
 
 
 def test_the_worst_source_is_chosen_per_image_and_rescored():
-    """Chosen by suspicion, not by the reported draws: the luckier report would make the last one 0."""
+    """Chosen by `selection`, not by the reported draws: the luckier report would make the last one 0."""
     first = score([[0, 0], [1, 1], [0, 0]], [1.0, 0.0, 0.4])
     second = score([[1, 1], [0, 0], [1, 1]], [0.0, 1.0, 0.6])
     assert worst_of([first, second]).tolist() == [0, 0, 1]
@@ -94,7 +94,7 @@ def test_the_worst_case_never_looks_at_the_draws_that_it_reports():
     ]
     found = worst_case(scores)
     assert abs(found.right.mean() - 0.7) < 0.015 and found.n_sources == 8
-    assert all(found.expected.mean() <= one.suspicion.mean() + 1e-12 for one in scores)
+    assert all(found.expected.mean() <= one.selection.mean() + 1e-12 for one in scores)
 
 
 def test_luck_does_not_choose_the_source():
@@ -104,7 +104,7 @@ def test_luck_does_not_choose_the_source():
     draws = generator.random((31, 2, 400, 10)) < rates[:, None, None, None]
     scores = [score(*both.astype(int), np.zeros(400, int)) for both in draws]
     scores = [
-        score(one.report, 1 - one.suspicion.mean(1), np.zeros(400, int), None, one.report[:, 0])
+        score(one.report, 1 - one.selection.mean(1), np.zeros(400, int), None, one.report[:, 0])
         for one in scores
     ]
     assert abs(worst_case(scores).right.mean() - 0.4) < 0.02
@@ -134,7 +134,7 @@ def test_sources_that_are_the_same_are_one():
     assert against("apgd-ce", "reverse", "first_order") == against("apgd-ce", "reverse")
     assert against("apgd-ce", "averaged", "first_order") == against("apgd-ce", "averaged")
     assert against("apgd-ce", "coup", "first_order") != against("apgd-ce", "coup")
-    assert against("apgd-ce", "late", "first_order") != against("apgd-ce", "late")
+    assert against("apgd-ce", "low-noise", "first_order") != against("apgd-ce", "low-noise")
     assert against("apgd-ce", "none", "bpda") == against("apgd-ce", "none")
     assert against("square", "coup", "first_order") == against("square", "coup")
     assert against("clean", "coup") == CLEAN
@@ -321,8 +321,8 @@ def test_columns_and_their_records(results_folder, capsys):
     record = json.loads(path.read_text())
     assert record["settings"]["attack"]["gradient"] == "first_order"
     assert record["settings"]["target"]["guidance_weight"] == 1.0
-    assert set(record["result"]) == {"labels", "report", "average", "suspicion"}
-    assert {len(record["result"][name]) for name in ("labels", "report", "average", "suspicion")} == {6}
+    assert set(record["result"]) == {"labels", "report", "average", "selection"}
+    assert {len(record["result"][name]) for name in ("labels", "report", "average", "selection")} == {6}
 
     files = {path: path.stat().st_mtime_ns for path in results_folder.rglob("*.json")}
     again = Evaluation(config, verbose=False).columns(("none", "reverse", "coup"))
@@ -400,7 +400,7 @@ def test_scores_do_not_depend_on_the_chunks(results_folder, in_chunks):
             path.unlink()
     whole, chunked = found
     assert (whole.report == chunked.report).all() and (whole.average == chunked.average).all()
-    np.testing.assert_allclose(whole.suspicion, chunked.suspicion, atol=1e-6)
+    np.testing.assert_allclose(whole.selection, chunked.selection, atol=1e-6)
 
 
 def test_average_is_the_class_of_the_mean_logits(results_folder):

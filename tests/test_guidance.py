@@ -267,15 +267,15 @@ def test_confidence_guidance_is_the_plain_one_times_the_confidence():
 
 
 @pytest.mark.parametrize(
-    ("t", "late", "early", "always"),
+    ("t", "low", "high", "always"),
     [(0.05, False, True, True), (0.02, True, False, True), (0.03, True, True, True)],
 )
-def test_between_guides_between_its_times_only(t, late, early, always):
+def test_between_guides_between_its_times_only(t, low, high, always):
     score, classifier, x = small_problem()
     guided, state, t = Guided(score, classifier, 2.0), to_state(x), torch.tensor(t, dtype=torch.float64)
     for switched, on in (
-        (GuidanceInterval(guided, high=0.03), late),
-        (GuidanceInterval(guided, low=0.03), early),
+        (GuidanceInterval(guided, high=0.03), low),
+        (GuidanceInterval(guided, low=0.03), high),
         (GuidanceInterval(guided), always),
     ):
         expected = guided.guidance(state, t) if on else torch.zeros_like(state)
@@ -285,7 +285,7 @@ def test_between_guides_between_its_times_only(t, late, early, always):
 
 @pytest.mark.parametrize("t_star", PROFILES["digits"].t_star.values())
 @pytest.mark.parametrize("n_steps", [10, 20, 50, 100])
-def test_every_step_is_early_or_late_in_every_precision(t_star, n_steps):
+def test_every_step_is_at_low_or_high_noise_in_every_precision(t_star, n_steps):
     """A switch on a point of the grid would fall to one side in float32 and to the other in float64."""
     times, sides = time_grid(t_star, n_steps), []
     for dtype in (torch.float32, torch.float64):
@@ -295,13 +295,13 @@ def test_every_step_is_early_or_late_in_every_precision(t_star, n_steps):
     assert sides[0] == sides[1] and set(sides[0]) == {True, False}
 
 
-def test_late_and_early_share_out_the_guidance():
+def test_low_and_high_noise_share_out_the_guidance():
     """On any step one of them is COUP's score and the other has no guidance."""
     score, classifier, x = small_problem()
     state, coup = to_state(x), Guided(score, classifier, 1.5)
-    scores = {name: made(name)[0].purifier.score for name in ("late", "early")}
+    scores = {name: made(name)[0].purifier.score for name in ("low-noise", "high-noise")}
     for t in time_grid(0.1, 10)[:-1]:
-        guiding, resting = ("late", "early") if t < SWITCH else ("early", "late")
+        guiding, resting = ("low-noise", "high-noise") if t < SWITCH else ("high-noise", "low-noise")
         torch.testing.assert_close(scores[guiding](state, t), coup(state, t))
         torch.testing.assert_close(scores[resting](state, t), score(state, t))
 

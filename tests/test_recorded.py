@@ -30,14 +30,14 @@ def test_an_attack_of_another_notebook_counts(results_folder):
     found = attack(n_iter=5)  # with a budget of its own
     _, worst = clean()
     assert worst.n_sources == 2
-    assert worst.expected.mean() <= min(found.suspicion.mean(), score.suspicion.mean())
+    assert worst.expected.mean() <= min(found.selection.mean(), score.selection.mean())
 
 
 def test_the_first_images_of_a_larger_record_count(results_folder):
     larger = attack(replace(CONFIG, n_images=6))
     score, worst = clean()
     assert worst.n_sources == 2
-    assert worst.expected.mean() <= min(larger.suspicion[:4].mean(), score.suspicion.mean())
+    assert worst.expected.mean() <= min(larger.selection[:4].mean(), score.selection.mean())
     assert clean(replace(CONFIG, n_images=8))[1].n_sources == 1  # of these two images it says nothing
 
 

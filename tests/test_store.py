@@ -22,7 +22,7 @@ def document(name="score", seed=0, **result):
     found = {
         "labels": list(range(10)),
         "report": generator.integers(0, 10, (10, 4)).tolist(),
-        "suspicion": generator.random(10, dtype=np.float32).astype(float).tolist(),
+        "selection": generator.random(10, dtype=np.float32).astype(float).tolist(),
     }
     return {
         "name": name,

@@ -120,7 +120,7 @@ def test_columns_accuracies_and_tables():
     results = stronger.per_image_accuracy(columns, recorded)
     for defence, row in results.items():
         expected = recorded[defence].expected.mean()
-        assert all(expected <= one.suspicion.mean() + 1e-9 for one in columns[defence].values())
+        assert all(expected <= one.selection.mean() + 1e-9 for one in columns[defence].values())
         assert {"two_runs", "transferred"} < set(row) and (row["recorded"] == recorded[defence].right).all()
     # From the others the longest attacks and other losses; what is there already is not transferred again.
     assert {Transfer("reverse", "restart"), Transfer("none", "margin")} < set(columns["coup"])
@@ -162,7 +162,7 @@ def test_many_draws_are_fresh_and_of_each_images_strongest_attack():
     scores = evaluation.predictions({"reverse": faced})["reverse"]
     # By the draws that choose, the first image's strongest is FGSM, and the others' is APGD.
     for name, chosen in (("fgsm", [0.0, 1.0, 1.0]), ("apgd-ce", [1.0, 0.0, 0.0])):
-        scores[name] = replace(scores[name], suspicion=np.array(chosen))
+        scores[name] = replace(scores[name], selection=np.array(chosen))
     given = {faced[name]: scores[name] for name in faced}
     votes = stronger.drawn(evaluation, "reverse", given, 5)
     x, y = evaluation.x_adv(faced["apgd-ce"]).clone(), evaluation.images.y

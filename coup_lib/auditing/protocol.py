@@ -241,6 +241,6 @@ def _voted_on(bench: Bench, rows: Mapping[str, Mapping[Any, Predictions]], specs
     faced = {}
     for name, row in specs.items():
         if bench.defences[name].probe.random:
-            strongest = strongest_of([*row], {key: rows[name][key].suspicion for key in row})
+            strongest = strongest_of([*row], {key: rows[name][key].selection for key in row})
             faced[name] = {key: row[key] for key in ("clean", strongest, VOTE) if key in row}
     return faced

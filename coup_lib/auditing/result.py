@@ -93,7 +93,7 @@ class Audit:
         """What is known of a defence's robustness, in one or two sentences."""
         accuracy, row = Accuracy.of(self.worst[name].right), self.measured.rows[name]
         labels = _labels(self.measured, name)
-        best = strongest_of([*row], {key: score.suspicion for key, score in row.items()})
+        best = strongest_of([*row], {key: score.selection for key, score in row.items()})
         text = (
             f"**{name}**: robust accuracy at most {accuracy.value:.1f} % [{accuracy.low:.1f}, "
             f"{accuracy.high:.1f}] ({self.threat}; the worst of {len(row) - 1} attacks on each image; the "

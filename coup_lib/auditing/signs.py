@@ -70,7 +70,7 @@ def signs(
     shown = asked(defence, found)
     if not found.error:
         right = {key: score.right for key, score in row.items()} | {"worst": worst_of([*row.values()])}
-        others = {key: score.suspicion for key, score in row.items()}
+        others = {key: score.selection for key, score in row.items()}
         shown += compared(defence, right, others, label, by_radius, row["clean"].labels)
     return [sign for sign in shown if sign.seen]
 
@@ -97,7 +97,7 @@ def asked(defence: str, found: Probe) -> list[Sign]:
 def compared(
     defence: str,
     right: Mapping[Any, np.ndarray],
-    suspicion: Mapping[Any, np.ndarray],
+    selection: Mapping[Any, np.ndarray],
     label: Mapping[Any, str],
     by_radius: Mapping[float, np.ndarray],
     labels: np.ndarray,
@@ -113,21 +113,21 @@ def compared(
         right: column or `Transfer` → the share of right draws of each image, (n,). There are "ce" (APGD on
             the cross-entropy by its own gradient), "noise" and "worst" (the worst case); what else is not
             there is not asked for.
-        suspicion: likewise → the share of other draws, by which the strongest attack is chosen.
+        selection: likewise → the share of other draws, by which the strongest attack is chosen.
         label: likewise → what the attack is called.
         by_radius: radius → the share of right draws of each image, (m,), as the radius grows.
         labels: (n,), which classes there are.
         own: attacks by its own gradient, to the strongest of which the others are compared.
     """
     found: list[Sign] = []
-    strongest = strongest_of([key for key in own if key in right], suspicion)
+    strongest = strongest_of([key for key in own if key in right], selection)
     others = [key for key in right if key not in (*OWN, *NOT_COMPARED)]
 
     def ask(name: str, keys: Sequence[Any], than: Any, tolerance: float = TOLERANCE) -> None:
         keys = [key for key in keys if key in right]
         if keys and than in right:
             won = [key for key in keys if _wins(right[key], right[than], tolerance)]
-            best = strongest_of(won or keys, suspicion)
+            best = strongest_of(won or keys, selection)
             shown = f"{label[best]} leaves {_percent(right[best])}, {label[than]} {_percent(right[than])}"
             found.append(Sign(defence, name, shown, seen=bool(won)))
 
@@ -147,9 +147,9 @@ def compared(
     return found + _at_chance(defence, right, labels)
 
 
-def strongest_of(keys: Sequence[Any], suspicion: Mapping[Any, np.ndarray]) -> Any:
+def strongest_of(keys: Sequence[Any], selection: Mapping[Any, np.ndarray]) -> Any:
     """The attack that leaves least, by other draws than those that are reported."""
-    return min(keys, key=lambda key: float(suspicion[key].mean()))
+    return min(keys, key=lambda key: float(selection[key].mean()))
 
 
 def _wins(stronger: np.ndarray, weaker: np.ndarray, tolerance: float = TOLERANCE) -> bool:

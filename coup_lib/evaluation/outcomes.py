@@ -77,7 +77,7 @@ class Predictions:
 
     labels (n,); report (n, R): predicted classes on R noise draws that no attack has seen.
     average (n,): the class of the mean logits over those draws (DiffPure's rule against BPDA).
-    suspicion (n,): the share of right draws on R further draws, ties broken by the mean probability of the
+    selection (n,): the share of right draws on R further draws, ties broken by the mean probability of the
     true class; it serves to choose the worst source of an image.
     attack_robust (n,) bool: what the attack itself counted, where it was run against this target.
     attack_judged (n,) bool: that count without the clean draw, of an attack that may come second.
@@ -86,7 +86,7 @@ class Predictions:
     labels: np.ndarray
     report: np.ndarray
     average: np.ndarray
-    suspicion: np.ndarray
+    selection: np.ndarray
     attack_robust: np.ndarray | None = None
     attack_judged: np.ndarray | None = None
 
@@ -193,7 +193,7 @@ def worst_case(scores: Sequence[Predictions]) -> WorstCase:
     the draws of an image are shrunk towards what image and source show on average, by as much as noise
     explains (empirical Bayes; Efron and Morris, J. Am. Stat. Assoc. 70 (1975) 311).
     """
-    seen, right = (np.stack([getattr(score, name) for score in scores]) for name in ("suspicion", "right"))
+    seen, right = (np.stack([getattr(score, name) for score in scores]) for name in ("selection", "right"))
     draws = np.array([score.report.shape[1] for score in scores])
     expected = _shrunk(seen, draws)
     source = expected.argmin(0)

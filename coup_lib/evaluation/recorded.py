@@ -54,5 +54,5 @@ def _is_of(attack: dict[str, Any], config: Config, images: str) -> bool:
 @cache  # a finished record does not change
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     document = read(path)
-    names = ("labels", "report", "average", "suspicion")
+    names = ("labels", "report", "average", "selection")
     return document["settings"], {name: np.array(document["result"][name]) for name in names}

@@ -177,13 +177,13 @@ def outcomes_of(
         "labels": images.y.tolist(),
         "report": classes_of(reporting).tolist(),
         "average": classes_of(reporting.mean(1)).tolist(),
-        "suspicion": (right + trust / 1000).tolist(),
+        "selection": (right + trust / 1000).tolist(),
     }
 
 
 def as_predictions(outcomes: Values, counts: Values) -> Predictions:
     """What `outcomes_of` found, as it is on record; counts: the attack's own verdicts, if they count here."""
-    kept = {name: np.array(outcomes[name]) for name in ("labels", "report", "average", "suspicion")}
+    kept = {name: np.array(outcomes[name]) for name in ("labels", "report", "average", "selection")}
     given = {"robust", "judged"} & counts.keys()
     verdicts = {f"attack_{name}": np.array(counts[name], dtype=bool) for name in given}
     return Predictions(**kept, **verdicts)

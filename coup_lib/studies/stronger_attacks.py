@@ -365,9 +365,9 @@ def checks(
         right = {key: row[name].right for name, (key, _) in COMPARED.items() if name in row}
         right["restart"] = worst_of([row["exact"], row["restart"]])
         right["worst"] = worst_of([*row.values()])
-        suspicion = right | {key: row[name].suspicion for name, (key, _) in COMPARED.items() if name in row}
+        selection = right | {key: row[name].selection for name, (key, _) in COMPARED.items() if name in row}
         labels = row["clean"].labels
-        found += compared(target, right, suspicion, label, eps[target], labels, own=("ce",))
+        found += compared(target, right, selection, label, eps[target], labels, own=("ce",))
         mean = losses[target].mean(1)
         shown, falls = f"{mean[0]:.2f} → {mean[-1]:.2f}", bool((np.diff(mean) <= 0).any())
         found.append(Sign(target, "the loss does not rise along the gradient", shown, seen=falls))
