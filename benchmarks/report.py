@@ -133,7 +133,7 @@ def floor_table(found: Summary) -> pd.DataFrame:
 
 
 def peer_table(found: Summary) -> pd.DataFrame:
-    """The same gradient by the ways of the field."""
+    """One gradient by the ways of the field."""
     lines = []
     for row in _rows(found, "peers"):
         for method, seconds in row["seconds"].items():

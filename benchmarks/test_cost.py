@@ -32,12 +32,12 @@ def images(count: int) -> Callable[[], object]:
 
 
 def steps(count: int) -> Callable[[], object]:
-    """The same on longer paths."""
+    """What longer paths cost."""
     return _gradient(images=64, n_steps=count)
 
 
 def draws(count: int) -> Callable[[], object]:
-    """The same of eight images, averaged over noise draws as attacks do it."""
+    """Gradients of eight images, averaged over noise draws as attacks do it."""
     given = problem("digits", "coup", images=8, t_star=0.1, n_steps=10)
     batched = BatchedEOT(given.defence, count, 1280, cross_entropy)
     labels = torch.zeros(8, dtype=torch.int64, device=DEVICE)

@@ -217,7 +217,7 @@ class Selective(Keeping):
         self.undecided, self.norm, self.eps = undecided, norm, eps
 
     def _draws(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `BatchedEOT`, but the one loss is the mean: it steers APGD's step size."""
+        """(logits, the mean loss (1, n), which steers APGD's step size, the gradient of selected draws)."""
         logits, losses, gradients = map(torch.cat, zip(*self._parts(x, *labels), strict=True))
         weights = selected(losses - self.undecided, gradients, self.norm, self.eps)
         return logits[-1], losses.mean(0, keepdim=True), _weighted(weights, gradients)

@@ -321,7 +321,7 @@ def _em(attack: Attack, task: "_Task") -> Tensor:
 
 
 def _low_frequency(attack: Attack, task: "_Task") -> tuple[Tensor, Tensor]:
-    """As `_apgd`, by the cross-entropy's low frequencies; also the random start has no others."""
+    """What `_apgd` gives, by the cross-entropy's low frequencies; also the random start has no others."""
     noise = low_frequencies(torch.randn_like(task.x))
     start = _climb(attack, task.x, noise, task.x, attack.eps) if task.start is None else task.start
     if max(task.x.shape[2:]) == 1:
@@ -371,7 +371,7 @@ def _suite(attack: Attack, task: "_Task") -> Any:
 
 
 def _batched(attack: Attack, apgd: Any, task: "_Task", draws: BatchedEOT, **more: Any) -> Any:
-    """The same APGD anew, on our draws: its schedule follows from n_iter when it is made."""
+    """AutoAttack's APGD made anew, on our draws: its schedule follows from n_iter when it is made."""
     ours = {"n_iter": attack.n_iter, "norm": attack.norm, "eps": attack.eps, "seed": attack.seed} | more
     return type(apgd)(draws, device=apgd.device, logger=_logger(task.said), is_tf_model=True, **ours)
 
