@@ -163,22 +163,3 @@ def groups(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(0, 102))
-
-
-def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:
-    """Cosine to the exact gradient against the number of steps: median, and 5–95 % of the images.
-
-    Args:
-        result: the "result" of `fidelity.gradient_cosines`.
-    """
-    styles = {"first_order": ("D-", 2), "adjoint": ("o-", 0), "bpda": ("s-", 4)}
-    for gradient, cosines in result[defence].items():
-        style, colour = styles[gradient]
-        low, middle, high = np.quantile(np.array(cosines), [0.05, 0.5, 0.95], axis=1)
-        label, counts = gradient.replace("_", "-"), result["step_counts"]
-        band(axes, counts, middle, (low, high), style, PALETTE[colour], markersize=None, label=label)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xticks(result["step_counts"], [str(count) for count in result["step_counts"]])
-    axes.minorticks_off()
-    axes.set(xlabel="Euler steps N", ylim=(min(0.0, axes.get_ylim()[0]), 1.04))
