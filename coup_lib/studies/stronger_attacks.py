@@ -18,7 +18,6 @@ from coup_lib.evaluation.config import Config, radius
 from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import (
     RULES,
-    Difference,
     Predictions,
     Transfer,
     WorstCase,
@@ -294,17 +293,6 @@ def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
 def across(rows: Sequence[Row], names: Mapping[str, str], title: str = "Accuracy under (%)") -> pd.DataFrame:
     """Columns by name × defences, "accuracy [95 % interval]" in percent; names: column → heading."""
     return tables.accuracies(rows, names).T.rename_axis(title)
-
-
-def difference_table(results: PerImage, config: Config) -> pd.DataFrame:
-    """The paired difference of COUP and the reverse SDE under every source, and what it says of the claim."""
-    coup, reverse, lines = results["coup"], results["reverse"], {}
-    for name, label in labels(config).items():
-        if name in coup and name in reverse:
-            difference = Difference.of(coup[name], reverse[name])
-            lines[label] = [str(difference), difference.verdict]
-    head = [f"{LABELS['coup']} − {LABELS['reverse']}", "The claim"]
-    return pd.DataFrame.from_dict(lines, orient="index", columns=head).rename_axis("Under")
 
 
 # --- The sanity checks of the field -----------------------------------------------------------------------
