@@ -135,7 +135,7 @@ def titles(panels: Iterable[Axes], names: Iterable[str]) -> None:
         axes.set_title(f"({letter}) {name}", loc="left", fontsize="medium")
 
 
-def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], width: int = 12) -> None:
+def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[Any, str], width: int = 12) -> None:
     """One group per column, one marker per row of a table with its 95 % interval, in percent.
 
     Args:
@@ -151,8 +151,9 @@ def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str]
         points(axes, np.arange(len(columns)) + offset, shares, label=row.label, **look)
     groups(axes, [fill(label, width, break_on_hyphens=False) for label in columns.values()])
     axes.tick_params(axis="x", labelsize="small")
-    axes.set_ylabel(f"accuracy (%), n = {rows[0].config.n_images}, 95 % interval")
-    axes.label_outer()
+    place = axes.get_subplotspec()
+    if place is None or place.is_first_col():
+        axes.set_ylabel(f"accuracy (%), n = {rows[0].config.n_images}, 95 % interval")
 
 
 def groups(axes: Axes, labels: Sequence[str]) -> None:

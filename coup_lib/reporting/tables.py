@@ -137,7 +137,12 @@ class Row:
     shown: Mapping[str, str] = field(default_factory=dict)
 
 
-def rows(results: PerImage, config: Config, shown: Mapping[str, str] | None = None, **keys: Any) -> list[Row]:
+def rows(
+    results: Mapping[str, Mapping[Any, np.ndarray]],
+    config: Config,
+    shown: Mapping[str, str] | None = None,
+    **keys: Any,
+) -> list[Row]:
     """One row per defence, by the defence's label; shown and keys are those of `Row`."""
     return [
         Row(LABELS[defence], right, config, keys | {"defence": defence}, shown or {})

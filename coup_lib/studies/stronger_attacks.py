@@ -34,7 +34,7 @@ from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
 from coup_lib.outside import TRIED
 from coup_lib.reporting import tables
-from coup_lib.reporting.plots import COLOURS, MARKERS, band, points, titles
+from coup_lib.reporting.plots import COLOURS, MARKERS, band, points, robustness_panel, titles
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
@@ -413,18 +413,18 @@ def sanity_figure(
     """Four panels: larger radii, weaker attacks, more effort, and the loss along the exact gradient."""
     figure, panels = plt.subplots(2, 2, figsize=(8.5, 6))
     (larger, weaker), (effort, loss) = panels
+    small, rows = eps_experiments(config)[0.0].config, tables.rows(results, config)
+    factors = {factor: f"{factor:g}" for factor in (0.0, *EPS_FACTORS[config.norm])}
+    robustness_panel(larger, tables.rows(eps, small), factors)
+    larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylim=(-2, 102))
 
-    factors = (0.0, *EPS_FACTORS[config.norm])
-    points_panel(larger, eps, dict(zip(factors, map("{:g}".format, factors), strict=True)))
-    larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylabel="accuracy (%), 95 % interval")
+    threats = {"clean": "clean", "noise": "random noise", "square": "Square"}
+    robustness_panel(weaker, rows, threats | {"fgsm": "FGSM", "exact": "APGD exact"}, width=7)
 
-    threats = {"clean": "clean", "noise": "random\nnoise", "square": "Square"}
-    points_panel(weaker, results, threats | {"fgsm": "FGSM", "exact": "APGD\nexact"}, style="")
-
-    runs = {"quarter": max(1, config.n_iter // 4), "short": halved(config).n_iter, "exact": config.n_iter}
-    runs |= {"two_runs": f"2 × {config.n_iter}", "pgd": f"PGD\n{PGD_FACTOR * config.n_iter}"}
-    points_panel(effort, results, runs)
-    effort.set(xlabel="runs × iterations of APGD, then PGD, exact", ylabel="accuracy (%), 95 % interval")
+    runs = {"quarter": f"{max(1, config.n_iter // 4)}", "short": f"{halved(config).n_iter}"}
+    runs |= {"exact": f"{config.n_iter}", "two_runs": f"2 × {config.n_iter}"}
+    robustness_panel(effort, rows, runs | {"pgd": f"PGD {PGD_FACTOR * config.n_iter}"}, width=7)
+    effort.set_xlabel("runs × iterations of APGD, then PGD, exact")
 
     for defence, values in losses.items():
         look = MARKERS[defence] + "-", COLOURS[defence]
@@ -433,15 +433,3 @@ def sanity_figure(
     titles(panels.flat, ("larger radius", "weaker attacks", "more effort", "loss along the gradient"))
     figure.legend(*larger.get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
-
-
-def points_panel(
-    axes: Axes, results: Mapping[str, Mapping[Any, np.ndarray]], columns: Mapping[Any, Any], style: str = "-"
-) -> None:
-    """One line per defence through the accuracies of the columns, with 95 % intervals, dodged a little."""
-    for number, (defence, right) in enumerate(results.items()):
-        places = np.arange(len(columns)) + 0.07 * (number - (len(results) - 1) / 2)
-        look = {"fmt": MARKERS[defence] + style, "color": COLOURS[defence], "label": LABELS[defence]}
-        points(axes, places, [right[column] for column in columns], markersize=4, **look)
-    axes.set_xticks(range(len(columns)), list(columns.values()), fontsize="small")
-    axes.set(ylim=(-2, 103))
