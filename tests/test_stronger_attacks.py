@@ -181,7 +181,7 @@ def test_attacks_outside_the_ball_are_in_no_worst_case():
     evaluation = Evaluation(config, verbose=False)
     columns = evaluation.predictions({"reverse": {"exact": against("apgd-ce", "reverse")}})
     before = evaluation.recorded(columns)["reverse"]
-    found = stronger.outside(config, ("none", "reverse"))
+    found = stronger.shares(stronger.outside_experiments(config, ("none", "reverse")))
     assert all(list(row) == [*TRIED.values()] for row in found.values()) and list(found) == [
         "none",
         "reverse",

@@ -279,12 +279,10 @@ def outside_experiments(config: Config, defences: Sequence[str] = PAPER) -> list
     ]
 
 
-def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
-    """Defence → name of an attack outside the ball → share of right draws of each image, (n,)."""
-    found = [one.predictions() for one in outside_experiments(config, defences)]
-    return {
-        name: {label: row.right for one in found for label, row in one[name].items()} for name in defences
-    }
+def shares(experiments: Sequence[Experiment]) -> dict[str, dict[Any, np.ndarray]]:
+    """Defence → key of its attack in any of the experiments → share of right draws of each image, (n,)."""
+    found = [one.predictions() for one in experiments]
+    return {name: {key: row.right for one in found for key, row in one[name].items()} for name in found[0]}
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
@@ -316,25 +314,16 @@ COMPARED = {
 }
 
 
-def eps_series(config: Config) -> dict[str, dict[float, np.ndarray]]:
-    """Defence → factor of eps → share of right draws (n,), under APGD-ce with the exact gradient.
+def eps_experiments(config: Config) -> list[Experiment]:
+    """Every defence under APGD-ce with the exact gradient, by multiples of eps; 0 is the clean images.
 
-    Half of the images and half of the iterations; factor 0 is the clean images.
+    Half of the images and half of the iterations.
     """
-    found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
-    for factor, one in eps_experiments(config).items():
-        for name, row in one.predictions().items():
-            found[name][factor] = row["it"].right
-    return found
-
-
-def eps_experiments(config: Config) -> dict[float, Experiment]:
-    """Factor of eps → what `eps_series` measures at it."""
-    small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), {}
+    small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), []
     for factor in (0.0, *EPS_FACTORS[config.norm]):
-        faced = {name: {"it": against("apgd-ce" if factor else "clean", name)} for name in PAPER}
+        faced = {name: {factor: against("apgd-ce" if factor else "clean", name)} for name in PAPER}
         eps = (factor or 1.0) * config.eps
-        found[factor] = Experiment(replace(small, eps=min(eps, 1.0) if config.norm == "linf" else eps), faced)
+        found.append(Experiment(replace(small, eps=min(eps, 1.0) if config.norm == "linf" else eps), faced))
     return found
 
 
@@ -413,7 +402,7 @@ def sanity_figure(
     """Four panels: larger radii, weaker attacks, more effort, and the loss along the exact gradient."""
     figure, panels = plt.subplots(2, 2, figsize=(8.5, 6))
     (larger, weaker), (effort, loss) = panels
-    small, rows = eps_experiments(config)[0.0].config, tables.rows(results, config)
+    small, rows = eps_experiments(config)[0].config, tables.rows(results, config)
     factors = {factor: f"{factor:g}" for factor in (0.0, *EPS_FACTORS[config.norm])}
     robustness_panel(larger, tables.rows(eps, small), factors)
     larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylim=(-2, 102))
