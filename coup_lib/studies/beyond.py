@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluation.bench import against
@@ -22,7 +20,7 @@ from coup_lib.evaluation.outcomes import (
 )
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, made_against, with_transfers
-from coup_lib.reporting import plots, tables
+from coup_lib.reporting import tables
 
 BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
@@ -198,14 +196,6 @@ def rows(found: Mapping[Setting, Found], config: Config) -> list[tables.Row]:
         )
         for setting, each in sorted(found.items(), key=lambda item: -float(item[1].right["worst"].mean()))
     ]
-
-
-def confirm_figure(found: Sequence[tables.Row]) -> Figure:
-    """The confirmed settings: a group per column, a marker per setting, with 95 % intervals."""
-    figure, axes = plt.subplots(figsize=(9.5, 4.0))
-    plots.robustness_panel(axes, found, COLUMNS)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4)
-    return figure
 
 
 def verdict(found: Mapping[Setting, Found], winner: Setting) -> str:
