@@ -82,13 +82,10 @@ def test_the_verdict_says_what_the_interval_says(found):
     )
 
 
-def test_tables_and_figures_have_every_setting(found):
+def test_the_table_has_every_setting(found):
     rows = beyond.rows(found, Config(n_images=10))
     assert rows[0].label == "no guidance, averaged"  # the best worst case
     assert len(tables.long_form(rows, beyond.COLUMNS)) == len(found) * len(beyond.COLUMNS)
-    ticks = [text.get_text() for text in beyond.search_figure(rows).axes[0].get_yticklabels()]
-    assert ticks == [row.label for row in rows[::-1]]
-    assert len(beyond.confirm_figure(rows).axes[0].get_legend().texts) == len(found)
 
 
 def test_a_search_on_a_few_images(results_folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from coup_lib import paths
-from coup_lib.defences import PAPER
+from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.reporting import paper, tables
@@ -73,10 +73,10 @@ def test_verdicts(results):
     rival, diffpure = tables.claims(claims, bpda.headings([20], config.eot)).splitlines()[2:4]
     assert "DiffPure (the paper reports +1.80)" in diffpure and "**holds** (+15.00 points" in diffpure
     assert "(-5.00 points" in rival and "**holds** (+25.00 points" in rival
-    weaker = tables.claims(bpda.claims(results, "bpda-20"), {"single": "BPDA − exact"})
+    purifiers = {LABELS[name]: row for name, row in results["single"].items() if name != "none"}
+    weaker = tables.attack_claims(purifiers, "BPDA is the weaker attack", "bpda-20", "exact", "BPDA − exact")
     assert "DiffPure: BPDA is the weaker attack | **holds** (+25.00" in weaker and weaker.count("holds") == 2
     assert "COUP: BPDA is the weaker attack | **is not decided** (+0.00 points [-8.8, +8.8])" in weaker
-    assert "No defence" not in weaker
 
 
 def test_tables_and_figure_show_all(results):

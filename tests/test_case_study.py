@@ -101,9 +101,9 @@ def test_the_papers_pattern_and_its_opposite_get_opposite_verdicts():
     )
     assert set(cs.verdicts(paper, "right").values()) == {"holds"}
     assert set(cs.verdicts(paper, "wrong").values()) == {"too few cases"}
-    changed = cs.change_table([paper]).set_index("Group")["p(y_true), with guidance, first tenth"]
-    assert changed["classifier right on x_adv"].startswith("+40.")
-    assert changed["classifier wrong on x_adv"] == "–"
+    name = "p(y_true), with guidance, first tenth"
+    assert str(cs.measured(paper, "right")[name]).startswith("+40.")
+    assert name not in cs.measured(paper, "wrong")
     opposite = study(
         everywhere,
         everywhere,
@@ -176,11 +176,7 @@ def test_without_a_bad_case_text_and_figures_say_so(results_folder):
     counted = cs.control_table([found]).iloc[0]
     assert (counted["Bad cases"], counted["Guidance − Brownian motion"]) == (0, "–")
     assert set(cs.verdicts(found, "all").values()) == {"too few cases"}
-    for figure in (
-        cs.curves_figure([found]),
-        cs.rescue_figure([found]),
-        cs.strips_figure(found, CLASSES["digits"]),
-    ):
+    for figure in (cs.curves_figure([found]), cs.strips_figure(found, CLASSES["digits"])):
         figure.canvas.draw()
         texts = [text.get_text() for part in (figure, *figure.subfigs) for text in part.findobj(plt.Text)]
         assert any("no such case" in text for text in texts)

@@ -212,12 +212,6 @@ def test_smoke_cuts_the_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ToySettings(n_runs=50).n_runs == 50
 
 
-def test_labels_are_spread_in_order() -> None:
-    placed = toy_figures.spread([0.5, 0.52, 0.1], 0.1)
-    assert placed[2] < placed[0] < placed[1]
-    assert placed[1] - placed[0] == pytest.approx(0.1, abs=1e-3)
-
-
 def test_tables_say_what_the_runs_showed() -> None:
     settings = replace(SETTINGS, t_stars="0.1")
     flips, hypotheses = counts(), toy.prop1_hypotheses(DATA, settings)

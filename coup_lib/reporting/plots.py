@@ -135,7 +135,7 @@ def titles(panels: Iterable[Axes], names: Iterable[str]) -> None:
         axes.set_title(f"({letter}) {name}", loc="left", fontsize="medium")
 
 
-def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], width: int = 12) -> None:
+def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[Any, str], width: int = 12) -> None:
     """One group per column, one marker per row of a table with its 95 % interval, in percent.
 
     Args:
@@ -151,8 +151,9 @@ def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str]
         points(axes, np.arange(len(columns)) + offset, shares, label=row.label, **look)
     groups(axes, [fill(label, width, break_on_hyphens=False) for label in columns.values()])
     axes.tick_params(axis="x", labelsize="small")
-    axes.set_ylabel(f"accuracy (%), n = {rows[0].config.n_images}, 95 % interval")
-    axes.label_outer()
+    place = axes.get_subplotspec()
+    if place is None or place.is_first_col():
+        axes.set_ylabel(f"accuracy (%), n = {rows[0].config.n_images}, 95 % interval")
 
 
 def groups(axes: Axes, labels: Sequence[str]) -> None:
@@ -163,22 +164,3 @@ def groups(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(0, 102))
-
-
-def cosine_panel(axes: Axes, result: Mapping[str, Any], defence: str) -> None:
-    """Cosine to the exact gradient against the number of steps: median, and 5–95 % of the images.
-
-    Args:
-        result: the "result" of `fidelity.gradient_cosines`.
-    """
-    styles = {"first_order": ("D-", 2), "adjoint": ("o-", 0), "bpda": ("s-", 4)}
-    for gradient, cosines in result[defence].items():
-        style, colour = styles[gradient]
-        low, middle, high = np.quantile(np.array(cosines), [0.05, 0.5, 0.95], axis=1)
-        label, counts = gradient.replace("_", "-"), result["step_counts"]
-        band(axes, counts, middle, (low, high), style, PALETTE[colour], markersize=None, label=label)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xticks(result["step_counts"], [str(count) for count in result["step_counts"]])
-    axes.minorticks_off()
-    axes.set(xlabel="Euler steps N", ylim=(min(0.0, axes.get_ylim()[0]), 1.04))

@@ -137,7 +137,12 @@ class Row:
     shown: Mapping[str, str] = field(default_factory=dict)
 
 
-def rows(results: PerImage, config: Config, shown: Mapping[str, str] | None = None, **keys: Any) -> list[Row]:
+def rows(
+    results: Mapping[str, Mapping[Any, np.ndarray]],
+    config: Config,
+    shown: Mapping[str, str] | None = None,
+    **keys: Any,
+) -> list[Row]:
     """One row per defence, by the defence's label; shown and keys are those of `Row`."""
     return [
         Row(LABELS[defence], right, config, keys | {"defence": defence}, shown or {})
@@ -251,6 +256,14 @@ def claims(pairs: Mapping[str, tuple[Right, Right]], names: Mapping[str, str]) -
     return f"{markdown(frame)}\n\nn = {n}; paired differences with 95 % intervals."
 
 
+def attack_claims(rows: Mapping[str, Right], claim: str, more: str, less: str, heading: str) -> str:
+    """Markdown, see `claims`: of each defence, by its name, the attack `more` leaves more than `less`."""
+    pairs = {
+        f"{name}: {claim}": ({"left": right[more]}, {"left": right[less]}) for name, right in rows.items()
+    }
+    return claims(pairs, {"left": heading})
+
+
 # --- Captions and files -----------------------------------------------------------------------------------
 
 SPENT = {
@@ -290,18 +303,15 @@ def write(
     frame: pd.DataFrame, config: Config, name: str, caption: str, long: pd.DataFrame | None = None
 ) -> str:
     """Write figures/<profile>/<name>.md (with its caption) and .csv; returns the Markdown."""
-    text = write_text(f"{markdown(frame)}\n\n{caption}\n", config, name)
-    csv = (frame if long is None else long).to_csv(index=long is None)
-    path = paths.FIGURES / config.profile / f"{name}.csv"
-    write_atomically(publishing.note(path, config), lambda temporary: temporary.write_text(csv))
-    return text
+    write_text((frame if long is None else long).to_csv(index=long is None), config, name, ".csv")
+    return write_text(f"{markdown(frame)}\n\n{caption}\n", config, name)
 
 
-def write_text(text: str, config: Config, name: str) -> str:
-    """Write Markdown to figures/<profile>/<name>.md and return it."""
+def write_text(text: str, config: Config, name: str, suffix: str = ".md") -> str:
+    """Write a text to figures/<profile>/<name><suffix> and return it."""
     folder = paths.FIGURES / config.profile
     folder.mkdir(parents=True, exist_ok=True)
-    path = publishing.note(folder / f"{name}.md", config)
+    path = publishing.note(folder / f"{name}{suffix}", config)
     write_atomically(path, lambda temporary: temporary.write_text(text.rstrip() + "\n"))
     return text
 

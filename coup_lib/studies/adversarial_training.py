@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from coup_lib.defences import LABELS
 from coup_lib.evaluation.config import NORM_NAMES, Config, radius
-from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.reporting import plots, tables
 from coup_lib.reporting.tables import PerImage, Right, Row
@@ -35,19 +34,13 @@ def title(training: str) -> str:
 
 def measure(configs: Mapping[str, Config]) -> Panels:
     """Every classifier alone, behind the reverse SDE and behind COUP, under attack in every norm."""
-    found: Panels = {norm: {} for norm in configs}
-    evaluations = {
-        (norm, training): Evaluation(config, name, verbose=False)
+    return {
+        norm: {
+            training: tables.measured(Evaluation(config, name), paper_attacks(DEFENCES, config))
+            for training, name in classifiers(config).items()
+        }
         for norm, config in configs.items()
-        for training, name in classifiers(config).items()
     }
-    left = [one.left(paper_attacks(DEFENCES, one.config)) for one in evaluations.values()]
-    plan = Plan([sum(costs.values()) for costs in left], verbose=True)
-    for (norm, training), evaluation in evaluations.items():
-        plan.start(f"{title(training)}, attacked in {NORM_NAMES[norm]}")
-        found[norm][training] = tables.measured(evaluation, paper_attacks(DEFENCES, evaluation.config))
-    plan.end()
-    return found
 
 
 # --- what is shown ---

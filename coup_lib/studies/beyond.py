@@ -5,15 +5,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
 from coup_lib.defences import CANDIDATES, LABELS, PURIFIERS, is_guided
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import (
-    Accuracy,
     Difference,
     Predictions,
     WorstCase,
@@ -23,7 +20,7 @@ from coup_lib.evaluation.outcomes import (
 )
 from coup_lib.evaluation.protocol import Evaluation, Experiment
 from coup_lib.evaluation.specs import CLEAN, AttackSpec, made_against, with_transfers
-from coup_lib.reporting import plots, tables
+from coup_lib.reporting import tables
 
 BASELINE = "reverse"
 RIVALS = ("reverse", "diffpure", "coup")
@@ -199,37 +196,6 @@ def rows(found: Mapping[Setting, Found], config: Config) -> list[tables.Row]:
         )
         for setting, each in sorted(found.items(), key=lambda item: -float(item[1].right["worst"].mean()))
     ]
-
-
-def search_figure(found: Sequence[tables.Row]) -> Figure:
-    """Every setting's accuracy under exact, first-order and the worst of these attacks, best at the top."""
-    figure, axes = plt.subplots(figsize=(8.2, 0.8 + 0.27 * len(found)))
-    order, places = found[::-1], np.arange(len(found))
-    for name, label, marker, colour in (
-        ("first_order", "first-order attack", ">", plots.PALETTE[4]),
-        ("exact", "exact attack", "<", plots.PALETTE[0]),
-    ):
-        accuracies = [100 * row.right[name].mean() for row in order]
-        axes.plot(accuracies, places, marker, color=colour, markersize=5, label=label, alpha=0.8)
-    shares = [row.right["worst"] for row in order]
-    plots.points(axes, places, shares, sideways=True, fmt="o", color="black", label="worst of these")
-    (baseline,) = (row for row in found if row.keys["defence"] == BASELINE)
-    colour, value = plots.COLOURS[BASELINE], Accuracy.of(baseline.right["worst"]).value
-    axes.axvline(value, color=colour, linewidth=1.2, zorder=0)
-    axes.text(value, len(order) - 0.4, baseline.label, color=colour, ha="center", va="bottom")
-    axes.set_yticks(places, [row.label for row in order])
-    axes.set_ylim(-0.7, len(order) - 0.3)
-    axes.set_xlabel(f"accuracy (%), n = {found[0].config.n_images}, 95 % interval")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.04), ncols=3)
-    return figure
-
-
-def confirm_figure(found: Sequence[tables.Row]) -> Figure:
-    """The confirmed settings: a group per column, a marker per setting, with 95 % intervals."""
-    figure, axes = plt.subplots(figsize=(9.5, 4.0))
-    plots.robustness_panel(axes, found, COLUMNS)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4)
-    return figure
 
 
 def verdict(found: Mapping[Setting, Found], winner: Setting) -> str:

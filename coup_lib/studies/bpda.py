@@ -8,14 +8,14 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from coup_lib.checks import count, in_one_line
-from coup_lib.defences import LABELS, PAPER
+from coup_lib.defences import PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.protocol import Experiment
 from coup_lib.evaluation.specs import CLEAN
 from coup_lib.reporting import plots, tables
-from coup_lib.reporting.tables import PerImage, Right, Row
+from coup_lib.reporting.tables import PerImage, Row
 
 N_ITER = 20  # PGD-20
 # Purifications behind a mean of logits or a majority: 150 is DiffPure's rule against BPDA. The quick run
@@ -85,15 +85,6 @@ def rows(results: Mapping[str, PerImage], config: Config) -> dict[str, list[Row]
         shown = {"Decided by": RULES[rule].format(config.n_draws)}
         found[rule] = tables.rows(shares, config, shown, rule=rule, draws=config.n_draws)
     return found
-
-
-def claims(results: Mapping[str, PerImage], bpda: str) -> dict[str, tuple[Right, Right]]:
-    """For `tables.claims`: this column of BPDA leaves more of each purifier than the exact gradient."""
-    return {
-        f"{LABELS[defence]}: BPDA is the weaker attack": ({"single": row[bpda]}, {"single": row["exact"]})
-        for defence, row in results["single"].items()
-        if defence != "none"  # it has one gradient only
-    }
 
 
 def figure(found: Mapping[str, Sequence[Row]], names: Mapping[str, str]) -> Figure:

@@ -46,7 +46,6 @@ STATEMENTS = {
 PAPER_CASES = 14  # bad cases in the paper's Fig. 2a, CIFAR-10, L∞
 EPS_FACTORS = (0.5, 1.0, 1.5)  # multiples of eps that the study is done at
 SHOWN_STATES = (0.1, 0.3, 0.6, 0.9)  # of the path, in the image strips
-FEWEST_FOR_BAND = 4
 TENTH = 0.1  # the paper speaks of "the very beginning" and of "after 90" of 100 steps
 
 
@@ -296,28 +295,16 @@ def verdict_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
     for study, group in product(studies, GROUPS):
         found = measured(study, group)
         cells = {
+            "eps": radius(study.eps),
+            "Group": GROUPS[group],
+            "Bad cases": len(study.rescued(group)),
             "Rescued (%)": str(found.get("rescued by coup", MISSING)),
             "Good cases": len(study.broken(group)),
             "Broken (%)": str(found.get("broken by coup", MISSING)),
         }
         judged = {f"({name})": verdict for name, verdict in verdicts(study, group).items()}
-        lines.append(_cases(study, group) | cells | judged)
+        lines.append(cells | judged)
     return pd.DataFrame(lines).set_index("eps")
-
-
-def change_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
-    """The changes of mean confidence in points, one row per eps and group."""
-    lines = [
-        _cases(study, group)
-        | {name: str(one) for name, one in measured(study, group).items() if "p(" in name}
-        for study, group in product(studies, GROUPS)
-    ]
-    return pd.DataFrame(lines).set_index("eps").fillna(MISSING)
-
-
-def _cases(study: CaseStudy, group: str) -> dict[str, Any]:
-    """The cells that begin a row."""
-    return {"eps": radius(study.eps), "Group": GROUPS[group], "Bad cases": len(study.rescued(group))}
 
 
 def control_table(studies: Sequence[CaseStudy]) -> pd.DataFrame:
@@ -356,7 +343,7 @@ STYLES: dict[str, Literal["--", "-"]] = {"reverse": "--", "coup": "-"}
 
 
 def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
-    """Fig. 2a: a column per eps, a row per group; mean confidence and 25–75 % of the cases against t."""
+    """Fig. 2a: a column per eps, a row per group: mean confidence, and 25–75 % of the guided cases."""
     n, names = len(studies), []
     figure, grid = plt.subplots(2, n, figsize=(1.2 + 2.7 * n, 5.2), sharex=True, sharey=True, squeeze=False)
     for row, group in zip(grid, ("right", "wrong"), strict=True):
@@ -381,54 +368,15 @@ def curves_figure(studies: Sequence[CaseStudy]) -> Figure:
 
 
 def _curves_panel(axes: Axes, study: CaseStudy, group: str) -> None:
-    p_true, p_adv = study.curves(group)
     axes.set(xlim=(study.times[0], 0), ylim=(-0.02, 1.02))
-    n = p_true["coup"].shape[1]
-    if n == 0:
-        return _say_none(axes)
+    p_true, p_adv = study.curves(group)
+    if not p_true["coup"].size:
+        axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
+        return
     for curve, colour in ((p_true, TRUE_COLOUR), (p_adv, ADV_COLOUR)):
-        for path, style in STYLES.items():
-            low, high = np.quantile(curve[path], [0.25, 0.75], axis=1)
-            if n >= FEWEST_FOR_BAND and path == "coup":
-                axes.fill_between(study.times, low, high, color=colour, alpha=0.16, linewidth=0)
-            elif n >= FEWEST_FOR_BAND:
-                for edge in (low, high):
-                    axes.plot(study.times, edge, color=colour, linestyle=":", linewidth=0.9, alpha=0.7)
-            axes.plot(study.times, curve[path].mean(1), color=colour, linestyle=style, linewidth=1.9)
-
-
-def _say_none(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "no such case", transform=axes.transAxes, ha="center", va="center", color="0.4")
-
-
-def rescue_figure(studies: Sequence[CaseStudy]) -> Figure:
-    """Bad cases rescued and good cases broken, by guidance and by two controls, per eps and group."""
-    figure, grid = plt.subplots(2, 2, figsize=(8.6, 5.4), sharey=True)
-    cases, names = {"rescued": "bad", "broken": "good"}, []
-    for row, group in zip(grid, ("right", "wrong"), strict=True):
-        for axes, (what, kind) in zip(row, cases.items(), strict=True):
-            _rescue_panel(axes, studies, group, what)
-            axes.set_ylabel(f"{what} (%), 95 % interval")
-            names.append(f"{kind} cases, {GROUPS[group]}".replace("x_adv", "$x_{adv}$"))
-    plots.titles(grid.flat, names)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
-
-
-def _rescue_panel(axes: Axes, studies: Sequence[CaseStudy], group: str, what: str) -> None:
-    colours = {"coup": COLOURS["coup"], "flipped": PALETTE[4], "brownian": COLOURS["reverse"]}
-    for offset, marker, (name, label) in zip((-0.2, 0, 0.2), "Dvs", TREATMENTS.items(), strict=True):
-        shares = [getattr(study, what)(group, name) for study in studies]
-        places = [place for place, share in enumerate(shares) if len(share)]
-        if places:
-            look = {"color": colours[name], "label": label, "capsize": 2.5, "linewidth": None}
-            plots.points(axes, np.array(places) + offset, [shares[i] for i in places], fmt=marker, **look)
-    counts = [len(getattr(study, what)(group)) for study in studies]
-    if not any(counts):
-        _say_none(axes)
-    labels = [f"eps = {radius(study.eps)}\nn = {n}" for study, n in zip(studies, counts, strict=True)]
-    plots.groups(axes, labels)
-    axes.set_ylim(-4, 104)
+        edges = np.quantile(curve["coup"], [0.25, 0.75], axis=1)
+        plots.band(axes, study.times, curve["coup"].mean(1), edges, STYLES["coup"], colour, linewidth=1.9)
+        axes.plot(study.times, curve["reverse"].mean(1), STYLES["reverse"], color=colour, linewidth=1.9)
 
 
 def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
@@ -438,24 +386,22 @@ def strips_figure(study: CaseStudy, classes: Sequence[str]) -> Figure:
     """
     saved = study.right["coup"][study.strips["index"]] == 1
     rescued = study.rescued("all") == 1
-    parts = (
-        ("(a) rescued by guidance", np.flatnonzero(saved).tolist(), rescued.sum()),
-        ("(b) not rescued", np.flatnonzero(~saved).tolist(), (~rescued).sum()),
-    )
-    widths = [1 if places else 0.42 for _, places, _ in parts]
-    rows = max(1, *(len(places) for _, places, _ in parts))
-    figure = plt.figure(figsize=(4.6 * sum(widths), 0.5 + 1.9 * rows))
+    parts = {
+        "(a) rescued by guidance": (np.flatnonzero(saved), rescued.sum()),
+        "(b) not rescued": (np.flatnonzero(~saved), (~rescued).sum()),
+    }
+    rows = max(1, *(len(places) for places, _ in parts.values()))
+    figure = plt.figure(figsize=(9.2, 0.5 + 1.9 * rows))
     figure.set_layout_engine("constrained", h_pad=0.05)  # inches, between a label and the next title
-    halves: Any = figure.subfigures(1, 2, wspace=0.04, width_ratios=widths)
-    for half, (title, places, total) in zip(halves, parts, strict=True):
-        which = f": the first {len(places)} of {total} by index" if places else ":\nthere is no such case"
-        half.suptitle(f"{title}{which}", x=0.02, ha="left", fontsize=9)
-        if places:
-            grid = half.subplots(2 * rows, study.strips["images"].shape[2], squeeze=False)
-            for axes in grid.flat:
-                axes.set_axis_off()
-            for row, place in enumerate(places):
-                _strip(grid[2 * row : 2 * row + 2], study, place, classes)
+    halves: Any = figure.subfigures(1, 2, wspace=0.04)
+    for half, (title, (places, total)) in zip(halves, parts.items(), strict=True):
+        which = f"the first {len(places)} of {total} by index" if total else "there is no such case"
+        half.suptitle(f"{title}: {which}", x=0.02, ha="left", fontsize=9)
+        grid = half.subplots(2 * rows, study.strips["images"].shape[2], squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for row, place in enumerate(places.tolist()):
+            _strip(grid[2 * row : 2 * row + 2], study, place, classes)
     return figure
 
 

@@ -96,7 +96,7 @@ def _stronger_attacks(config: Config) -> Grid:
         stronger_attacks.experiment(config),
         *stronger_attacks.outside_experiments(config),
         *(Measurement(config, name, (0, decisions), config.n_images) for name in PAPER),
-        *stronger_attacks.eps_experiments(config).values(),
+        *stronger_attacks.eps_experiments(config),
         *(Measurement(config, name, (draws, steps * draws), config.n_images) for name in PAPER),
         *mechanism.experiments(config),
         *mechanism.measurements(config),

@@ -39,12 +39,10 @@ def claims(results: PerImage) -> str:
     """Markdown: what guidance adds, and on which of the two the exact gradient is the weaker attack."""
     reported = paper.LIKELIHOOD[GUIDED].robustness - paper.LIKELIHOOD[PLAIN].robustness
     claim = f"Guidance makes likelihood maximisation more robust (the paper reports {reported:+.2f})"
-    masked = {
-        f"{LABELS[name]}: the exact gradient is the weaker attack": (
-            {"masked": row["adaptive"]},
-            {"masked": row["bpda"]},
-        )
-        for name, row in results.items()
-    }
+    named, exact = (
+        {LABELS[name]: row for name, row in results.items()},
+        "the exact gradient is the weaker attack",
+    )
+    masked = tables.attack_claims(named, exact, "adaptive", "bpda", "Exact gradient − identity")
     guided = tables.claims({claim: (results[GUIDED], results[PLAIN])}, WAYS)
-    return f"{guided}\n\n{tables.claims(masked, {'masked': 'Exact gradient − identity'})}"
+    return f"{guided}\n\n{masked}"

@@ -319,20 +319,12 @@ def chunked(config: Config, label: str, **about: Any) -> dict[str, Any]:
 
 
 def predicted_over_measured(slope: Arrays, kind: str) -> Estimate:
-    """Predicted over measured slope of one case of `slopes`: means over images and distances."""
-    return bootstrap(
-        lambda predicted, measured: predicted.mean(-1) / measured.mean(-1),
-        slope[f"foretold_{kind}"],
-        slope[f"measured_{kind}"].mean(0),
-    )
-
-
-def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> Estimate:
-    """A statistic of samples (n,) of the same images, which maps samples (k, n) to (k,)."""
-    n = len(samples[0])
-    rows = np.random.default_rng(0).integers(n, size=(2000, n))
-    low, high = np.quantile(statistic(*(sample[rows] for sample in samples)), [0.025, 0.975])
-    return Estimate(float(statistic(*samples)), float(low), float(high))
+    """Predicted over measured slope: of means over images and distances, with a bootstrap interval."""
+    predicted, measured = slope[f"foretold_{kind}"], slope[f"measured_{kind}"].mean(0)
+    rows = np.random.default_rng(0).integers(len(predicted), size=(2000, len(predicted)))
+    ratios = predicted[rows].mean(-1) / measured[rows].mean(-1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Estimate(float(predicted.mean() / measured.mean()), float(low), float(high))
 
 
 def _mean(values: np.ndarray) -> Estimate:

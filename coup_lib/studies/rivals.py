@@ -150,9 +150,7 @@ def verdict(
 
 def _gradients(found: Mapping[Setting, Found]) -> str:
     """Claims, of COUP and of what reads the image: how exact and first-order attacks differ."""
-    pairs = {}
-    for setting, each in found.items():
-        if setting.defence in ("coup", *WEIGHTS):
-            exact, held = ({"it": each.right[name]} for name in ("exact", "first_order"))
-            pairs[f"{setting}: the first-order gradient is the stronger attack"] = exact, held
-    return tables.claims(pairs, {"it": "Accuracy under the exact attack − under the first-order one"})
+    heading = "Accuracy under the exact attack − under the first-order one"
+    claim = "the first-order gradient is the stronger attack"
+    rows = {str(one): each.right for one, each in found.items() if one.defence in ("coup", *WEIGHTS)}
+    return tables.attack_claims(rows, claim, "exact", "first_order", heading)

@@ -18,7 +18,6 @@ from coup_lib.evaluation.config import Config, radius
 from coup_lib.evaluation.noise import DECIDE, image_seeds
 from coup_lib.evaluation.outcomes import (
     RULES,
-    Difference,
     Predictions,
     Transfer,
     WorstCase,
@@ -35,7 +34,7 @@ from coup_lib.evaluation.specs import AttackSpec, with_transfers
 from coup_lib.evaluation.stats import student
 from coup_lib.outside import TRIED
 from coup_lib.reporting import tables
-from coup_lib.reporting.plots import COLOURS, MARKERS, band, points, titles
+from coup_lib.reporting.plots import COLOURS, MARKERS, band, points, robustness_panel, titles
 from coup_lib.reporting.tables import PerImage, Row
 from coup_lib.studies.mechanism import LANDSCAPE, eot_counts, halved, landscape
 
@@ -280,12 +279,10 @@ def outside_experiments(config: Config, defences: Sequence[str] = PAPER) -> list
     ]
 
 
-def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
-    """Defence → name of an attack outside the ball → share of right draws of each image, (n,)."""
-    found = [one.predictions() for one in outside_experiments(config, defences)]
-    return {
-        name: {label: row.right for one in found for label, row in one[name].items()} for name in defences
-    }
+def shares(experiments: Sequence[Experiment]) -> dict[str, dict[Any, np.ndarray]]:
+    """Defence → key of its attack in any of the experiments → share of right draws of each image, (n,)."""
+    found = [one.predictions() for one in experiments]
+    return {name: {key: row.right for one in found for key, row in one[name].items()} for name in found[0]}
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
@@ -294,17 +291,6 @@ def outside(config: Config, defences: Sequence[str] = PAPER) -> PerImage:
 def across(rows: Sequence[Row], names: Mapping[str, str], title: str = "Accuracy under (%)") -> pd.DataFrame:
     """Columns by name × defences, "accuracy [95 % interval]" in percent; names: column → heading."""
     return tables.accuracies(rows, names).T.rename_axis(title)
-
-
-def difference_table(results: PerImage, config: Config) -> pd.DataFrame:
-    """The paired difference of COUP and the reverse SDE under every source, and what it says of the claim."""
-    coup, reverse, lines = results["coup"], results["reverse"], {}
-    for name, label in labels(config).items():
-        if name in coup and name in reverse:
-            difference = Difference.of(coup[name], reverse[name])
-            lines[label] = [str(difference), difference.verdict]
-    head = [f"{LABELS['coup']} − {LABELS['reverse']}", "The claim"]
-    return pd.DataFrame.from_dict(lines, orient="index", columns=head).rename_axis("Under")
 
 
 # --- The sanity checks of the field -----------------------------------------------------------------------
@@ -328,25 +314,16 @@ COMPARED = {
 }
 
 
-def eps_series(config: Config) -> dict[str, dict[float, np.ndarray]]:
-    """Defence → factor of eps → share of right draws (n,), under APGD-ce with the exact gradient.
+def eps_experiments(config: Config) -> list[Experiment]:
+    """Every defence under APGD-ce with the exact gradient, by multiples of eps; 0 is the clean images.
 
-    Half of the images and half of the iterations; factor 0 is the clean images.
+    Half of the images and half of the iterations.
     """
-    found: dict[str, dict[float, np.ndarray]] = {name: {} for name in PAPER}
-    for factor, one in eps_experiments(config).items():
-        for name, row in one.predictions().items():
-            found[name][factor] = row["it"].right
-    return found
-
-
-def eps_experiments(config: Config) -> dict[float, Experiment]:
-    """Factor of eps → what `eps_series` measures at it."""
-    small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), {}
+    small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), []
     for factor in (0.0, *EPS_FACTORS[config.norm]):
-        faced = {name: {"it": against("apgd-ce" if factor else "clean", name)} for name in PAPER}
+        faced = {name: {factor: against("apgd-ce" if factor else "clean", name)} for name in PAPER}
         eps = (factor or 1.0) * config.eps
-        found[factor] = Experiment(replace(small, eps=min(eps, 1.0) if config.norm == "linf" else eps), faced)
+        found.append(Experiment(replace(small, eps=min(eps, 1.0) if config.norm == "linf" else eps), faced))
     return found
 
 
@@ -425,18 +402,18 @@ def sanity_figure(
     """Four panels: larger radii, weaker attacks, more effort, and the loss along the exact gradient."""
     figure, panels = plt.subplots(2, 2, figsize=(8.5, 6))
     (larger, weaker), (effort, loss) = panels
+    small, rows = eps_experiments(config)[0].config, tables.rows(results, config)
+    factors = {factor: f"{factor:g}" for factor in (0.0, *EPS_FACTORS[config.norm])}
+    robustness_panel(larger, tables.rows(eps, small), factors)
+    larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylim=(-2, 102))
 
-    factors = (0.0, *EPS_FACTORS[config.norm])
-    points_panel(larger, eps, dict(zip(factors, map("{:g}".format, factors), strict=True)))
-    larger.set(xlabel=f"radius (units of eps = {radius(config.eps)})", ylabel="accuracy (%), 95 % interval")
+    threats = {"clean": "clean", "noise": "random noise", "square": "Square"}
+    robustness_panel(weaker, rows, threats | {"fgsm": "FGSM", "exact": "APGD exact"}, width=7)
 
-    threats = {"clean": "clean", "noise": "random\nnoise", "square": "Square"}
-    points_panel(weaker, results, threats | {"fgsm": "FGSM", "exact": "APGD\nexact"}, style="")
-
-    runs = {"quarter": max(1, config.n_iter // 4), "short": halved(config).n_iter, "exact": config.n_iter}
-    runs |= {"two_runs": f"2 × {config.n_iter}", "pgd": f"PGD\n{PGD_FACTOR * config.n_iter}"}
-    points_panel(effort, results, runs)
-    effort.set(xlabel="runs × iterations of APGD, then PGD, exact", ylabel="accuracy (%), 95 % interval")
+    runs = {"quarter": f"{max(1, config.n_iter // 4)}", "short": f"{halved(config).n_iter}"}
+    runs |= {"exact": f"{config.n_iter}", "two_runs": f"2 × {config.n_iter}"}
+    robustness_panel(effort, rows, runs | {"pgd": f"PGD {PGD_FACTOR * config.n_iter}"}, width=7)
+    effort.set_xlabel("runs × iterations of APGD, then PGD, exact")
 
     for defence, values in losses.items():
         look = MARKERS[defence] + "-", COLOURS[defence]
@@ -445,15 +422,3 @@ def sanity_figure(
     titles(panels.flat, ("larger radius", "weaker attacks", "more effort", "loss along the gradient"))
     figure.legend(*larger.get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
-
-
-def points_panel(
-    axes: Axes, results: Mapping[str, Mapping[Any, np.ndarray]], columns: Mapping[Any, Any], style: str = "-"
-) -> None:
-    """One line per defence through the accuracies of the columns, with 95 % intervals, dodged a little."""
-    for number, (defence, right) in enumerate(results.items()):
-        places = np.arange(len(columns)) + 0.07 * (number - (len(results) - 1) / 2)
-        look = {"fmt": MARKERS[defence] + style, "color": COLOURS[defence], "label": LABELS[defence]}
-        points(axes, places, [right[column] for column in columns], markersize=4, **look)
-    axes.set_xticks(range(len(columns)), list(columns.values()), fontsize="small")
-    axes.set(ylim=(-2, 103))

@@ -16,7 +16,6 @@ from coup_lib.defences import LABELS
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Difference, Transfer, joint
-from coup_lib.evaluation.progress import Plan
 from coup_lib.evaluation.protocol import Evaluation, paper_attacks
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.evaluation.stats import LEVEL
@@ -71,7 +70,7 @@ def attacks(config: Config) -> dict[str, dict[Any, AttackSpec]]:
 
 def measure(config: Config) -> Right:
     """The columns of `attacks` and the worst cases: column → share of right draws, (n,)."""
-    evaluation = Evaluation(config, verbose=False)
+    evaluation = Evaluation(config)
     scores = evaluation.predictions(attacks(config))
     ((defence, found),) = tables.per_image_accuracy(scores).items()
     return found | {"recorded": evaluation.recorded(scores)[defence].right}
@@ -79,14 +78,7 @@ def measure(config: Config) -> Right:
 
 def sweep(config: Config, name: str, values: Sequence[float]) -> Sweep:
     """COUP's columns for every value of "t_star" or "guidance_weight", all else as in `config`."""
-    settings, found = {value: at(config, name, value) for value in values}, {}
-    left = [Evaluation(here).left(attacks(here)) for here in settings.values()]
-    plan = Plan([sum(costs.values()) for costs in left], verbose=True)
-    for value, here in settings.items():
-        plan.start(f"t* = {here.t_star:g}, λ = {here.guidance_weight:g}")
-        found[value] = measure(here)
-    plan.end()
-    return found
+    return {value: measure(at(config, name, value)) for value in values}
 
 
 def best(found: Sweep, column: str) -> float:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from coup_lib.evaluation.stats import Estimate, mean_interval
-from coup_lib.reporting.plots import PALETTE, band, estimates, titles
+from coup_lib.reporting.plots import PALETTE, estimates, titles
 from coup_lib.studies.toy import DTYPE, FAR, TwoGaussians
 
 BLUE, ORANGE, GREEN = PALETTE[:3]
@@ -22,52 +22,32 @@ MARKERS = "os^Dv*Px<>"
 
 
 def _class_curves(axes: Axes, data: TwoGaussians, x: Tensor) -> None:
-    """The two class densities, labelled at their outer flanks."""
-    p0, p1 = data.class_densities(x)
-    axes.plot(x, p0, color=BLUE)
-    axes.plot(x, p1, color=GREEN)
-    side = data.mean + 1.4
-    height = float(data.class_densities(torch.tensor(side, dtype=DTYPE))[1])
-    axes.text(-side - 0.14, height, "$p(x|y{=}0)$", color=BLUE, ha="right")
-    axes.text(side + 0.14, height, "$p(x|y{=}1)$", color=GREEN, ha="left")
+    for label, (density, colour) in enumerate(zip(data.class_densities(x), (BLUE, GREEN), strict=True)):
+        axes.plot(x, density, color=colour, label=f"$p(x|y{{=}}{label})$")
 
 
 def plot_objectives(data: TwoGaussians) -> Figure:
-    """Fig. 1a: what is maximised without and with guidance, and where its gradient points."""
+    """Fig. 1a: what is maximised without and with guidance; arrows are as long as its gradient is large."""
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
     x = torch.linspace(-3.4, 3.4, 801, dtype=DTYPE)
-    m, (p0, p1) = data.mean, data.class_densities(x)
-    objectives: tuple[tuple[str, Tensor, dict[float, tuple[float, ...]]], ...] = (
-        ("$p(x)$", (p0 + p1) / 2, {0.0: (-1.8, -1.15, -0.5, 0.5, 1.15, 1.8)}),
-        (
-            r"$\max_y\,p(x|y)$",
-            torch.maximum(p0, p1),
-            {-m: (-m - 1.15, -m - 0.5, 0.46 - m), m: (m - 0.46, m + 0.5, m + 1.15)},
-        ),
-    )
-    for axes, (label, objective, peaks) in zip(panels, objectives, strict=True):
+    p0, p1 = data.class_densities(x)
+    objectives = {"$p(x)$": (p0 + p1) / 2, r"$\max_y\,p(x|y)$": torch.maximum(p0, p1)}
+    places = slice(190, 611, 60)  # from -1.8 to 1.8, on either side of the boundary
+    for axes, (label, objective) in zip(panels, objectives.items(), strict=True):
         _class_curves(axes, data, x)
-        axes.axvline(0, ymax=0.86, color="0.6", linewidth=0.8, zorder=0)
-        axes.plot(x, objective, ":", color=ORANGE, linewidth=2.6)
-        for peak, starts in peaks.items():
-            for start in starts:
-                _uphill_arrow(axes, x, objective, start, start + 0.8 * max(-0.4, min(0.4, peak - start)))
-        axes.text(0, 0.47, label, color=ORANGE, ha="center", va="center")
+        axes.plot(x, objective, ":", color=ORANGE, linewidth=2.6, label=label)
+        (slope,) = torch.gradient(objective, spacing=(x,))
+        steps = 1.7 * slope[places], 1.7 * slope[places] ** 2
+        axes.quiver(
+            x[places], objective[places] + 0.03, *steps, angles="xy", scale_units="xy", scale=1, color=ORANGE
+        )
+        axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.text(0.06, 0.01, "boundary", color="0.35", fontsize="small")
         axes.set(xlabel="$x$", ylim=(0, 0.5), xlim=(-3.4, 3.4))
+        axes.legend(loc="upper left", fontsize="small")
     titles(panels, ("Without guidance: maximise $p(x)$", "With guidance: maximise max$_y$ $p(x|y)$"))
     panels[0].set_ylabel("density")
     return figure
-
-
-def _uphill_arrow(axes: Axes, x: Tensor, objective: Tensor, start: float, end: float) -> None:
-    """An arrow just above the objective; ValueError if it does not point where the gradient does."""
-    tail, head = (int((x - position).abs().argmin()) for position in (start, end))
-    if objective[head] <= objective[tail]:
-        raise ValueError(f"expected the objective to rise from {start:g} to {end:g}")
-    ends = [(float(x[index]), float(objective[index]) + 0.022) for index in (head, tail)]
-    style = {"arrowstyle": "-|>", "color": ORANGE, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", xy=ends[0], xytext=ends[1], arrowprops=style)
 
 
 def plot_data_and_classifier(data: TwoGaussians, x0: float, c: float = 1.0) -> Figure:
@@ -79,31 +59,38 @@ def plot_data_and_classifier(data: TwoGaussians, x0: float, c: float = 1.0) -> F
     _class_curves(top, data, x)
     top.set(ylabel="density", ylim=(0, 0.46))
     for level, colour, width in ((c, "0.55", 0.8), (0.0, "black", 1.6)):
-        bottom.plot(x, data.confidence(x, torch.tensor(level, dtype=DTYPE)), color=colour, linewidth=width)
-    bottom.text(-1.25, 0.42, "$c=0$ (true)", ha="right")
-    line = {"arrowstyle": "-", "color": "0.55", "shrinkB": 0}
-    bottom.annotate(f"$c={c:g}$", xy=(2.46, 1.09), xytext=(1.15, 1.25), color="0.35", arrowprops=line)
-    bottom.axhspan(0, 1, color="0.5", alpha=0.07, linewidth=0)
-    edge = {"fontsize": "x-small", "color": "0.35", "va": "bottom"}
-    bottom.text(-3.15, 1.02, "probabilities lie below this edge", **edge)
+        confidence = data.confidence(x, torch.tensor(level, dtype=DTYPE))
+        bottom.plot(x, confidence, color=colour, linewidth=width, label=f"$c={level:g}$")
+    bottom.axhspan(0, 1, color="0.5", alpha=0.07, linewidth=0, label="probabilities")
     bottom.set(xlabel="$x$", ylabel="classifier's $p(y{=}1|x)$", ylim=(-0.05, 1.45), xlim=(-3.2, 3.2))
     for axes in (top, bottom):
-        axes.axvline(x0, color=ORANGE, linestyle="--", linewidth=1.2)
-    top.text(x0 + 0.05, 0.435, f"$x_0={x0:g}$", color=ORANGE, va="center")
+        axes.axvline(x0, color=ORANGE, linestyle="--", linewidth=1.2, label=f"$x_0={x0:g}$")
+        axes.legend(loc="upper left", fontsize="small")
     titles((top, bottom), ("Two-Gaussian data", "Classifier"))
     return figure
 
 
 def plot_label_flips(result: dict[str, Any]) -> Figure:
     """Fig. 3b from label_flips' result: both readings of "flip", and where the classifier breaks down."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.7))
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.7), sharey=True)
+    levels = result["levels"]
+    colours = sns.color_palette("viridis", len(levels) + 1)[:-1]  # without the palest yellow
     for axes, event in zip(panels, ("flipped", "crossed", "outside"), strict=True):
-        _share_lines(axes, result, event)
+        for index, level in enumerate(levels):
+            look = {"color": colours[index], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+            found = shares(result, event, index)
+            estimates(axes, result["weights"], found, linewidth=1.3, label=f"$c={level:g}$", **look)
         axes.set(xlabel="guidance weight $\\lambda$", ylim=(-0.02, 1.0))
-    titles(panels, ("Final sign flipped", "Below 0 at some step", "Confidence left (0, 1) at some step"))
-    panels[0].set(ylim=(0, 0.72), ylabel="label flip probability $P(x_{t=0}<0)$")
-    panels[1].set_ylabel("label flip probability $P_{<0}$ of Prop. 1")
-    panels[2].set_ylabel("share of runs")
+    titles(
+        panels,
+        (
+            "Flip: $P(x_{t=0}<0)$",
+            "Flip of Prop. 1: below 0 at some step",
+            "Confidence left (0, 1) at some step",
+        ),
+    )
+    panels[0].set_ylabel("share of runs")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -123,60 +110,6 @@ def rarer(found: Sequence[Estimate]) -> str:
     if last.high < first.low:
         return "holds"
     return "does not hold" if last.low > first.high else "is not decided"
-
-
-def _share_lines(axes: Axes, result: dict[str, Any], event: str) -> None:
-    """A line with error bars per noise level, labelled at its right end."""
-    weights, levels = result["weights"], result["levels"]
-    colours = sns.color_palette("viridis", len(levels) + 1)[:-1]  # without the palest yellow
-    found = [shares(result, event, index) for index in range(len(levels))]
-    for index, (colour, each) in enumerate(zip(colours, found, strict=True)):
-        look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-        estimates(axes, weights, each, linewidth=1.3, **look)
-    ends, x = [each[-1].value for each in found], weights[-1]
-    heights = spread(ends, 0.055 * (0.72 if event == "flipped" else 1.0))
-    for level, end, height, colour in zip(levels, ends, heights, colours, strict=True):
-        axes.plot([x * 1.02, x * 1.055], [end, height], color=colour, linewidth=0.7, clip_on=False)
-        axes.text(x * 1.065, height, f"$c={level:g}$", color=colour, va="center", fontsize="small")
-    axes.set_xlim(-0.02 * x, 1.2 * x)
-    axes.set_xticks(np.linspace(0, x, 6))
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights for labels at least `gap` apart and above 0, in the order of the given ones."""
-    placed, lowest = list(heights), gap / 2
-    for place in np.argsort(heights, kind="stable").tolist():
-        placed[place] = max(heights[place], lowest)
-        lowest = placed[place] + gap
-    return placed
-
-
-def plot_prop2(result: dict[str, Any]) -> Figure:
-    """Proposition 2 from prop2_check's result: distances beside the bound, and how tight the bound is."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.4))
-    times = result["t_star"]
-    for key, colour, label in (
-        ("distance", BLUE, "distance $|r(x)-x|$"),
-        ("bound", ORANGE, "bound of Eq. 8"),
-    ):
-        low, middle, high = np.array(result[key]).T
-        band(left, times, middle, (low, high), "o-", colour, label=label)
-    left.set(xlabel="purification time $t^*$", ylabel="median and 5–99 % of runs", yscale="log")
-    left.legend(loc="lower right")
-    lines = (
-        ("tightest_printed", "Eq. 8, constants of all runs", "o-", BLUE),
-        ("tightest_own", "Eq. 8, constants of each run", "s-", GREEN),
-        ("tightest_rigorous", "$e^\\gamma-1$ for $\\gamma$, constants of each run", "^-", "0.35"),
-        ("allowed", "Eq. 8, score constant at its bound, $\\epsilon=0$", "D--", ORANGE),
-    )
-    for key, label, style, colour in lines:
-        right.plot(times, result[key], style, color=colour, markersize=4, label=label)
-    right.axhline(1, color="black", linewidth=1)
-    right.text(times[-1], 0.99, "violated above this line", ha="right", va="top", fontsize="small")
-    right.set(xlabel="purification time $t^*$", ylabel="largest distance / bound", ylim=(0, 2.05))
-    right.legend(loc="upper left", fontsize="small")
-    titles((left, right), ("Distance and bound", "How tight the bound gets"))
-    return figure
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
