@@ -95,9 +95,9 @@ NETWORKS: dict[str, Training | None] = {
 # Counts by ten draws and by their majority come from the records of every table.
 TABLES = {
     "fig2b": Records("02_ablation", LARGE),
-    "table1": Records("04_autoattack", TABLE, adjoint=True),
+    "table1": Records("04_autoattack", TABLE),
     "fig2b-l2": Records("02_ablation@l2", LARGE),
-    "table2": Records("04_autoattack@l2", TABLE, adjoint=True),
+    "table2": Records("04_autoattack@l2", TABLE),
     "stronger": Records("07_stronger_attacks", MIDDLE, adjoint=True),
     "sweeps": Records("03_sweeps", MIDDLE | {"n_draws": 10}),
     "bpda": Records("05_bpda", PAPER | {"n_images": 511, "eot": 8}),

@@ -26,7 +26,6 @@ from coup_lib.studies import (
     beyond,
     bpda,
     case_study,
-    fidelity,
     likelihood_study,
     mechanism,
     rivals,
@@ -66,13 +65,8 @@ def _sweeps(
 
 
 def _autoattack(config: Config, compare: Config) -> Grid:
-    # In float64 all of the gradients take longer than is counted; of BPDA's each is a forward pass.
-    paths = sum(fidelity.STEP_COUNTS) / config.n_steps
-    others = fidelity.COMPARED.values()
-    calls = round(paths * sum(map(len, others))), round(paths * len(others))
     return [
         Experiment(config, paper_attacks(PAPER, config, autoattack=True)),
-        Measurement(config, "coup", calls, min(fidelity.N_IMAGES, config.n_images)),
         Experiment(compare, likelihood_study.attacks()),
     ]
 
@@ -119,10 +113,6 @@ def _beyond(
 # --- what notebooks compute beside their grids, or know only when these are there ---
 
 
-def _cosines(config: Config, compare: Config) -> None:
-    fidelity.gradient_cosines(config)
-
-
 def _confirmed(config: Config, confirm: Config) -> None:
     times = sweeps.sweep(config, "t_star", sweeps.values_to_sweep(config, "t_star", sweeps.T_STARS))
     tried = sweeps.values_to_sweep(config, "guidance_weight", sweeps.WEIGHTS)
@@ -162,7 +152,7 @@ NOTEBOOKS = {
     "01_case_study": Notebook(({"purpose": "compare"},), _case_study),
     "02_ablation": Notebook(({}, {"purpose": "clean"}), _ablation),
     "03_sweeps": Notebook(({"purpose": "sweep"} | VALIDATION, {"purpose": "sweep"}), _sweeps, _confirmed),
-    "04_autoattack": Notebook(({}, {"purpose": "compare"}), _autoattack, _cosines),
+    "04_autoattack": Notebook(({}, {"purpose": "compare"}), _autoattack),
     "05_bpda": Notebook(({"purpose": "sweep"},), _bpda),
     "06_adversarial_training": Notebook(
         tuple({"purpose": "sweep", "norm": norm} for norm in NORMS), _adversarial_training

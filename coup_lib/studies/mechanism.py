@@ -294,25 +294,18 @@ def _record(
     if attack:
         named["attack"] = evaluation.attack_settings(attack)[1]
     size = max(1, _at_once(evaluation.images.x) // draws)
-    return chunked(
-        config,
-        f"{name}, {target}",
-        name=f"mechanism-{name}-{target}-{attack_name}",
-        settings={**settings, **named, "draws": draws, "seed": config.seed},
-        chunks=[range(start, min(start + size, n)) for start in range(0, n, size)],
-        compute=lambda places: {key: found.cpu().numpy() for key, found in compute(places).items()},
-        combine=lambda parts: {
-            key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]
-        },
-    )["arrays"]
-
-
-def chunked(config: Config, label: str, **about: Any) -> dict[str, Any]:
-    """The record of work on parts of the images, shared among processes; about: of `ChunkedRecord`."""
-    work = ChunkedRecord(config.profile, **about, worker=Worker(config.shard, config.num_shards))
+    work = ChunkedRecord(
+        config.profile,
+        f"mechanism-{name}-{target}-{attack_name}",
+        {**settings, **named, "draws": draws, "seed": config.seed},
+        [range(start, min(start + size, n)) for start in range(0, n, size)],
+        lambda places: {key: found.cpu().numpy() for key, found in compute(places).items()},
+        lambda parts: {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]},
+        Worker(config.shard, config.num_shards),
+    )
     plan = Plan([0.0 if is_complete(work.path) else 1.0], verbose=True)
-    plan.start(label)
-    return work.finish(plan.advance)
+    plan.start(f"{name}, {target}")
+    return work.finish(plan.advance)["arrays"]
 
 
 # --- What the numbers say ---------------------------------------------------------------------------------
