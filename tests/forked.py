@@ -30,7 +30,7 @@ for line in sys.stdin:
 class Papermill:
     """Runs command lines, `notebooks/NAME.ipynb OUTPUT [-p NAME VALUE]`, until it is closed.
 
-    given: the variables COUP_*; those of the tests' own run are not passed on. log: takes what is complained of.
+    given: the variables COUP_*; those of the tests' own run are not passed on. log: what is complained of.
     """
 
     def __init__(self, log: Path, **given: str) -> None:
