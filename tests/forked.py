@@ -28,18 +28,18 @@ for line in sys.stdin:
 
 
 class Papermill:
-    """Runs command lines, `notebooks/NAME.ipynb OUTPUT [-p NAME VALUE]`, until it is closed.
+    """Runs command lines, `notebooks/NAME.ipynb OUTPUT [-p NAME VALUE]`, in a folder until it is closed.
 
     given: the variables COUP_*; those of the tests' own run are not passed on. log: what is complained of.
     """
 
-    def __init__(self, log: Path, **given: str) -> None:
+    def __init__(self, log: Path, folder: Path = ROOT, **given: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("COUP_")}
-        kept |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        kept |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w")}
         command = [sys.executable, "-c", LOOP]
         self.log = log
-        self.process = subprocess.Popen(command, cwd=ROOT, env=kept | given, text=True, **pipes)
+        self.process = subprocess.Popen(command, cwd=folder, env=kept | given, text=True, **pipes)
 
     def __call__(self, line: str) -> None:
         """One command; fails where one of the notebook's cells does."""
