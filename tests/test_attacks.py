@@ -375,17 +375,6 @@ def test_apgd_ce_moves_every_image(digits, classifier):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize(("norm", "eps"), THREATS)
-def test_images_stay_in_the_ball_and_in_range(digits, classifier, name, norm, eps):
-    x, y = digits.x[:8], digits.y[:8]
-    result = attack(name, norm=norm, eps=eps)(defended(classifier), x, y)
-    assert float(distance(result.x_adv, x, norm).max()) <= eps * (1 + 1e-5)
-    assert float(result.x_adv.min()) >= 0 and float(result.x_adv.max()) <= 1
-    assert result.robust.shape == (8,) and result.robust.dtype == torch.bool
-    assert not result.x_adv.requires_grad
-
-
-@pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_repeats_with_its_seeds_whatever_was_drawn_before(digits, classifier, name):
     results = []
     for seed in (0, 1):
@@ -395,8 +384,9 @@ def test_an_attack_repeats_with_its_seeds_whatever_was_drawn_before(digits, clas
         after = torch.rand(3)
         torch.manual_seed(seed)
         assert torch.equal(torch.rand(3), after)  # the caller's generator is left alone
-    assert torch.equal(results[0].x_adv, results[1].x_adv)
-    assert torch.equal(results[0].robust, results[1].robust)
+    one, other = results
+    assert torch.equal(one.x_adv, other.x_adv) and torch.equal(one.robust, other.robust)
+    assert one.robust.shape == (4,) and one.robust.dtype == torch.bool and not one.x_adv.requires_grad
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -505,24 +495,6 @@ def test_pgd_is_its_steps_and_keeps_the_highest_loss(norm, eps, landscape):
     torch.testing.assert_close(result.x_adv, best)
 
 
-@pytest.mark.parametrize(("norm", "eps"), THREATS)
-def test_pgd_raises_the_loss(digits, classifier, norm, eps):
-    x_adv = attack("pgd", norm=norm, eps=eps, n_iter=10)(classifier, digits.x, digits.y).x_adv
-    before, fgsm = (
-        cross_entropy(classifier(images), digits.y)
-        for images in (digits.x, attack("fgsm", norm=norm, eps=eps)(classifier, digits.x, digits.y).x_adv)
-    )
-    after = cross_entropy(classifier(x_adv), digits.y)
-    assert (after > before).all() and after.mean() > before.mean() + 0.5
-    assert after.mean() > fgsm.mean()  # ten steps find more than one
-
-
-def test_the_margin_attack_raises_the_margin(digits, classifier):
-    x_adv = attack("apgd-margin", n_iter=10)(classifier, digits.x, digits.y).x_adv
-    rise = margin(classifier(x_adv), digits.y) - margin(classifier(digits.x), digits.y)
-    assert (rise > 1).all()
-
-
 @pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize(("norm", "eps"), THREATS)
 def test_the_first_gradient_is_taken_at_the_start(digits, classifier, name, norm, eps):
@@ -587,19 +559,6 @@ def test_projection_is_the_closed_form():
     expected = torch.tensor([0.5, 0.5, 1.0, 0.0], dtype=torch.float64).reshape(1, 1, 2, 2)
     for norm in ("L2", "Linf"):
         torch.testing.assert_close(project(x + out, x, norm, 0.5), expected)  # cut off at 0 and 1
-
-
-@pytest.mark.parametrize("norm", ["L2", "Linf"])
-def test_nothing_in_the_ball_is_nearer_than_the_projection(norm):
-    """Away from the range's edges, in L2 distance, against 2000 random points of the ball."""
-    generator = torch.Generator().manual_seed(0)
-    x, eps = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), 0.2
-    outside = x + 0.3 * torch.randn(1, 1, 2, 2, generator=generator, dtype=torch.float64)
-    assert distance(outside, x, norm) > eps
-    others = x + 2 * eps * (torch.rand(2000, 1, 2, 2, generator=generator, dtype=torch.float64) - 0.5)
-    inside = others[distance(others, x, norm) <= eps]
-    nearest = distance(project(outside, x, norm, eps), outside, "L2")
-    assert len(inside) > 100 and (distance(inside, outside, "L2") > nearest).all()
 
 
 def test_margin_by_hand():
@@ -740,7 +699,7 @@ def test_few_classes_are_met(name, classes, digits):
     assert not any("target classes" in text for text in result.warnings)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ["pgd", "rand", "standard"])
 def test_probabilities_are_told_of(name, digits, classifier, recwarn):
     usual = attack(name)(classifier, digits.x, digits.y)
     assert not recwarn.list and not any("probabilities" in text for text in usual.warnings)
