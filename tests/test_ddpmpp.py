@@ -272,64 +272,30 @@ def test_the_network_does_not_share_memory_with_the_checkpoint():
     assert network.all_modules[0].weight.abs().sum() > 0
 
 
-def without_ema(saved):
-    del saved["ema"]
-
-
-def without_averages(saved):
-    del saved["ema"]["shadow_params"]
-
-
-def named_averages(saved):
-    saved["ema"]["shadow_params"] = dict(enumerate(saved["ema"]["shadow_params"]))
-
-
-def short_averages(saved):
-    saved["ema"]["shadow_params"].pop()
-
-
-def long_averages(saved):
-    saved["ema"]["shadow_params"].append(torch.zeros(3))
-
-
-def empty_averages(saved):
-    saved["ema"]["shadow_params"].clear()
-
-
-def shifted_averages(saved):
-    averages = saved["ema"]["shadow_params"]
-    averages.insert(0, averages.pop())
-
-
-def a_number(saved):
-    saved["ema"]["shadow_params"][4] = 0.5
-
-
-def whole_numbers(saved):
-    saved["ema"]["shadow_params"][1] = saved["ema"]["shadow_params"][1].long()
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_ema, r"^a\.pth: expected averages at ema\.shadow_params, got keys optimizer, model, step$"),
+        (lambda averages: dict(enumerate(averages)), r"ema\.shadow_params: expected 270 tensors, got a dict"),
+        (lambda averages: [], r"ema\.shadow_params: expected 270 tensors, got 0"),
+        (lambda averages: [*averages, torch.zeros(3)], r"ema\.shadow_params: expected 270 tensors, got 271"),
         (
-            without_averages,
-            r"^a\.pth: expected averages at ema\.shadow_params, got keys optimizer, model, ema",
+            lambda averages: [averages[-1], *averages[:-1]],
+            r"such as all_modules\.0\.weight: expected shape \(64, 16\), got shape \(3,\)",
         ),
-        (named_averages, r"ema\.shadow_params: expected 270 tensors, got a dict"),
-        (short_averages, r"ema\.shadow_params: expected 270 tensors, got 269"),
-        (long_averages, r"ema\.shadow_params: expected 270 tensors, got 271"),
-        (empty_averages, r"ema\.shadow_params: expected 270 tensors, got 0"),
-        (shifted_averages, r"such as all_modules\.0\.weight: expected shape \(64, 16\), got shape \(3,\)"),
-        (a_number, r"all_modules\.2\.weight: expected shape \(16, 3, 3, 3\), got a float"),
-        (whole_numbers, r"all_modules\.0\.bias: expected shape \(64,\), got shape \(64,\) of whole numbers"),
+        (
+            lambda averages: [*averages[:4], 0.5, *averages[5:]],
+            r"all_modules\.2\.weight: expected shape \(16, 3, 3, 3\), got a float",
+        ),
+        (
+            lambda averages: [averages[0], averages[1].long(), *averages[2:]],
+            r"all_modules\.0\.bias: expected shape \(64,\), got shape \(64,\) of whole numbers",
+        ),
     ],
 )
 def test_a_spoilt_checkpoint_is_refused_and_changes_nothing(spoil, message):
     saved, network = checkpoint(), REDUCED()
+    saved["ema"]["shadow_params"] = spoil(saved["ema"]["shadow_params"])
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    spoil(saved)
     with pytest.raises(CheckpointError, match=message):
         load_score_sde(network, saved, "a.pth")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
@@ -339,11 +305,6 @@ def test_a_spoilt_checkpoint_is_refused_and_changes_nothing(spoil, message):
 def test_something_else_than_a_checkpoint(saved, got):
     with pytest.raises(CheckpointError, match=f"expected averages at .* got {got}"):
         load_score_sde(REDUCED(), saved, "a.pth")
-
-
-def test_a_checkpoint_of_other_sizes():
-    with pytest.raises(CheckpointError, match=r"all_modules\.0\.weight: .*\(32, 8\), got .*\(64, 16\)"):
-        load_score_sde(DDPMpp(width=8, blocks=1), checkpoint(), "a.pth")
 
 
 def test_labels_keep_their_precision_when_states_have_little():

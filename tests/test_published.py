@@ -263,11 +263,6 @@ def test_a_file_placed_by_hand_is_used_and_nothing_is_fetched(listed, fetched, c
     assert not fetched
 
 
-def test_robustbench_finds_its_models_in_the_same_place(folder, checkpoint):
-    file = put(folder / "cifar10" / "Linf" / "Standard.pt", checkpoint)
-    assert published.fetch("cifar10/Linf/Standard") == file
-
-
 def test_a_file_that_changed_since_its_first_use_is_refused(listed, folder, checkpoint):
     put(listed, checkpoint)
     used(NAME)
@@ -383,14 +378,6 @@ def test_code_in_a_checkpoint_does_not_run(listed, folder, tmp_path, new_format)
     assert not proof.exists() and not (folder / "SHA256SUMS").exists()
     torch.load(listed, weights_only=False)
     assert proof.exists()  # it would have
-
-
-def test_code_in_a_plain_pickle_does_not_run(listed, tmp_path):
-    proof = tmp_path / "executed"
-    put(listed, pickle.dumps(Hostile(proof), protocol=2))
-    with pytest.raises(CheckpointError):
-        used(NAME)
-    assert not proof.exists()
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="older PyTorch reads tensors and plain values only")

@@ -177,14 +177,6 @@ def test_another_depth_is_refused(depth):
         WideResNet(depth, 1)
 
 
-def test_load_state_freezes_in_eval_mode_and_copies_every_weight():
-    state = WideResNet(10, 1).state_dict()
-    network = load_state(WideResNet(10, 1), state, "weights")
-    assert not network.training
-    assert not any(value.requires_grad for value in network.parameters())
-    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
-
-
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "model.module."])
 def test_load_state_unwraps_and_takes_prefixes_off(wrapper, prefix):
@@ -233,21 +225,7 @@ def test_load_state_names_what_does_not_fit():
         load_state(WideResNet(10, 1), weights, "folder/Standard.pt")
 
 
-def test_load_state_leaves_the_network_alone_when_it_refuses():
-    network = WideResNet(10, 1)
-    before = network.fc.weight.clone()
-    with pytest.raises(CheckpointError):
-        load_state(network, {"fc.weight": torch.zeros(10, 64)}, "weights")
-    assert torch.equal(network.fc.weight, before)
-
-
 @pytest.mark.parametrize(("state", "got"), [([torch.zeros(1)], "a list"), ({0: torch.zeros(1)}, "a dict")])
 def test_load_state_takes_names_and_weights_only(state, got):
     with pytest.raises(CheckpointError, match=f"expected a mapping of names to weights, got {got}"):
         load_state(WideResNet(10, 1), state, "weights")
-
-
-def test_load_state_refuses_what_is_no_tensor():
-    weights = WideResNet(10, 1).state_dict() | {"fc.bias": "none"}
-    with pytest.raises(CheckpointError, match=r"fc.bias: expected shape \(10,\), got a str"):
-        load_state(WideResNet(10, 1), weights, "weights")
