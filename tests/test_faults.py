@@ -24,7 +24,6 @@ import torch
 from closed_forms import small_problem
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from one_thread import one_thread  # noqa: F401
 from test_published import Hostile
 from torch import nn
 

@@ -10,7 +10,6 @@ import torch
 from closed_forms import GaussianMixtureScore, SmoothClassifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_thread import one_thread  # noqa: F401
 
 from coup_lib.attacks import ATTACKS, NORMS
 from coup_lib.data import SIZES, SPLITS

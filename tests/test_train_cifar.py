@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file
 
 from coup_lib.attacks import NORM_LABELS, Attack
