@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
+import random_cifar
 
 from coup_lib import paths
 from coup_lib.evaluation.records import reading_only
@@ -50,11 +50,7 @@ def code_of(notebook):
 @pytest.fixture
 def environment(tmp_path):
     """Random images in place of CIFAR-10, and weights of digits where the run looks for weights."""
-    random, arrays = np.random.default_rng(0), {}
-    for part, n in (("train", 60), ("test", 10)):
-        arrays[f"x_{part}"] = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        arrays[f"y_{part}"] = random.integers(0, 10, n)
-    np.savez(tmp_path / "cifar10_exact_subset.npz", **arrays, idx_train=np.arange(60))
+    random_cifar.write(tmp_path)
     shutil.copytree(WEIGHTS, tmp_path / "out" / "smoke" / "weights")
     (tmp_path / "program.py").write_text(PROGRAM)
     return os.environ | {DATA_VARIABLE: str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

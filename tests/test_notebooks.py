@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
-import numpy as np
 import papermill
 import pytest
+import random_cifar
 from forked import Papermill
 
 from coup_lib import paths
@@ -183,13 +183,9 @@ def cifar_root(tmp_path_factory):
     """Real images where COUP_DATA has them; else random pixels in the same layout."""
     if os.environ.get("COUP_DATA"):
         return Path(os.environ["COUP_DATA"])
-    root, random = tmp_path_factory.mktemp("cifar"), np.random.default_rng(0)
-    for dataset, classes in (("cifar10", 10), ("cifar100", 100)):
-        arrays = {}
-        for part, n in (("train", 200), ("test", 40)):
-            arrays[f"x_{part}"] = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-            arrays[f"y_{part}"] = random.integers(0, classes, n)
-        np.savez(root / f"{dataset}_exact_subset.npz", **arrays, idx_train=np.arange(200))
+    root = tmp_path_factory.mktemp("cifar")
+    for classes in (10, 100):
+        random_cifar.write(root, classes, train=200, test=40)
     return root
 
 

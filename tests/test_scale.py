@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
+import random_cifar
 
 from coup_lib.evaluation.config import Config
 
@@ -199,9 +199,7 @@ def test_a_shard_that_fails_says_why(tmp_path):
 
 
 def test_missing_networks_are_named_once_before_any_shard_starts(tmp_path):
-    images = {f"x_{part}": np.zeros((40, 3, 32, 32), dtype=np.uint8) for part in ("train", "test")}
-    images |= {f"y_{part}": np.zeros(40, dtype=int) for part in ("train", "test")}
-    np.savez(tmp_path / "cifar10_exact_subset.npz", **images, idx_train=np.arange(40))
+    random_cifar.write(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "COUP_SMOKE"}
     environment |= {"COUP_DATA": str(tmp_path), "COUP_MODELS": str(tmp_path / "none")}
     given = "parameters=-p subset first -p norm l2"  # in which norm a robust classifier guides in 08
