@@ -50,6 +50,14 @@ class SmoothClassifier(nn.Module):
         return self.layers(4 * x)
 
 
+class Dropping(SmoothClassifier):
+    """MC dropout: random in eval mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, first, activation, last = self.layers
+        return last(nn.functional.dropout(activation(first(flat(4 * x))), 0.5, training=True))
+
+
 def small_problem() -> tuple[nn.Module, nn.Module, Tensor]:
     """(mixture score, classifier with frozen weights, images (5, 1, 2, 2) in [0, 1]) in float64."""
     generator = torch.Generator().manual_seed(0)

@@ -61,12 +61,6 @@ def test_counts_are_the_budgets_own_where_none_are_given(monkeypatch, profile, c
     assert bpda.checked_counts(None, Config(profile, purpose="sweep")) == counts
 
 
-def test_three_ways_to_decide_can_disagree():
-    """One image: a confident mistake in the mean of the logits, three of four draws right."""
-    score = Predictions(np.array([0]), np.array([[0, 0, 0, 1]]), np.array([1]), np.array([0.75]), None)
-    assert [score.decided(rule).tolist() for rule in bpda.RULES] == [[0.75], [0.0], [1.0]]
-
-
 def test_verdicts(results):
     config = Config(n_images=N, eot=5)
     claims = tables.coup_claims(results["single"], paper.BPDA)

@@ -92,6 +92,10 @@ def kept(monkeypatch):
     monkeypatch.setattr(session, "load_split", lambda *given: None)
 
 
+def failing(*given, **more):
+    raise RuntimeError("nothing there")
+
+
 def test_missing_images_are_said_before_anything_is_begun(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.CIFAR10", failing)
@@ -99,10 +103,6 @@ def test_missing_images_are_said_before_anything_is_begun(tmp_path, monkeypatch,
         session.main(["--out", str(tmp_path / "out")])
     assert f"error: no whole cifar10 at {tmp_path}: expected the folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def failing(*given, **more):
-    raise RuntimeError("nothing there")
 
 
 def test_without_time_nothing_is_begun_and_the_last_line_says_what_is_left(kept, tmp_path, capsys):

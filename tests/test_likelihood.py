@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from closed_forms import SmoothClassifier, relative_error, small_problem
+from closed_forms import Dropping, SmoothClassifier, relative_error, small_problem
 from torch import nn
 
 from coup_lib import likelihood as module
@@ -187,14 +187,6 @@ def test_a_graph_can_be_pulled_back_twice_and_keeps_the_states_only():
         node = node.next_functions[0][0]
     assert sum(tensor.numel() for tensor in node.saved_tensors) == 5 * 3 * x.numel()
     assert torch.equal(torch.autograd.grad(purified.sum(), x)[0], first)
-
-
-class Dropping(SmoothClassifier):
-    """MC dropout: random in eval mode, too."""
-
-    def forward(self, x):
-        flat, first, activation, last = self.layers
-        return last(nn.functional.dropout(activation(first(flat(4 * x))), 0.5, training=True))
 
 
 def test_a_random_guide_is_differentiated_as_it_was():

@@ -179,13 +179,6 @@ def test_attacks_outside_the_ball_are_in_no_worst_case():
     config = Config(purpose="probe", n_images=3, n_iter=1, eot=1, square_queries=3, n_draws=2)
     faced = {spec.attack for row in stronger.experiment(config).attacks.values() for spec in row.values()}
     assert not faced & {*OUTSIDE}
-    evaluation = Evaluation(config, verbose=False)
-    columns = evaluation.predictions({"reverse": {"exact": against("apgd-ce", "reverse")}})
-    before = evaluation.recorded(columns)["reverse"]
     found = stronger.outside(config, ("none", "reverse"))
-    assert all(list(row) == [*TRIED.values()] for row in found.values()) and list(found) == [
-        "none",
-        "reverse",
-    ]
-    after = evaluation.recorded(columns)["reverse"]
-    assert before.n_sources == after.n_sources and (before.right == after.right).all()
+    assert list(found) == ["none", "reverse"]
+    assert all(list(row) == [*TRIED.values()] for row in found.values())

@@ -93,14 +93,6 @@ def test_transfers_count_and_have_one_column():
     assert found["reverse"]["worst"].mean() == 1 - 8 / N
 
 
-def test_an_attacks_images_are_decided_in_four_ways():
-    report = np.tile([0, 0, 1], (N, 1))  # right twice in three draws
-    score = Predictions(np.zeros(N, dtype=int), report, report[:, 2], (report == 0).mean(1), all_but(10))
-    shares = {rule: score.decided(rule).mean() for rule in RULES}
-    assert shares == pytest.approx({"single": 2 / 3, "averaged": 0, "majority": 1, "worst_draw": 0})
-    assert score.counted.mean() == 1 - 10 / N
-
-
 def test_decisions_by_several_draws_stand_beside_the_same_on_clean_images():
     """Right in two of three draws: of one draw two times in three, of all never, of the majority always."""
     labels, report = np.zeros(N, dtype=int), np.tile([0, 0, 1], (N, 1))

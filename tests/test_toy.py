@@ -185,16 +185,13 @@ def test_prop2_printed_bound_is_not_implied_by_its_assumptions() -> None:
     [
         {"n_runs": 0},
         {"n_steps": 1.5},
-        {"t_star": 0.0},
         {"t_star": 1.1},
         {"x0": -0.2},
         {"seed": -1},
         {"guidance_weight": -0.5},
         {"lambdas": "1,2"},
         {"lambdas": "0,a"},
-        {"lambdas": "0,nan"},
         {"noise_levels": "0,2,1"},
-        {"noise_levels": "0,inf"},
         {"t_stars": "0.1,2"},
     ],
 )
