@@ -85,8 +85,10 @@ def smoke(defences, x, y, folder, **more):
 # --- what it takes ---
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 10), (28, 28), (12,), (7,), (2, 3, 4, 5)])
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(
+    ("shape", "classes"),
+    [((1, 8, 8), 2), ((3, 6, 10), 3), ((28, 28), 3), ((12,), 2), ((7,), 3), ((2, 3, 4, 5), 3)],
+)
 def test_images_of_any_shape_and_two_classes_or_more(shape, classes, tmp_path):
     generator = np.random.default_rng(0)
     x, y = generator.random((4, *shape)), generator.integers(0, classes, 4)
@@ -484,7 +486,7 @@ def test_a_random_defence_also_faces_what_looks_at_every_draw(digits, net, tmp_p
 
 def test_a_purifier_of_this_library_also_faces_per_step_losses(digits, net, tmp_path):
     mine = coup(net, load_score("digits", "score"), n_steps=2)
-    found = smoke({"mine": mine, "plain": net}, digits.x, digits.y, tmp_path)
+    found = smoke({"mine": mine, "plain": net}, digits.x[:2], digits.y[:2], tmp_path)
     assert (
         "steps" in found.measured.rows["mine"] and Transfer("mine", "steps") in found.measured.rows["plain"]
     )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -237,11 +238,8 @@ def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path):
         except OSError as error:
             errors.append((index, error.errno))
 
-    threads = [threading.Thread(target=run, args=[index]) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
     assert errors == [(3, errno.ENOSPC)] and path.read_text() in "012"
     assert list(tmp_path.iterdir()) == [path]
 

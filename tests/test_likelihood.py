@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from closed_forms import Dropping, SmoothClassifier, relative_error, small_problem
+from closed_forms import Dropping, GaussianMixtureScore, SmoothClassifier, relative_error, small_problem
 from torch import nn
 
 from coup_lib import likelihood as module
@@ -15,27 +15,16 @@ SEEDS = torch.tensor([11, 22, 33, 44, 55])
 GRADIENTS = module.LIKELIHOOD_GRADIENTS
 
 
-class MixtureDenoiser(nn.Module):
-    """E[clean | noisy] for an equal mixture of N(means[k], std²), D numbers each."""
-
-    def __init__(self, means, std):
-        super().__init__()
-        self.register_buffer("means", means)
-        self.std = std
-
-    def forward(self, x, sigma):
-        flat, variance = x.flatten(1), (self.std**2 + sigma**2)[:, None]
-        distances = (flat[:, None] - self.means).square().sum(-1)
-        mean = torch.softmax(-distances / (2 * variance), dim=1) @ self.means
-        return (mean + self.std**2 / variance * (flat - mean)).reshape(x.shape)
-
-
 def problem(dtype=torch.float64):
     """(denoiser, classifier, images (5, 1, 2, 2) away from the clamp)."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(3, 4, generator=generator) * 0.5
     x = 0.3 + 0.4 * torch.rand(5, 1, 2, 2, generator=generator)
-    return MixtureDenoiser(means.to(dtype), 0.3), SmoothClassifier().to(dtype), x.to(dtype)
+    return (
+        ScoreDenoiser(GaussianMixtureScore(means.to(dtype), 0.3)),
+        SmoothClassifier().to(dtype),
+        x.to(dtype),
+    )
 
 
 UNIT = 4 * PER_PIXEL  # a λ that weighs log-confidence as much as the mean over these images' four pixels
@@ -49,7 +38,7 @@ def build(guided=False, **settings):
 
 def gaussian(mean=0.0, std=0.3):
     """The denoiser of N(mean, std²) pixels: mean + std²/(std² + σ²)·(x − mean)."""
-    return MixtureDenoiser(torch.full((1, 4), mean, dtype=torch.float64), std)
+    return ScoreDenoiser(GaussianMixtureScore(torch.full((1, 4), mean, dtype=torch.float64), std))
 
 
 def pulled(purifier, x):

@@ -9,10 +9,10 @@ import os
 import pickle
 import re
 import sys
-import threading
 import time
 import types
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -249,11 +249,8 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_is_fetched(listed
 
 
 def test_two_at_once_fetch_it_once(listed, fetched):
-    threads = [threading.Thread(target=published.fetch, args=[NAME]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(published.fetch, [NAME] * 4))
     assert listed.exists() and fetched == [SOURCE]
 
 
@@ -298,11 +295,8 @@ def test_lines_that_others_record_at_the_same_time_stay(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "read_sums", slowly)
     record = partial(checkpoints.record_sum, digest="0" * 64, folder=folder)
-    threads = [threading.Thread(target=record, args=[str(index)]) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(record, "0123"))
     assert sorted(read(folder)) == ["0", "1", "2", "3"]
 
 

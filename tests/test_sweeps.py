@@ -94,6 +94,14 @@ def test_one_value_is_best(wrong, verdict):
     assert evidence.startswith("1 minus its strongest rival, 2: ")
 
 
+def over_t_star():
+    return {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
+
+
+def over_weights():
+    return {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+
+
 def test_the_table_of_claims_judges_every_one():
     config = Config(n_images=N)
     times = {0.05: made_up([90])[0], 0.1: made_up([10])[0], 0.2: made_up([80])[0]}
@@ -108,8 +116,7 @@ def test_the_table_of_claims_judges_every_one():
 
 def test_a_choice_changes_one_setting_and_is_compared_with_the_papers(monkeypatch):
     config = Config(n_images=N)
-    times = {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
-    weights = {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    times, weights = over_t_star(), over_weights()
     monkeypatch.setattr(sweeps, "measure", lambda here: times[here.t_star])
     confirmed = sweeps.confirm(times, weights, config)
     settings = [(row.config.t_star, row.config.guidance_weight) for row in confirmed]
@@ -150,8 +157,7 @@ def test_every_weight_faces_what_is_made_against_the_papers(results_folder):
 
 def test_the_figure_rings_the_best_and_marks_the_papers_choice():
     config = Config(n_images=N)
-    times = {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
-    weights = {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    times, weights = over_t_star(), over_weights()
     figure = sweeps.figure(times, times, weights, config)
     left, right = figure.axes
     for axes, height in ((left, 95), (right, 80)):
