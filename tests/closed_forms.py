@@ -20,10 +20,6 @@ class GaussianMixtureScore(nn.Module):
         self.data_std = std
         self.sde = VPSDE()
 
-    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
-        """log p_t(x) up to a constant, x (B, ...) of D numbers each: (B,)."""
-        return torch.logsumexp(self._exponents(x, t), dim=1)
-
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         weights = torch.softmax(self._exponents(x, t), dim=1)
         t = t.reshape(-1, 1)

@@ -125,16 +125,17 @@ def test_apgd_keeps_autoattacks_point_of_highest_loss(digits, classifier, loss, 
     torch.testing.assert_close(result.x_adv, expected)
 
 
-def test_the_budgets_are_autoattacks_own_unless_told(classifier):
+def test_the_budgets_are_autoattacks_own_unless_told(digits, classifier, monkeypatch):
     """What a bare object of each version is set up with, read off it."""
     standard, rand = (
         pyautoattack.AutoAttack(classifier, norm="Linf", eps=0.1, seed=1, version=version)
         for version in ("standard", "rand")
     )
-    default = Attack("standard", "Linf", 0.1, seed=1)
-    parts = attacks.PARTS["standard"]
-    task = attacks._Task(classifier, torch.zeros(1, 1, 8, 8), torch.zeros(1), None, 10, parts, [])
-    ours = attacks._suite(default, task)
+    suites, default = [], Attack("standard", "Linf", 0.1, seed=1)
+    run = lambda suite, x, y, **_: suites.append(suite) or (x, y)  # noqa: E731
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", run)
+    default(classifier, digits.x, digits.y)
+    (ours,) = suites
     assert ours.attacks_to_run == standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     settings = (
         "n_iter",

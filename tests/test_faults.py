@@ -8,12 +8,10 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import small_problem
+from forked import ROOT, Papermill
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_published import Hostile
@@ -42,8 +41,6 @@ from coup_lib.networks import checkpoints, zoo
 from coup_lib.networks.checkpoints import load_network
 from coup_lib.purify import coup, reverse_only
 from coup_lib.score import DISCRETE_LEVELS, NoiseScore
-
-ROOT = Path(__file__).parents[1]
 
 # A server that has imported everything and forks when asked: a process to kill costs no seconds to start.
 FORKS = multiprocessing.get_context("forkserver")
@@ -535,19 +532,12 @@ def test_a_copied_notebook_runs_on_any_path_and_says_when_its_kernel_is_not_ther
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     outputs = {"COUP_RESULTS": str(tmp_path / "re sults"), "COUP_FIGURES": str(tmp_path / "fig ures")}
-
-    def papermill(*more):
-        command = [sys.executable, "-m", "papermill", str(copied), "out put.ipynb", *more]
-        environment = os.environ | outputs | {"COUP_SMOKE": "1"}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-    run = papermill()
-    assert run.returncode != 0 and "No such kernel named my-env" in run.stderr
-    assert not (tmp_path / "re sults").exists()
-    shutil.rmtree(folder)
-    folder.mkdir()
-    run = papermill("-k", "python3")
-    assert run.returncode == 0, run.stderr
+    with closing(Papermill(tmp_path / "log", folder, COUP_SMOKE="1", **outputs)) as papermill:
+        with pytest.raises(AssertionError, match="No such kernel named my-env"):
+            papermill(f"'{copied}' 'out put.ipynb'")
+        assert not (tmp_path / "re sults").exists()
+        (folder / "out put.ipynb").unlink(missing_ok=True)
+        papermill(f"'{copied}' 'out put.ipynb' -k python3")
     assert [path.name for path in folder.iterdir()] == ["out put.ipynb"]
     assert (tmp_path / "fig ures" / "toy" / "fig3b.png").exists()
     assert list((tmp_path / "re sults").glob("*/*.json"))

@@ -75,14 +75,6 @@ def test_each_image_may_have_a_time_of_its_own_in_the_drift():
     torch.testing.assert_close(reverse_drift(score, sde, x, times), torch.cat(alone))
 
 
-def test_mixture_score_is_the_gradient_of_its_log_density():
-    score, _, x = small_problem()
-    x = to_state(x).requires_grad_()
-    for t in torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64):
-        (gradient,) = torch.autograd.grad(score.log_density(x, t).sum(), x)
-        torch.testing.assert_close(score(x, t), gradient)
-
-
 def test_gradient_of_can_be_differentiated_again_only_where_asked():
     """∇ of Σ x⁴/12 is x³/3 per image, and the gradient of its sum is x²."""
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
