@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import scored
 from torch import nn
 
 from coup_lib import Defence, audit, coup, load_classifier, load_score, paths
@@ -25,7 +26,7 @@ from coup_lib.auditing.signs import HARMLESS, compared, signs, strongest_of
 from coup_lib.data import load_split
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_content
-from coup_lib.evaluation.outcomes import Predictions, Transfer
+from coup_lib.evaluation.outcomes import Transfer
 from coup_lib.evaluation.run import attack, predict
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.guidance import Guided
@@ -644,10 +645,8 @@ def test_decisions_by_many_draws_are_those_of_the_draws(digits, tmp_path, monkey
 N = 200
 
 
-def made_up(share):
-    report = np.zeros((N, 1), dtype=int)
-    report[: round(N * (1 - share))] = 1
-    return Predictions(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1))
+def leaving(share):
+    return scored(round(N * (1 - share)), N)
 
 
 HONEST = {
@@ -681,7 +680,7 @@ HONEST = {
     ],
 )  # fmt: skip
 def test_a_sign_is_named_where_an_attack_that_should_be_weaker_is_stronger(change, name, digits, net):
-    row = {key: made_up(share) for key, share in (HONEST | change).items()}
+    row = {key: leaving(share) for key, share in (HONEST | change).items()}
     found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, {})
     assert not found if name is None else name in {sign.name for sign in found}
     assert all(sign.masking != (sign.name in HARMLESS) for sign in found)
@@ -697,7 +696,7 @@ def test_of_few_images_no_gradient_is_shown_to_be_like_noise(images, seen):
 
 
 def test_which_attack_is_the_strongest_is_seen_by_other_draws_than_those_reported():
-    lucky, strong = made_up(0.4), made_up(0.5)
+    lucky, strong = leaving(0.4), leaving(0.5)
     lucky = replace(lucky, suspicion=np.full(N, 0.6))
     row = {"lucky": lucky, "strong": strong}
     assert strongest_of([*row], {key: score.suspicion for key, score in row.items()}) == "strong"
@@ -713,7 +712,7 @@ def test_which_attack_is_the_strongest_is_seen_by_other_draws_than_those_reporte
     ],
 )
 def test_a_large_radius_at_which_images_are_still_right_is_a_sign(right, n, shown, digits, net):
-    row, labels = {key: made_up(share) for key, share in HONEST.items()}, np.arange(N) % 10
+    row, labels = {key: leaving(share) for key, share in HONEST.items()}, np.arange(N) % 10
     row["clean"] = replace(row["clean"], labels=labels, report=labels[:, None])
     by_radius = {0.15: np.ones(n), 0.5: (np.arange(n) < right).astype(float)}
     found = signs("it", probe(net, digits.x, digits.y), row, {key: str(key) for key in row}, by_radius)

@@ -1,8 +1,8 @@
 """Sweeps of t* and λ: which values, which claims hold, and what is confirmed."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
+from made_up import losing
 
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Difference
@@ -13,17 +13,12 @@ from coup_lib.studies import sweeps
 N = 200
 
 
-def share(wrong):
-    """N images, the first `wrong` of them always misclassified."""
-    return (np.arange(N) >= wrong).astype(float)
-
-
 def made_up(wrong, clean=None):
     """A sweep over 0, 1, 2, … with this many images lost in every column but "clean"."""
     columns = ("adaptive", "first_order", "from_none", "from_reverse", "worst")
     clean = clean or [0] * len(wrong)
     return {
-        float(value): {"clean": share(right)} | {name: share(lost) for name in columns}
+        float(value): {"clean": losing(right, N)} | {name: losing(lost, N) for name in columns}
         for value, (lost, right) in enumerate(zip(wrong, clean, strict=True))
     }
 
@@ -41,7 +36,7 @@ def test_what_cannot_be_swept_is_refused(values):
 
 
 def test_bonferroni_widens_the_interval_and_keeps_the_difference():
-    right, reference = share(40), share(60)
+    right, reference = losing(40, N), losing(60, N)
     one, many = (sweeps.simultaneous(right, reference, comparisons) for comparisons in (1, 6))
     plain = Difference.of(right, reference)
     assert (one.value, one.low, one.high) == pytest.approx((plain.value, plain.low, plain.high))
