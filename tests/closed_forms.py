@@ -20,10 +20,6 @@ class GaussianMixtureScore(nn.Module):
         self.data_std = std
         self.sde = VPSDE()
 
-    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
-        """log p_t(x) up to a constant, x (B, ...) of D numbers each: (B,)."""
-        return torch.logsumexp(self._exponents(x, t), dim=1)
-
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         weights = torch.softmax(self._exponents(x, t), dim=1)
         t = t.reshape(-1, 1)
@@ -48,6 +44,14 @@ class SmoothClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(4 * x)
+
+
+class Dropping(SmoothClassifier):
+    """MC dropout: random in eval mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, first, activation, last = self.layers
+        return last(nn.functional.dropout(activation(first(flat(4 * x))), 0.5, training=True))
 
 
 def small_problem() -> tuple[nn.Module, nn.Module, Tensor]:

@@ -1,8 +1,8 @@
 """Fig. 2c: classifiers by training, and verdicts on the cross setting and on the combination."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
+from made_up import losing
 
 from coup_lib.attacks import NORMS
 from coup_lib.evaluation.config import Config
@@ -17,9 +17,7 @@ JUDGED = tables.headings(cross.JUDGED, CONFIGS["linf"])
 def row(adaptive, worst):
     """Columns of which these many of N images are lost."""
     lost = {"clean": 0, "adaptive": adaptive, "first_order": 0, "from_none": 0, "from_reverse": 0}
-    return {
-        name: (np.arange(N) >= wrong).astype(float) for name, wrong in (lost | {"recorded": worst}).items()
-    }
+    return {name: losing(wrong, N) for name, wrong in (lost | {"recorded": worst}).items()}
 
 
 @pytest.fixture

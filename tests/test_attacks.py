@@ -125,16 +125,17 @@ def test_apgd_keeps_autoattacks_point_of_highest_loss(digits, classifier, loss, 
     torch.testing.assert_close(result.x_adv, expected)
 
 
-def test_the_budgets_are_autoattacks_own_unless_told(classifier):
+def test_the_budgets_are_autoattacks_own_unless_told(digits, classifier, monkeypatch):
     """What a bare object of each version is set up with, read off it."""
     standard, rand = (
         pyautoattack.AutoAttack(classifier, norm="Linf", eps=0.1, seed=1, version=version)
         for version in ("standard", "rand")
     )
-    default = Attack("standard", "Linf", 0.1, seed=1)
-    parts = attacks.PARTS["standard"]
-    task = attacks._Task(classifier, torch.zeros(1, 1, 8, 8), torch.zeros(1), None, 10, parts, [])
-    ours = attacks._suite(default, task)
+    suites, default = [], Attack("standard", "Linf", 0.1, seed=1)
+    run = lambda suite, x, y, **_: suites.append(suite) or (x, y)  # noqa: E731
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", run)
+    default(classifier, digits.x, digits.y)
+    (ours,) = suites
     assert ours.attacks_to_run == standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     settings = (
         "n_iter",
@@ -375,17 +376,6 @@ def test_apgd_ce_moves_every_image(digits, classifier):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize(("norm", "eps"), THREATS)
-def test_images_stay_in_the_ball_and_in_range(digits, classifier, name, norm, eps):
-    x, y = digits.x[:8], digits.y[:8]
-    result = attack(name, norm=norm, eps=eps)(defended(classifier), x, y)
-    assert float(distance(result.x_adv, x, norm).max()) <= eps * (1 + 1e-5)
-    assert float(result.x_adv.min()) >= 0 and float(result.x_adv.max()) <= 1
-    assert result.robust.shape == (8,) and result.robust.dtype == torch.bool
-    assert not result.x_adv.requires_grad
-
-
-@pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_repeats_with_its_seeds_whatever_was_drawn_before(digits, classifier, name):
     results = []
     for seed in (0, 1):
@@ -395,8 +385,9 @@ def test_an_attack_repeats_with_its_seeds_whatever_was_drawn_before(digits, clas
         after = torch.rand(3)
         torch.manual_seed(seed)
         assert torch.equal(torch.rand(3), after)  # the caller's generator is left alone
-    assert torch.equal(results[0].x_adv, results[1].x_adv)
-    assert torch.equal(results[0].robust, results[1].robust)
+    one, other = results
+    assert torch.equal(one.x_adv, other.x_adv) and torch.equal(one.robust, other.robust)
+    assert one.robust.shape == (4,) and one.robust.dtype == torch.bool and not one.x_adv.requires_grad
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -505,24 +496,6 @@ def test_pgd_is_its_steps_and_keeps_the_highest_loss(norm, eps, landscape):
     torch.testing.assert_close(result.x_adv, best)
 
 
-@pytest.mark.parametrize(("norm", "eps"), THREATS)
-def test_pgd_raises_the_loss(digits, classifier, norm, eps):
-    x_adv = attack("pgd", norm=norm, eps=eps, n_iter=10)(classifier, digits.x, digits.y).x_adv
-    before, fgsm = (
-        cross_entropy(classifier(images), digits.y)
-        for images in (digits.x, attack("fgsm", norm=norm, eps=eps)(classifier, digits.x, digits.y).x_adv)
-    )
-    after = cross_entropy(classifier(x_adv), digits.y)
-    assert (after > before).all() and after.mean() > before.mean() + 0.5
-    assert after.mean() > fgsm.mean()  # ten steps find more than one
-
-
-def test_the_margin_attack_raises_the_margin(digits, classifier):
-    x_adv = attack("apgd-margin", n_iter=10)(classifier, digits.x, digits.y).x_adv
-    rise = margin(classifier(x_adv), digits.y) - margin(classifier(digits.x), digits.y)
-    assert (rise > 1).all()
-
-
 @pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize(("norm", "eps"), THREATS)
 def test_the_first_gradient_is_taken_at_the_start(digits, classifier, name, norm, eps):
@@ -589,19 +562,6 @@ def test_projection_is_the_closed_form():
         torch.testing.assert_close(project(x + out, x, norm, 0.5), expected)  # cut off at 0 and 1
 
 
-@pytest.mark.parametrize("norm", ["L2", "Linf"])
-def test_nothing_in_the_ball_is_nearer_than_the_projection(norm):
-    """Away from the range's edges, in L2 distance, against 2000 random points of the ball."""
-    generator = torch.Generator().manual_seed(0)
-    x, eps = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), 0.2
-    outside = x + 0.3 * torch.randn(1, 1, 2, 2, generator=generator, dtype=torch.float64)
-    assert distance(outside, x, norm) > eps
-    others = x + 2 * eps * (torch.rand(2000, 1, 2, 2, generator=generator, dtype=torch.float64) - 0.5)
-    inside = others[distance(others, x, norm) <= eps]
-    nearest = distance(project(outside, x, norm, eps), outside, "L2")
-    assert len(inside) > 100 and (distance(inside, outside, "L2") > nearest).all()
-
-
 def test_margin_by_hand():
     logits = torch.tensor([[2.0, 5.0, 1.0], [2.0, 5.0, 1.0], [-3.0, -3.0, -4.0]])
     assert margin(logits, torch.tensor([1, 2, 0])).tolist() == [-3.0, 4.0, 0.0]
@@ -634,17 +594,14 @@ def test_norms_are_known_in_any_case_and_eps_as_a_fraction(norm):
     ("given", "message"),
     [
         ({"norm": "l1"}, "norm: expected one of linf, l2; got 'l1'"),
-        ({"norm": 2}, "norm: expected one of linf, l2; got '2'"),
         ({"eps": 0}, "eps: expected a number greater than 0; got 0"),
         ({"eps": "8/0"}, "eps: expected a number or a fraction such as \"8/255\"; got '8/0'"),
-        ({"eps": None}, 'eps: expected a number or a fraction such as "8/255"; got None'),
         ({"n_iter": 0}, "n_iter: expected a number greater than 0; got 0"),
         ({"eot": 1.5}, "eot: expected a whole number; got 1.5"),
         ({"n_targets": 0}, "n_targets: expected a number greater than 0; got 0"),
         ({"square_queries": "many"}, "square_queries: expected a number .*; got 'many'"),
         ({"max_batch": 0}, "max_batch: expected a number greater than 0; got 0"),
         ({"seed": -1}, "seed: expected a number greater than -1 and at most .*; got -1"),
-        ({"seed": None}, "seed: expected a number .*; got None"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(given, message):
@@ -684,25 +641,14 @@ class Constant(Flat):
         ({"model": nn.Linear(8, 8, device="meta").eval()}, "model: expected on cpu, where the images are"),
         ({"model": Constant([1])}, r"classifier: expected logits \(4, K\) of two classes or more; got list"),
         ({"model": Constant(torch.rand(4))}, r"classifier: expected logits \(4, K\).*; got shape \(4,\)"),
-        (
-            {"model": Constant(torch.rand(4, 1))},
-            r"classifier: expected logits .* two classes.*; got shape \(4, 1\)",
-        ),
-        ({"model": Constant(torch.rand(3, 10))}, r"classifier: expected logits .*; got shape \(3, 10\)"),
         ({"x": X.numpy()}, "x: expected at least one image, .*; got ndarray"),
-        ({"x": X[0]}, r"x: expected at least one image, \(B, C, H, W\), .*; got shape \(1, 8, 8\)"),
-        ({"x": (255 * X).to(torch.uint8)}, r"x: expected .* in floating point; got shape .*, torch.uint8"),
-        ({"x": X[:0]}, r"x: expected at least one image, .*; got shape \(0, 1, 8, 8\)"),
-        ({"x": 2 * X - 1.01}, r"x: expected values in \[0, 1\]; got -0.01 to -0.01"),
         ({"x": X * torch.nan}, r"x: expected values in \[0, 1\]; got NaN"),
         ({"y": Y.numpy()}, LABELS + "ndarray"),
-        ({"y": Y.int()}, LABELS + r"shape \(4,\), torch.int32, on cpu"),
         ({"y": Y[:3]}, LABELS + r"shape \(3,\), torch.int64, on cpu"),
         ({"y": Y.to("meta")}, LABELS + r"shape \(4,\), torch.int64, on meta"),
         ({"y": Y + 10}, "y: expected labels among the model's classes, 0 to 9; got 10 to 10"),
         ({"y": Y - 1}, "y: expected labels among the model's classes, 0 to 9; got -1 to -1"),
         ({"start": X.numpy()}, STARTS + "ndarray"),
-        ({"start": X[:2]}, STARTS + r"shape \(2, 1, 8, 8\), torch.float32, on cpu"),
         ({"start": X.double()}, STARTS + r"shape \(4, 1, 8, 8\), torch.float64, on cpu"),
         ({"start": X * torch.nan}, "start: expected finite values; got NaN or infinity"),
     ],
@@ -740,7 +686,7 @@ def test_few_classes_are_met(name, classes, digits):
     assert not any("target classes" in text for text in result.warnings)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ["pgd", "rand", "standard"])
 def test_probabilities_are_told_of(name, digits, classifier, recwarn):
     usual = attack(name)(classifier, digits.x, digits.y)
     assert not recwarn.list and not any("probabilities" in text for text in usual.warnings)

@@ -1,23 +1,21 @@
 """The search of notebook 08 on made-up scores and on a few images."""
 
-import numpy as np
 import pytest
+from made_up import scored
 
 from coup_lib.defences import CANDIDATES, RIVALS
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Predictions, Transfer, worst_case
+from coup_lib.evaluation.outcomes import Transfer, worst_case
 from coup_lib.reporting import tables
 from coup_lib.studies import beyond
 from coup_lib.studies.beyond import Found, Setting
 
 
 def row(**right):
-    """Scores of ten images of which the first `right` are right, per source."""
+    """Scores of ten images of which the last `right` are right, per source."""
     made = {}
     for name in (*beyond.SOURCES, Transfer("averaged", "margin")):
-        n_right = right.get(name, 10)
-        wrong = (np.arange(10) >= n_right).astype(int)
-        made[name] = Predictions(np.zeros(10, int), np.stack([wrong] * 3, 1), wrong, 1.0 - wrong, None)
+        made[name] = scored(10 - right.get(name, 10), 10)
     return Found(made, worst_case(list(made.values())))
 
 

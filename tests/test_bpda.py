@@ -3,36 +3,24 @@
 from itertools import chain
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
+from made_up import scored
 
 from coup_lib import paths
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.reporting import paper, tables
 from coup_lib.studies import bpda
 
 N = 40
 
 
-def made_up(n_wrong):
-    """N images, the first n_wrong of them always misclassified."""
-    report = np.zeros((N, 5), dtype=int)
-    report[:n_wrong] = 1
-    return Predictions(np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1), None)
-
-
 @pytest.fixture
 def results():
     lost = {"none": (40, 40), "diffpure": (10, 20), "reverse": (2, 14), "coup": (4, 4)}
     rows = {
-        name: {
-            "clean": made_up(1),
-            "bpda-1": made_up(first),
-            "bpda-20": made_up(first),
-            "exact": made_up(exact),
-        }
+        name: dict.fromkeys(("bpda-1", "bpda-20"), scored(first))
+        | {"clean": scored(1), "exact": scored(exact)}
         for name, (first, exact) in lost.items()
     }
     return bpda.by_rule(rows)
@@ -59,12 +47,6 @@ def test_counts_are_whole_numbers_each_once():
 def test_counts_are_the_budgets_own_where_none_are_given(monkeypatch, profile, counts):
     monkeypatch.delenv(paths.SMOKE_VARIABLE)
     assert bpda.checked_counts(None, Config(profile, purpose="sweep")) == counts
-
-
-def test_three_ways_to_decide_can_disagree():
-    """One image: a confident mistake in the mean of the logits, three of four draws right."""
-    score = Predictions(np.array([0]), np.array([[0, 0, 0, 1]]), np.array([1]), np.array([0.75]), None)
-    assert [score.decided(rule).tolist() for rule in bpda.RULES] == [[0.75], [0.0], [1.0]]
 
 
 def test_verdicts(results):

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
+import random_cifar
 
 from coup_lib import paths
 from coup_lib.evaluation.records import reading_only
@@ -50,11 +50,7 @@ def code_of(notebook):
 @pytest.fixture
 def environment(tmp_path):
     """Random images in place of CIFAR-10, and weights of digits where the run looks for weights."""
-    random, arrays = np.random.default_rng(0), {}
-    for part, n in (("train", 60), ("test", 10)):
-        arrays[f"x_{part}"] = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        arrays[f"y_{part}"] = random.integers(0, 10, n)
-    np.savez(tmp_path / "cifar10_exact_subset.npz", **arrays, idx_train=np.arange(60))
+    random_cifar.write(tmp_path)
     shutil.copytree(WEIGHTS, tmp_path / "out" / "smoke" / "weights")
     (tmp_path / "program.py").write_text(PROGRAM)
     return os.environ | {DATA_VARIABLE: str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -96,6 +92,10 @@ def kept(monkeypatch):
     monkeypatch.setattr(session, "load_split", lambda *given: None)
 
 
+def failing(*given, **more):
+    raise RuntimeError("nothing there")
+
+
 def test_missing_images_are_said_before_anything_is_begun(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.CIFAR10", failing)
@@ -103,10 +103,6 @@ def test_missing_images_are_said_before_anything_is_begun(tmp_path, monkeypatch,
         session.main(["--out", str(tmp_path / "out")])
     assert f"error: no whole cifar10 at {tmp_path}: expected the folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def failing(*given, **more):
-    raise RuntimeError("nothing there")
 
 
 def test_without_time_nothing_is_begun_and_the_last_line_says_what_is_left(kept, tmp_path, capsys):

@@ -1,16 +1,13 @@
 """EDM's denoiser against the published one (tests/parity); scores as denoisers and the other way round."""
 
-import hashlib
-import json
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
+from parity_fixtures import digest, manifest, off, published, seeded
 from torch import Tensor, nn
 
 from coup_lib.networks.checkpoints import CheckpointError
@@ -19,42 +16,22 @@ from coup_lib.networks.edm import Denoiser, edm_cifar, load_edm
 from coup_lib.score import DenoisedScore, ScoreDenoiser
 from coup_lib.sde import VPSDE, per_image
 
-PARITY = Path(__file__).parent / "parity"
 TIGHT = 1e-5  # relative L2
 # The fixtures' weights: drawn with this seed, of this digest over the raw bytes in the order of the keys.
 WEIGHT_SEED, WEIGHT_SHA256 = 1700, "c637451b1797a41b4881a25b1157373b0dee0feb5a52fbfe3175f6c907af234d"
 
 
-@cache
-def manifest(start: str) -> dict[str, Any]:
-    """Of the model whose description starts so."""
-    models = json.loads((PARITY / "edm_manifests.json").read_text())["models"]
+def described(start: str) -> dict[str, Any]:
+    """The published model whose description starts so."""
+    models = manifest("edm_manifests")["models"]
     (found,) = (model for description, model in models.items() if description.startswith(start))
     return found
 
 
 @cache
-def published(name: str) -> dict[str, Tensor]:
-    with np.load(PARITY / f"edm_reduced_{name}_io.npz") as file:
-        return {key: torch.from_numpy(value) for key, value in file.items()}
-
-
-@cache
 def weights() -> dict[str, Tensor]:
-    """The weights that the fixtures were made with: drawn in order from NumPy's legacy generator."""
-    generator, state = np.random.RandomState(WEIGHT_SEED), {}
-    for key, shape, *_ in manifest("reduced edm")["keys"]:
-        z = generator.standard_normal(int(np.prod(shape))).astype(np.float32).reshape(shape)
-        if key.endswith("resample_filter"):
-            z = np.full(shape, 0.25, np.float32)
-        elif key.endswith("bias"):
-            z = np.float32(0.1) * z
-        elif len(shape) == 1:
-            z = 1 + np.float32(0.1) * z
-        else:
-            z = z * np.float32(1 / np.sqrt(np.prod(shape[1:])))
-        state[key] = torch.from_numpy(z)
-    return state
+    """The weights that the fixtures were made with."""
+    return seeded([(key, shape) for key, shape, *_ in described("reduced edm")["keys"]], WEIGHT_SEED)
 
 
 def fresh() -> Denoiser:
@@ -63,12 +40,6 @@ def fresh() -> Denoiser:
 
 def reduced(dtype: torch.dtype = torch.float32) -> Denoiser:
     return load_edm(fresh(), weights()).to(dtype)
-
-
-def off(ours: Tensor, theirs: Tensor) -> float:
-    """‖ours - theirs‖ / ‖theirs‖."""
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 def random_like(x: Tensor, seed: int) -> Tensor:
@@ -81,30 +52,27 @@ def random_like(x: Tensor, seed: int) -> Tensor:
 )
 def test_every_published_key_has_its_place(start, build):
     """With the number of parameters, and its shape: one more, one less or another is refused."""
-    rows = manifest(start)["keys"]
+    rows = described(start)["keys"]
     with torch.device("meta"):
         load_edm(denoiser := build(), {key: torch.empty(shape) for key, shape, *_ in rows})
     augmentation = sum(int(np.prod(shape)) for key, shape, *_ in rows if "map_augment" in key)
     ours = sum(p.numel() for p in denoiser.parameters())
-    assert ours == manifest(start)["n_parameters"] - augmentation
+    assert ours == described(start)["n_parameters"] - augmentation
 
 
 def test_the_weights_are_those_of_the_fixtures():
-    digest = hashlib.sha256()
-    for value in weights().values():
-        digest.update(value.numpy())
-    assert digest.hexdigest() == WEIGHT_SHA256
+    assert digest(weights()) == WEIGHT_SHA256
 
 
 @pytest.mark.parametrize("name", ["edm", "vp"])
 def test_network(name):
-    theirs = published(name)
+    theirs = published(f"edm_reduced_{name}_io")
     assert off(reduced().model(theirs["raw_x"], theirs["raw_c_noise"]), theirs["raw_F"]) < TIGHT
 
 
 def test_denoised():
     """Also of what is taken away: at σ = 0.01 it is 1 % of x, and has all the network's part in it."""
-    theirs, denoiser = published("edm"), reduced()
+    theirs, denoiser = published("edm_reduced_edm_io"), reduced()
     x, denoised = theirs["x_noisy"], theirs["denoised"]
     ours = denoiser(x, theirs["sigma"])
     for at, sigma in enumerate(theirs["sigma"]):
@@ -115,7 +83,7 @@ def test_denoised():
 
 def test_sigma_and_time_of_the_vp_sde():
     """Upstream's formulas cancel in float32: 1 is added to σ², and taken away again."""
-    theirs, sde = {key: value.double() for key, value in published("vp").items()}, VPSDE()
+    theirs, sde = {key: value.double() for key, value in published("edm_reduced_vp_io").items()}, VPSDE()
     sigma = sde.std(theirs["t"]) / sde.mean_coeff(theirs["t"])
     lost = 1e-7 / sigma**2 + 1e-6
     assert ((theirs["sigma_of_t"] / sigma - 1).abs() < lost).all()
@@ -125,7 +93,7 @@ def test_sigma_and_time_of_the_vp_sde():
 
 def test_double_precision():
     """In float64 the same function, nearer to it than float32 is."""
-    theirs, denoiser = published("edm"), reduced(torch.float64)
+    theirs, denoiser = published("edm_reduced_edm_io"), reduced(torch.float64)
     ours = denoiser(theirs["x_noisy"].double(), theirs["sigma"].double())
     assert ours.dtype == torch.float64
     assert off(ours, theirs["denoised"]) < TIGHT
@@ -134,7 +102,10 @@ def test_double_precision():
 def test_first_and_second_derivative():
     """A vector-Jacobian and a Hessian-vector product of a frozen denoiser, by central differences."""
     denoiser = reduced(torch.float64)
-    x, sigma = published("edm")["x_noisy"][2:].double(), torch.tensor([0.34, 1.0], dtype=torch.float64)
+    x, sigma = (
+        published("edm_reduced_edm_io")["x_noisy"][2:].double(),
+        torch.tensor([0.34, 1.0], dtype=torch.float64),
+    )
     v, direction, h = random_like(x, 1), random_like(x, 2), 1e-5
     ahead, behind = (x + step * direction for step in (h, -h))
 
@@ -152,19 +123,10 @@ def test_first_and_second_derivative():
     assert off((gradient(ahead) - gradient(behind)) / (2 * h), exact) < 1e-7
 
 
-def test_dropout_is_for_training_only():
-    theirs, denoiser = published("edm"), reduced()
-    arguments = theirs["x_noisy"], theirs["sigma"]
-    assert torch.equal(denoiser(*arguments), denoiser(*arguments))
-    denoiser.train()
-    assert not torch.equal(denoiser(*arguments), denoiser(*arguments))
-
-
 @pytest.mark.parametrize(
     ("x", "sigma", "message"),
     [
         ((2, 1, 32, 32), (2,), "expected x (B, 3, 32, 32) and labels (B,); got (2, 1, 32, 32) and (2,)"),
-        ((2, 3, 28, 28), (), "expected x (B, 3, 32, 32) and labels (B,); got (2, 3, 28, 28) and (2,)"),
         ((2, 3, 32, 32), (3,), "expected sigma () or (2,), one per image; got (3,)"),
         ((2, 3, 32, 32), (2, 1, 1, 1), "expected sigma () or (2,), one per image; got (2, 1, 1, 1)"),
     ],
@@ -184,7 +146,7 @@ def test_prefixes_come_off(prefix):
 
 
 def test_weights_for_augmentations_change_nothing():
-    theirs = published("edm")
+    theirs = published("edm_reduced_edm_io")
     denoiser = load_edm(fresh(), {"model.map_augment.weight": torch.ones(16, 9), **weights()})
     arguments = theirs["x_noisy"], theirs["sigma"]
     assert torch.equal(denoiser(*arguments), reduced()(*arguments))
@@ -272,7 +234,7 @@ def test_the_two_are_inverse_to_each_other(level, sde):
 
 def test_a_denoiser_of_edm_becomes_a_score():
     """At its own σ the two say the same: the network meets the image it was published with."""
-    theirs, sde = published("edm"), VPSDE()
+    theirs, sde = published("edm_reduced_edm_io"), VPSDE()
     t = sde.time_at(theirs["sigma"])
     m, std = (per_image(value, theirs["x_noisy"]) for value in (sde.mean_coeff(t), sde.std(t)))
     score = DenoisedScore(reduced())(m * theirs["x_noisy"], t)

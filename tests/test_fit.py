@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from torch import nn
 
 from training import fit as fitting

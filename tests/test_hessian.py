@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from one_thread import one_thread  # noqa: F401
 from torch import nn
 
 from coup_lib import hessian as frozen

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from coup_lib import paths
 from coup_lib.auditing import protocol
 from coup_lib.auditing.protocol import Prepared
 from coup_lib.data import Images, load_split
@@ -20,11 +19,6 @@ from coup_lib.score import NoiseScore
 from coup_lib.sde import VPSDE
 
 TINY = Config(n_images=6, n_iter=2, eot=1, n_draws=2, n_steps=2)
-
-
-@pytest.fixture(autouse=True)
-def results_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
 
 
 def untrained() -> nn.Module:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file, save_file
 from torch import nn
 

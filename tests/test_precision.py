@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.data import load_split

@@ -10,7 +10,6 @@ import torch
 from closed_forms import GaussianMixtureScore, SmoothClassifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_thread import one_thread  # noqa: F401
 
 from coup_lib.attacks import ATTACKS, NORMS
 from coup_lib.data import SIZES, SPLITS
@@ -113,7 +112,8 @@ def test_every_invalid_setting_is_named_with_its_value(name, data):
     with pytest.raises(ValueError) as error:
         Config(**{name: value})
     got = str(value).lower() if name == "norm" else value
-    assert str(error.value).startswith(f"{name}: expected ")
+    where = " of the test split" * (name == "n_images")
+    assert str(error.value).startswith(f"{name}{where}: expected ")
     assert str(error.value).endswith(f"; got {got!r}")
 
 

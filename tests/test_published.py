@@ -9,10 +9,10 @@ import os
 import pickle
 import re
 import sys
-import threading
 import time
 import types
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -249,11 +249,8 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_is_fetched(listed
 
 
 def test_two_at_once_fetch_it_once(listed, fetched):
-    threads = [threading.Thread(target=published.fetch, args=[NAME]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(published.fetch, [NAME] * 4))
     assert listed.exists() and fetched == [SOURCE]
 
 
@@ -261,11 +258,6 @@ def test_a_file_placed_by_hand_is_used_and_nothing_is_fetched(listed, fetched, c
     put(listed, checkpoint)
     torch.testing.assert_close(used(NAME), WEIGHTS)
     assert not fetched
-
-
-def test_robustbench_finds_its_models_in_the_same_place(folder, checkpoint):
-    file = put(folder / "cifar10" / "Linf" / "Standard.pt", checkpoint)
-    assert published.fetch("cifar10/Linf/Standard") == file
 
 
 def test_a_file_that_changed_since_its_first_use_is_refused(listed, folder, checkpoint):
@@ -303,11 +295,8 @@ def test_lines_that_others_record_at_the_same_time_stay(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "read_sums", slowly)
     record = partial(checkpoints.record_sum, digest="0" * 64, folder=folder)
-    threads = [threading.Thread(target=record, args=[str(index)]) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(record, "0123"))
     assert sorted(read(folder)) == ["0", "1", "2", "3"]
 
 
@@ -383,14 +372,6 @@ def test_code_in_a_checkpoint_does_not_run(listed, folder, tmp_path, new_format)
     assert not proof.exists() and not (folder / "SHA256SUMS").exists()
     torch.load(listed, weights_only=False)
     assert proof.exists()  # it would have
-
-
-def test_code_in_a_plain_pickle_does_not_run(listed, tmp_path):
-    proof = tmp_path / "executed"
-    put(listed, pickle.dumps(Hostile(proof), protocol=2))
-    with pytest.raises(CheckpointError):
-        used(NAME)
-    assert not proof.exists()
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="older PyTorch reads tensors and plain values only")

@@ -1,6 +1,6 @@
 """What is published stays: only a run that is asked to publish changes it, and never for a smaller one."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -96,11 +96,8 @@ def test_two_that_publish_at_once_lose_nothing(checkout):
         document = records.record("digits", f"work-{place}", {}, lambda: {"values": [place]})
         store.publish(checkout / "results" / "digits", [document | {"arrays": []}])
 
-    threads = [threading.Thread(target=publish, args=[place]) for place in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(publish, range(6)))
     assert len(store.published(checkout / "results" / "digits")) == 6
 
 

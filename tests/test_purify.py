@@ -32,17 +32,6 @@ def build(name, n_steps=5, **settings):
     return BUILDERS[name](classifier, score, n_steps=n_steps, **settings), x
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_a_seed_means_the_same_noise_in_any_batch_and_order(name):
-    defence, x = build(name)
-    seeds = torch.tensor([11, 22, 33, 44, 55])
-    whole = defence.purifier(x, seeds)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(defence.purifier(x[order], seeds[order]), whole[order], rtol=0, atol=1e-14)
-    alone = torch.cat([defence.purifier(x[i : i + 1], seeds[i : i + 1]) for i in range(5)])
-    torch.testing.assert_close(alone, whole, rtol=0, atol=1e-14)
-
-
 def test_a_seed_means_the_same_noise_in_every_precision():
     seeds = torch.tensor([5, 6])
     double = standard_normal(seeds, 3, torch.zeros(2, 1, 4, 4, dtype=torch.float64))
@@ -78,18 +67,11 @@ def test_the_global_generator_neither_freezes_nor_repeats_the_noise(name):
     results = []
     for _ in range(2):
         torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
         results.append(defence(x))
+        assert torch.equal(torch.rand(3), expected)  # nor is it drawn from
     assert not torch.allclose(*results)
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_the_purifier_leaves_the_global_generator_alone(name):
-    defence, x = build(name)
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    defence(x)
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -128,15 +110,6 @@ def test_no_brownian_motion_is_deterministic():
         for _ in range(2)
     ]
     assert torch.equal(*ends) and len(states) == 2 * 6
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_networks_are_frozen_and_in_eval_mode(name):
-    defence, x = build(name)
-    assert not defence.classifier.training and not defence.purifier.score.training
-    assert not any(parameter.requires_grad for parameter in defence.parameters())
-    assert defence(x).shape == (5, 3)
-    assert not defence(x).requires_grad
 
 
 def test_steps_shorter_than_the_end_time_are_refused():
@@ -222,13 +195,6 @@ def test_images_lie_in_0_1_but_for_rounding_unless_a_study_says_otherwise(name):
     defence.purifier.margin = 0.5
     assert defence(middling).isfinite().all()
     assert build(name)[0].purifier.margin == ROUNDING
-
-
-@pytest.mark.parametrize("kind", [Purified, Averaged])
-def test_a_numpy_array_is_no_tensor(kind):
-    score, classifier, x = small_problem()
-    with pytest.raises(ValueError, match=r"^x: expected at least one image, .*; got ndarray$"):
-        kind(classifier, Purifier(score, n_steps=2))(x.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -321,17 +287,6 @@ def test_a_vote_by_probabilities_taken_for_logits_is_told_of():
 def test_a_vote_that_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Vote(*given)
-
-
-@pytest.mark.parametrize("seeded", [True, False])
-def test_averaging_calms_the_decision(seeded):
-    """The spread of the mean of 16 draws is a quarter of that of one, on seeds as on fresh noise."""
-    score, classifier, x = small_problem()
-    purifier = Purifier(score, n_steps=4, seed=3)
-    one, many = Purified(classifier, purifier), Averaged(classifier, purifier, draws=16)
-    x, seeds = x[:1].expand(400, -1, -1, -1), torch.arange(400) if seeded else None
-    ratio = float(many(x, seeds).std(0).mean() / one(x, seeds).std(0).mean())
-    assert ratio == pytest.approx(1 / 4, rel=0.15)
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -18,12 +18,6 @@ from coup_lib.evaluation import records
 ALONE = records.Worker()
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    return tmp_path
-
-
 def work(compute, chunks=range(3), settings=None, worker=ALONE):
     def combine(parts):
         return {"values": [p["value"] for p in parts], "x": np.concatenate([p["x"] for p in parts])}
@@ -39,7 +33,7 @@ def square(chunk):
     return {"value": chunk**2, "x": np.full(2, chunk, dtype=np.float32)}
 
 
-def test_a_record_holds_what_it_takes_to_make_it_again(folder):
+def test_a_record_holds_what_it_takes_to_make_it_again(results_folder):
     record = run(square)
     assert record["result"] == {"values": [0, 1, 4]}
     assert record["arrays"]["x"].tolist() == [0, 0, 1, 1, 2, 2]
@@ -47,10 +41,10 @@ def test_a_record_holds_what_it_takes_to_make_it_again(folder):
     provenance = record["provenance"]
     assert {"commit", "python", "packages", "machine", "seconds", "peak_memory_mib"} <= provenance.keys()
     assert "torch" in provenance["packages"]
-    assert sorted(path.suffix for path in folder.rglob("work-*")) == [".json", ".npz"]
+    assert sorted(path.suffix for path in results_folder.rglob("work-*")) == [".json", ".npz"]
 
 
-def test_a_record_names_the_gpus(folder, monkeypatch):
+def test_a_record_names_the_gpus(results_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     assert run(square)["provenance"]["machine"].endswith(f"{os.cpu_count()} cores, GPU 0, GPU 1")
@@ -111,7 +105,7 @@ def test_a_failed_run_goes_on_behind_its_last_chunk():
 
 
 @pytest.mark.parametrize(("n", "first", "then"), [(8, 2, 4), (8, 4, 2), (9, 3, 4), (9, 4, 3)])
-def test_a_run_that_goes_on_with_another_chunk_size_makes_every_image_once(folder, n, first, then):
+def test_a_run_that_goes_on_with_another_chunk_size_makes_every_image_once(results_folder, n, first, then):
     """Also where there are as many chunks as before: 9 images are 3 + 3 + 3 or 4 + 4 + 1."""
 
     def labels(size, fails=False):
@@ -128,18 +122,20 @@ def test_a_run_that_goes_on_with_another_chunk_size_makes_every_image_once(folde
     with pytest.raises(RuntimeError, match="killed"):
         labels(first, fails=True).finish()
     assert labels(then).finish()["result"]["labels"] == list(range(n))
-    assert len(list((folder / "digits").iterdir())) == 1, "the chunks of the first run were left behind"
+    assert len(list((results_folder / "digits").iterdir())) == 1, (
+        "the chunks of the first run were left behind"
+    )
 
 
-def test_a_kill_between_the_record_and_its_chunks_end_leaves_nothing_behind(folder):
+def test_a_kill_between_the_record_and_its_chunks_end_leaves_nothing_behind(results_folder):
     with pytest.raises(RuntimeError):
         run(breaks_off(2))
-    chunks = {path: path.read_bytes() for path in folder.glob("*/*chunk*.npz")}
+    chunks = {path: path.read_bytes() for path in results_folder.glob("*/*chunk*.npz")}
     made = run(square)
     for path, content in chunks.items():
         path.write_bytes(content)
     assert len(chunks) == 2 and run(square)["result"] == made["result"]
-    assert sorted(path.suffix for path in (folder / "digits").iterdir()) == [".json", ".npz"]
+    assert sorted(path.suffix for path in (results_folder / "digits").iterdir()) == [".json", ".npz"]
 
 
 def test_an_array_of_objects_is_refused():
@@ -148,21 +144,21 @@ def test_an_array_of_objects_is_refused():
         run(lambda chunk: {"x": np.array([print])})
 
 
-def test_a_record_without_its_arrays_is_made_again(folder):
+def test_a_record_without_its_arrays_is_made_again(results_folder):
     run(square)
-    (arrays,) = folder.rglob("*.npz")
+    (arrays,) = results_folder.rglob("*.npz")
     arrays.unlink()
     assert run(square)["arrays"]["x"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_arrays_kept_apart_are_made_again_where_they_are_not_here(folder, capsys):
+def test_arrays_kept_apart_are_made_again_where_they_are_not_here(results_folder, capsys):
     made = replace(work(square), apart=True).finish()
-    assert made["arrays"] == {} and not list(folder.glob("digits/*.npz"))
+    assert made["arrays"] == {} and not list(results_folder.glob("digits/*.npz"))
     assert replace(work(None), apart=True).arrays()["x"].tolist() == [0, 0, 1, 1, 2, 2]
     assert capsys.readouterr().out == ""
 
     def gone():
-        shutil.rmtree(folder / "digits" / records.APART)
+        shutil.rmtree(results_folder / "digits" / records.APART)
         return replace(work(None), apart=True).finish() == made  # whole without them
 
     assert gone()
@@ -199,7 +195,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("count", [2, 7])
-def test_workers_share_the_chunks_and_make_the_same_record(folder, monkeypatch, count):
+def test_workers_share_the_chunks_and_make_the_same_record(results_folder, monkeypatch, count):
     done = {index: [] for index in range(count)}
     for index in range(count):  # one after the other: all chunks but this one's own are in others' work
         part = work(
@@ -217,11 +213,11 @@ def test_workers_share_the_chunks_and_make_the_same_record(folder, monkeypatch, 
     assert done == {index: [chunk for chunk in range(5) if chunk % count == index] for index in range(count)}
     merged = work(lambda chunk: pytest.fail("computed again"), range(5)).finish()
     assert merged["result"]["values"] == [0, 1, 4, 9, 16]
-    shared = files(folder)
-    assert len(list((folder / "digits").iterdir())) == 2, "chunks or locks were left behind"
-    monkeypatch.setattr(paths, "RESULTS", folder / "alone")
+    shared = files(results_folder)
+    assert len(list((results_folder / "digits").iterdir())) == 2, "chunks or locks were left behind"
+    monkeypatch.setattr(paths, "RESULTS", results_folder / "alone")
     run(square, range(5))
-    assert files(folder / "alone") == shared
+    assert files(results_folder / "alone") == shared
 
 
 def test_a_worker_takes_its_own_chunks_first_and_then_those_left_undone():
@@ -230,7 +226,7 @@ def test_a_worker_takes_its_own_chunks_first_and_then_those_left_undone():
     assert seen == [1, 4, 2, 0, 3]
 
 
-def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(folder, capsys, said):
+def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(results_folder, capsys, said):
     part = work(square, worker=records.Worker(0, 2))
     part.path.parent.mkdir(parents=True)
     held = threading.Event()

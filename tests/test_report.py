@@ -9,7 +9,6 @@ import pytest
 from coup_lib import paths
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Accuracy
-from coup_lib.evaluation.stats import ratio_interval
 from coup_lib.reporting import tables
 from coup_lib.studies import report, sweeps
 from coup_lib.studies.report import Line
@@ -45,11 +44,6 @@ def test_levels_are_not_compared():
 
 def test_what_is_kept_of_a_classifiers_own_accuracy():
     own, right = np.repeat([1.0, 0.0], [60, 40]), np.repeat([1.0, 0.0], [40, 60])
-    found = Accuracy.kept(right, own)
-    assert found.value == pytest.approx(100 * 2 / 3)
-    assert (found.low, found.high) == pytest.approx([100 * end for end in ratio_interval(right, own)])
-    with pytest.raises(ValueError, match="right on some image; got one that is on none"):
-        Accuracy.kept(right, np.zeros(100))
     line = report.kept("Table 1", "COUP", "93.70", right, own)
     assert (line.reported, line.n, line.verdict) == ("93.70", 100, report.NOTHING)
     assert report.kept("Table 1", "COUP", "93.70", right, np.zeros(100)).here == report.NOTHING

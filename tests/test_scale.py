@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import nbformat
-import numpy as np
+import psutil
 import pytest
+import random_cifar
 
 from coup_lib.evaluation.config import Config
 
@@ -177,7 +178,7 @@ def test_a_killed_shard_is_started_again_and_nothing_is_lost(tmp_path):
         tmp_path, *options, root=workflow(tmp_path, WORK), env=environment, start_new_session=True
     )
     try:
-        killed = kill_one(run.pid, results, "-p shard 1 ")
+        killed = kill_one(run, results, "-p shard 1 ")
         said = run.communicate(timeout=600)[0]
     finally:
         if run.poll() is None:
@@ -199,9 +200,7 @@ def test_a_shard_that_fails_says_why(tmp_path):
 
 
 def test_missing_networks_are_named_once_before_any_shard_starts(tmp_path):
-    images = {f"x_{part}": np.zeros((40, 3, 32, 32), dtype=np.uint8) for part in ("train", "test")}
-    images |= {f"y_{part}": np.zeros(40, dtype=int) for part in ("train", "test")}
-    np.savez(tmp_path / "cifar10_exact_subset.npz", **images, idx_train=np.arange(40))
+    random_cifar.write(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "COUP_SMOKE"}
     environment |= {"COUP_DATA": str(tmp_path), "COUP_MODELS": str(tmp_path / "none")}
     given = "parameters=-p subset first -p norm l2"  # in which norm a robust classifier guides in 08
@@ -218,29 +217,15 @@ def test_missing_networks_are_named_once_before_any_shard_starts(tmp_path):
     )
 
 
-def kill_one(group, results, line):
-    """SIGKILL the group's process with this in its command line, and its kernel, at the first record."""
+def kill_one(run, results, line):
+    """SIGKILL a run's process with this in its command line, and its kernel, at the first record."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if list(results.rglob("*.json")) and (found := processes(group, line)):
-            for pid in found:
-                os.kill(pid, signal.SIGKILL)
-            return True
+        if list(results.rglob("*.json")):
+            for process in psutil.Process(run.pid).children(recursive=True):
+                if "papermill" in process.cmdline() and line in " ".join(process.cmdline()) + " ":
+                    for one in (process, *process.children()):
+                        one.kill()
+                    return True
         time.sleep(0.05)
     return False
-
-
-def processes(group, line):
-    """The ids of the group's processes with this in their command line, and of their children.
-
-    Not of others: whoever runs the tests may have shards of their own at work.
-    """
-    columns = ["ps", "-ewwo", "pid,ppid,pgid,args"]
-    said = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
-    rows = [row.split(None, 3) for row in said.splitlines()[1:]]
-    named = [
-        int(pid)
-        for pid, _, pgid, args in rows
-        if int(pgid) == group and "papermill" in args and line in args + " "
-    ]
-    return named + [int(pid) for pid, parent, *_ in rows if int(parent) in named and int(pid) not in named]

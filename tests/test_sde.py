@@ -35,11 +35,6 @@ def test_marginal_solves_the_moment_equations():
     torch.testing.assert_close(slope, sde.beta(T) * (1 - sde.std(T) ** 2), rtol=1e-7, atol=1e-9)
 
 
-def test_variance_is_preserved():
-    sde = VPSDE()
-    torch.testing.assert_close(sde.mean_coeff(T) ** 2 + sde.std(T) ** 2, torch.ones_like(T))
-
-
 def test_std_keeps_its_digits_in_float32():
     exact = VPSDE().std(torch.tensor(1e-5, dtype=torch.float64))
     assert float(VPSDE().std(torch.tensor(1e-5))) == pytest.approx(float(exact), rel=1e-6)
@@ -51,15 +46,6 @@ def test_drift_and_diffusion_of_eq_6():
     beta = torch.tensor([0.1 + 0.1 * 19.9, 0.1 + 0.5 * 19.9], dtype=torch.float64)
     torch.testing.assert_close(sde.drift(x, t), -beta.view(2, 1, 1, 1) * x / 2)
     torch.testing.assert_close(sde.diffusion(t), beta.sqrt())
-
-
-@pytest.mark.parametrize(
-    ("name", "ours"),
-    [("mean_coeff_float64", "mean_coeff"), ("std_float64", "std"), ("diffusion", "diffusion")],
-)
-def test_parity_with_score_sde(name, ours):
-    t = torch.from_numpy(PUBLISHED["t"]).double()
-    np.testing.assert_allclose(getattr(VPSDE(), ours)(t).numpy(), PUBLISHED[name], rtol=2e-6)
 
 
 def test_parity_with_diffpures_discrete_forward_noise():

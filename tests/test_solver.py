@@ -4,8 +4,7 @@ import pytest
 import torch
 from closed_forms import GaussianMixtureScore, small_problem
 
-from coup_lib.guidance import Guided, gradient_of, log_confidence, to_image, to_state
-from coup_lib.score import NoiseScore
+from coup_lib.guidance import Guided, gradient_of, to_image, to_state
 from coup_lib.sde import T_END, VPSDE
 from coup_lib.solver import reverse_drift, solve, time_grid
 
@@ -76,23 +75,6 @@ def test_each_image_may_have_a_time_of_its_own_in_the_drift():
     torch.testing.assert_close(reverse_drift(score, sde, x, times), torch.cat(alone))
 
 
-def test_mixture_score_is_the_gradient_of_its_log_density():
-    score, _, x = small_problem()
-    x = to_state(x).requires_grad_()
-    for t in torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64):
-        (gradient,) = torch.autograd.grad(score.log_density(x, t).sum(), x)
-        torch.testing.assert_close(score(x, t), gradient)
-
-
-def test_guidance_points_uphill_in_confidence():
-    score, classifier, x = small_problem()
-    state = to_state(x)
-    step = 1e-5 * Guided(score, classifier).guidance(state, torch.tensor(0.05))
-    before, after = (log_confidence(classifier, point) for point in (state, state + step))
-    torch.testing.assert_close(before, classifier(to_image(state)).softmax(1).amax(1).log())
-    assert (after > before).all()
-
-
 def test_gradient_of_can_be_differentiated_again_only_where_asked():
     """∇ of Σ x⁴/12 is x³/3 per image, and the gradient of its sum is x²."""
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
@@ -107,33 +89,3 @@ def test_gradient_of_can_be_differentiated_again_only_where_asked():
     torch.testing.assert_close(torch.autograd.grad(twice.sum(), x)[0], x.detach() ** 2)
     with torch.no_grad():
         assert not gradient_of(function, x).requires_grad
-
-
-def test_the_weight_scales_the_guidance():
-    score, classifier, x = small_problem()
-    t, state = torch.tensor(0.05, dtype=torch.float64), to_state(x)
-    one, three = (Guided(score, classifier, weight) for weight in (1.0, -3.0))
-    torch.testing.assert_close(three.guidance(state, t), -3 * one.guidance(state, t))
-    torch.testing.assert_close(three(state, t), score(state, t) + three.guidance(state, t))
-
-
-def test_noise_score_divides_by_std_and_scales_labels():
-    labels_seen = []
-
-    def network(x, labels):
-        labels_seen.append(labels)
-        return torch.ones_like(x)
-
-    score = _noise_score(network)
-    x, t = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.tensor([0.1, 0.2], dtype=torch.float64)
-    torch.testing.assert_close(score(x, t)[:, 0, 0, 0], -1 / VPSDE().std(t))
-    torch.testing.assert_close(labels_seen[0], 999 * t)
-    torch.testing.assert_close(score(x, t[0])[:, 0, 0, 0], -1 / VPSDE().std(t[:1]).expand(2))
-
-
-def _noise_score(function):
-    class Network(torch.nn.Module):
-        def forward(self, x, labels):
-            return function(x, labels)
-
-    return NoiseScore(Network(), time_scale=999.0)

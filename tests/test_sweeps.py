@@ -1,8 +1,8 @@
 """Sweeps of t* and λ: which values, which claims hold, and what is confirmed."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
+from made_up import losing
 
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import Difference
@@ -13,17 +13,12 @@ from coup_lib.studies import sweeps
 N = 200
 
 
-def share(wrong):
-    """N images, the first `wrong` of them always misclassified."""
-    return (np.arange(N) >= wrong).astype(float)
-
-
 def made_up(wrong, clean=None):
     """A sweep over 0, 1, 2, … with this many images lost in every column but "clean"."""
     columns = ("adaptive", "first_order", "from_none", "from_reverse", "worst")
     clean = clean or [0] * len(wrong)
     return {
-        float(value): {"clean": share(right)} | {name: share(lost) for name in columns}
+        float(value): {"clean": losing(right, N)} | {name: losing(lost, N) for name in columns}
         for value, (lost, right) in enumerate(zip(wrong, clean, strict=True))
     }
 
@@ -41,7 +36,7 @@ def test_what_cannot_be_swept_is_refused(values):
 
 
 def test_bonferroni_widens_the_interval_and_keeps_the_difference():
-    right, reference = share(40), share(60)
+    right, reference = losing(40, N), losing(60, N)
     one, many = (sweeps.simultaneous(right, reference, comparisons) for comparisons in (1, 6))
     plain = Difference.of(right, reference)
     assert (one.value, one.low, one.high) == pytest.approx((plain.value, plain.low, plain.high))
@@ -94,6 +89,14 @@ def test_one_value_is_best(wrong, verdict):
     assert evidence.startswith("1 minus its strongest rival, 2: ")
 
 
+def over_t_star():
+    return {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
+
+
+def over_weights():
+    return {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+
+
 def test_the_table_of_claims_judges_every_one():
     config = Config(n_images=N)
     times = {0.05: made_up([90])[0], 0.1: made_up([10])[0], 0.2: made_up([80])[0]}
@@ -108,8 +111,7 @@ def test_the_table_of_claims_judges_every_one():
 
 def test_a_choice_changes_one_setting_and_is_compared_with_the_papers(monkeypatch):
     config = Config(n_images=N)
-    times = {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
-    weights = {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    times, weights = over_t_star(), over_weights()
     monkeypatch.setattr(sweeps, "measure", lambda here: times[here.t_star])
     confirmed = sweeps.confirm(times, weights, config)
     settings = [(row.config.t_star, row.config.guidance_weight) for row in confirmed]
@@ -150,8 +152,7 @@ def test_every_weight_faces_what_is_made_against_the_papers(results_folder):
 
 def test_the_figure_rings_the_best_and_marks_the_papers_choice():
     config = Config(n_images=N)
-    times = {0.05: made_up([90])[0], 0.1: made_up([40])[0], 0.2: made_up([10])[0]}
-    weights = {0.0: made_up([50])[0], 1.0: made_up([40])[0], 4.0: made_up([90])[0]}
+    times, weights = over_t_star(), over_weights()
     figure = sweeps.figure(times, times, weights, config)
     left, right = figure.axes
     for axes, height in ((left, 95), (right, 80)):

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import scored
 
 from coup_lib import paths
 from coup_lib.defences import DEFENCES, LABELS
@@ -15,17 +16,6 @@ from coup_lib.evaluation.progress import Plan
 from coup_lib.reporting import compare, paper, plots, readme, tables
 
 N = 40
-
-
-def made_up(n_wrong, robust=None, judged=None):
-    """N images, the first n_wrong of them always misclassified; robust (n,) bool is the attack's count.
-
-    judged (n,): the same without the clean draw.
-    """
-    report = np.zeros((N, 5), dtype=int)
-    report[:n_wrong] = 1
-    shown = np.zeros(N, dtype=int), report, report[:, 0], (report == 0).mean(1)
-    return Predictions(*shown, robust, judged)
 
 
 def all_but(n_first, n_last=0):
@@ -43,13 +33,13 @@ def config():
 def results():
     def row(exact, first_order):
         return {
-            "clean": made_up(1),
-            "standard": made_up(exact, robust=all_but(exact + 1)),
-            "adaptive": made_up(exact, robust=all_but(exact)),
-            "dlr": made_up(exact, robust=all_but(N), judged=all_but(exact - 2, 2)),
-            "first_order": made_up(first_order, robust=all_but(first_order)),
-            "from_none": made_up(3),
-            "from_reverse": made_up(4),
+            "clean": scored(1),
+            "standard": scored(exact, robust=all_but(exact + 1)),
+            "adaptive": scored(exact, robust=all_but(exact)),
+            "dlr": scored(exact, robust=all_but(N), judged=all_but(exact - 2, 2)),
+            "first_order": scored(first_order, robust=all_but(first_order)),
+            "from_none": scored(3),
+            "from_reverse": scored(4),
         }
 
     rows = {"none": (38, 38), "diffpure": (16, 16), "reverse": (14, 14), "coup": (4, 20)}
@@ -69,36 +59,28 @@ def test_robustness_is_the_worse_of_standard_and_rand(results):
     assert results["coup"]["autoattack"].mean() == results["coup"]["own_rand"].mean() == 1 - 6 / N
     assert results["none"]["autoattack"].mean() == 0
     assert results["coup"]["recorded"].mean() == 1 - 20 / N
-    row = {"clean": made_up(1), "from_none": made_up(2), "standard": made_up(2, robust=all_but(9))}
-    row |= {name: made_up(2, robust=all_but(3), judged=all_but(3)) for name in ("adaptive", "dlr")}
+    row = {"clean": scored(1), "from_none": scored(2), "standard": scored(2, robust=all_but(9))}
+    row |= {name: scored(2, robust=all_but(3), judged=all_but(3)) for name in ("adaptive", "dlr")}
     assert tables.per_image_accuracy({"coup": row})["coup"]["autoattack"].mean() == 1 - 9 / N
 
 
 def test_without_autoattack_there_are_no_columns_of_it():
     """A table of APGD alone, whose counts are all on fresh noise."""
-    row = {"clean": made_up(1), "adaptive": made_up(4, robust=all_but(30)), "from_none": made_up(3)}
+    row = {"clean": scored(1), "adaptive": scored(4, robust=all_but(30)), "from_none": scored(3)}
     found = tables.per_image_accuracy({"coup": row})["coup"]
     assert list(found) == ["clean", "adaptive", "from_none", "transferred", "worst"]
     assert found["adaptive"].mean() == found["worst"].mean() == 1 - 4 / N
 
 
 def test_transfers_count_and_have_one_column():
-    own = {"clean": made_up(1), "adaptive": made_up(8), "from_none": made_up(3), "from_reverse": made_up(8)}
-    rows = {"reverse": own | {Transfer("coup", "adaptive"): made_up(5)}, "coup": own}
+    own = {"clean": scored(1), "adaptive": scored(8), "from_none": scored(3), "from_reverse": scored(8)}
+    rows = {"reverse": own | {Transfer("coup", "adaptive"): scored(5)}, "coup": own}
     found = tables.per_image_accuracy(rows)
     assert list(found["reverse"]) == list(found["coup"]) == [*own, "transferred", "worst"]
     # Images made against the reverse SDE are no transfer to itself; to COUP they are.
     assert found["reverse"]["transferred"].mean() == 1 - 5 / N
     assert found["coup"]["transferred"].mean() == 1 - 8 / N
     assert found["reverse"]["worst"].mean() == 1 - 8 / N
-
-
-def test_an_attacks_images_are_decided_in_four_ways():
-    report = np.tile([0, 0, 1], (N, 1))  # right twice in three draws
-    score = Predictions(np.zeros(N, dtype=int), report, report[:, 2], (report == 0).mean(1), all_but(10))
-    shares = {rule: score.decided(rule).mean() for rule in RULES}
-    assert shares == pytest.approx({"single": 2 / 3, "averaged": 0, "majority": 1, "worst_draw": 0})
-    assert score.counted.mean() == 1 - 10 / N
 
 
 def test_decisions_by_several_draws_stand_beside_the_same_on_clean_images():

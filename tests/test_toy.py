@@ -39,12 +39,6 @@ def test_score_is_the_gradient_of_the_log_density(t: float) -> None:
     torch.testing.assert_close(DATA.score(x.detach(), scalar(t)), expected)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3])
-def test_log_density_integrates_to_one(t: float) -> None:
-    x = torch.linspace(-12, 12, 4001, dtype=DTYPE)
-    assert torch.trapezoid(log_density(x, scalar(t)).exp(), x).item() == pytest.approx(1, abs=1e-10)
-
-
 @pytest.mark.parametrize("c", [0.0, 1.0, 20.0])
 def test_guidance_is_the_gradient_of_the_log_confidence(c: float) -> None:
     x = torch.linspace(-2, 2, 4000, dtype=DTYPE, requires_grad=True)
@@ -185,16 +179,13 @@ def test_prop2_printed_bound_is_not_implied_by_its_assumptions() -> None:
     [
         {"n_runs": 0},
         {"n_steps": 1.5},
-        {"t_star": 0.0},
         {"t_star": 1.1},
         {"x0": -0.2},
         {"seed": -1},
         {"guidance_weight": -0.5},
         {"lambdas": "1,2"},
         {"lambdas": "0,a"},
-        {"lambdas": "0,nan"},
         {"noise_levels": "0,2,1"},
-        {"noise_levels": "0,inf"},
         {"t_stars": "0.1,2"},
     ],
 )

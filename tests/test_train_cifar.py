@@ -2,10 +2,9 @@ import copy
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
+import random_cifar
 import torch
-from one_thread import one_thread  # noqa: F401 (a fixture for all of this file)
 from safetensors.torch import load_file
 
 from coup_lib.attacks import NORM_LABELS, Attack
@@ -36,12 +35,8 @@ def images():
 
 
 @pytest.fixture
-def random_cifar(tmp_path, monkeypatch):
-    random, arrays = np.random.default_rng(0), {}
-    for part, n in (("train", 60), ("test", 10)):
-        arrays[f"x_{part}"] = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        arrays[f"y_{part}"] = random.integers(0, 10, n)
-    np.savez(tmp_path / "cifar10_exact_subset.npz", **arrays, idx_train=np.arange(60))
+def cifar(tmp_path, monkeypatch):
+    random_cifar.write(tmp_path)
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
 
 
@@ -160,7 +155,7 @@ def test_training_is_repeatable_and_goes_on_after_a_kill(images, tmp_path, monke
     assert torch.equal(weights(tmp_path / "state.pt"), whole)
 
 
-def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch):
+def test_the_command_writes_weights_and_card(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STATES", tmp_path / "states")
     monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
     arguments = ["--dataset", "cifar10", "--only", SMALL.score, "--steps", "2", "--precision", "bfloat16"]
@@ -186,7 +181,7 @@ def test_the_command_writes_weights_and_card(random_cifar, tmp_path, monkeypatch
         train.main([*arguments, "--batch", "0"])
 
 
-def test_the_card_names_every_command_behind_the_weights(random_cifar, tmp_path, monkeypatch):
+def test_the_card_names_every_command_behind_the_weights(cifar, tmp_path, monkeypatch):
     """Further training is told after what it began with; training anew is told alone."""
     monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
     folder, begin = tmp_path / "weights", tmp_path / "begin.safetensors"
@@ -205,7 +200,7 @@ def test_the_card_names_every_command_behind_the_weights(random_cifar, tmp_path,
     assert told("third", "--steps", "1") == [first]
 
 
-def test_a_score_network_is_trained_further_from_weights_that_are_named(random_cifar, tmp_path, monkeypatch):
+def test_a_score_network_is_trained_further_from_weights_that_are_named(cifar, tmp_path, monkeypatch):
     monkeypatch.setitem(NETWORKS["cifar10"], SMALL.score, lambda: PatchedDDPMpp(**TINY))
     first = train.train("cifar10", SMALL.score, seed=0, steps=1, batch=2)
     path = save_network(first, "cifar10", SMALL.score, folder=tmp_path, half=True)
@@ -232,7 +227,7 @@ def test_weights_to_begin_with_are_checked(tmp_path, arguments, error, message):
         train.main(["--dataset", "cifar10", "--begin-with", str(tmp_path / "nowhere"), *arguments])
 
 
-def test_adversarial_training_begins_where_it_should(random_cifar, monkeypatch):
+def test_adversarial_training_begins_where_it_should(cifar, monkeypatch):
     torch.manual_seed(0)
     published, begun, met = cifar_resnet(20), [], []
 
