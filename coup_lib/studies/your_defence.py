@@ -34,7 +34,8 @@ class Parameters:
         fill("norm", choice("norm", str(self.norm).lower(), NORMS))
         fill("eps", number("eps", self.eps, 0, largest_radius(self.norm, SHAPES["digits"])))
         choice("budget", self.budget, BUDGETS)
-        fill("n_images", count("n_images", self.n_images, split_size("digits", "test"), low=2))
+        available = split_size("digits", "test")
+        fill("n_images", count("n_images of the test split", self.n_images, available, low=2))
         fill("seed", count("seed", self.seed, 2**31 - 9, low=0))
         if paths.is_smoke():
             fill("budget", "smoke")
