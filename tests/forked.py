@@ -8,15 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LOOP = """
 import shlex, sys, traceback
-from importlib.metadata import EntryPoint
 
-from jupyter_client.provisioning import KernelProvisionerFactory
 from papermill.cli import papermill
-from workflow import notebooks
+from workflow.notebooks import fork_kernels
 
-notebooks.FORKED.set_forkserver_preload([*notebooks.IMPORTED])
-factory = KernelProvisionerFactory.instance(default_provisioner_name="forking")
-factory.provisioners["forking"] = EntryPoint("forking", "workflow.notebooks:Forking", factory.GROUP_NAME)
+fork_kernels()
 for line in sys.stdin:
     try:
         papermill(shlex.split(line), standalone_mode=False)
@@ -35,7 +31,7 @@ class Papermill:
 
     def __init__(self, log: Path, folder: Path = ROOT, **given: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("COUP_")}
-        kept |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
+        kept["PYTHONPATH"] = str(ROOT)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w")}
         command = [sys.executable, "-c", LOOP]
         self.log = log

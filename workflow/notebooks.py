@@ -89,6 +89,14 @@ class Forking(LocalProvisioner):
         return self.connection_info
 
 
+def fork_kernels() -> None:
+    """From now on kernels that this process starts are forked."""
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # else chosen before the fork
+    FORKED.set_forkserver_preload([*IMPORTED])
+    factory = KernelProvisionerFactory.instance(default_provisioner_name="forking")
+    factory.provisioners["forking"] = EntryPoint("forking", "workflow.notebooks:Forking", factory.GROUP_NAME)
+
+
 def start(arguments: list[str], environment: dict[str, str], folder: str) -> None:
     """Be a kernel, which ends when the runner does."""
     from ipykernel.kernelapp import IPKernelApp
@@ -145,10 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = ROOT / "build" / f"notebooks-{options.budget}"
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # else chosen before the fork
-    FORKED.set_forkserver_preload([*IMPORTED])
-    factory = KernelProvisionerFactory.instance(default_provisioner_name="forking")
-    factory.provisioners["forking"] = EntryPoint("forking", "workflow.notebooks:Forking", factory.GROUP_NAME)
+    fork_kernels()
     logger = logging.getLogger("papermill")
     logger.setLevel(logging.INFO)
     logger.addHandler(Shown())

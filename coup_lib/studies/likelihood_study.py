@@ -39,10 +39,8 @@ def claims(results: PerImage) -> str:
     """Markdown: what guidance adds, and on which of the two the exact gradient is the weaker attack."""
     reported = paper.LIKELIHOOD[GUIDED].robustness - paper.LIKELIHOOD[PLAIN].robustness
     claim = f"Guidance makes likelihood maximisation more robust (the paper reports {reported:+.2f})"
-    named, exact = (
-        {LABELS[name]: row for name, row in results.items()},
-        "the exact gradient is the weaker attack",
-    )
-    masked = tables.attack_claims(named, exact, "adaptive", "bpda", "Exact gradient − identity")
+    rows = {LABELS[name]: row for name, row in results.items()}
+    weaker = "the exact gradient is the weaker attack"
+    masked = tables.attack_claims(rows, weaker, "adaptive", "bpda", "Exact gradient − identity")
     guided = tables.claims({claim: (results[GUIDED], results[PLAIN])}, WAYS)
     return f"{guided}\n\n{masked}"
