@@ -1,5 +1,6 @@
 """An audit takes any defence, attacks it by all that the protocol has, and says what it saw."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,7 @@ from coup_lib.data import load_split
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_content
 from coup_lib.evaluation.outcomes import Transfer
+from coup_lib.evaluation.profiles import SMOKE
 from coup_lib.evaluation.run import attack, predict
 from coup_lib.evaluation.specs import AttackSpec
 from coup_lib.guidance import Guided
@@ -430,6 +432,21 @@ def test_what_a_defence_refers_to_is_part_of_it(held, digits, net):
 
     one, same, other = (of_content(made(scale))[0] for scale in (0.1, 0.1, 0.5))
     assert one == same != other
+
+
+def test_an_audit_foretells_its_work_by_the_time_that_a_decision_takes(
+    digits, net, tmp_path, capsys, monkeypatch
+):
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: len(digits.x) * next(clock))  # a second an image
+    smoke({"it": net}, digits.x, digits.y, tmp_path, verbose=True)
+    first = capsys.readouterr().out.splitlines()[0]
+    said = r"To do: (\d+) attacks and (\d+) evaluations of what they found; about (\d+):\d\d min on cpu"
+    attacks, evaluations, minutes = map(int, re.fullmatch(said, first).groups())
+    assert evaluations >= attacks > 10
+    assert minutes > (2 * SMOKE.n_draws * evaluations + 2 * SMOKE.n_iter) * len(digits.x) / 60
+    smoke({"it": net}, digits.x, digits.y, tmp_path, verbose=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_nested_deeply_is_looked_through(digits, net):

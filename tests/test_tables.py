@@ -10,9 +10,10 @@ from made_up import scored
 
 from coup_lib import paths
 from coup_lib.defences import DEFENCES, LABELS
+from coup_lib.evaluation import progress
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.outcomes import RULES, Accuracy, Predictions, Transfer, worst_case
-from coup_lib.evaluation.progress import Plan
+from coup_lib.evaluation.progress import Plan, foretell
 from coup_lib.reporting import compare, paper, plots, readme, tables
 
 N = 40
@@ -217,6 +218,25 @@ def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
         "[2/3] second: started; 0:00 gone",
         "[2/3] second: 1 of 2 done; 0:20 gone, about 2:20 left",
         "[3/3] third: started; 0:40 gone, about 2:00 left",
+    ]
+
+
+def test_what_was_foretold_is_counted_beside_the_jobs_in_hand(capsys, monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("coup_lib.evaluation.progress.FORETOLD", {})
+    left = {tmp_path / "attack": 30.0, tmp_path / "score-attack": 30.0}
+    foretell(left, 2.0, "cpu")
+    plan = Plan([10.0, 10.0], verbose=True, after=40.0)
+    plan.start("first")
+    clock[0] = 20.0
+    plan.advance(1, 1)
+    plan.start("second")
+    assert left == progress.FORETOLD
+    assert capsys.readouterr().out.splitlines() == [
+        "To do: 1 attacks and 1 evaluations of what they found; about 2:00 min on cpu",
+        "[1/2] first: started; 0:00 gone",
+        "[2/2] second: started; 0:20 gone, about 0:20 left, 1:40 with all that follows",
     ]
 
 

@@ -1,6 +1,7 @@
 """`audit`: any defence under the whole strict protocol, in one call."""
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,8 +29,9 @@ from coup_lib.auditing.result import Audit
 from coup_lib.checks import check_labels, choice, count, number
 from coup_lib.data import Images
 from coup_lib.evaluation.identity import of_content
-from coup_lib.evaluation.run import Batch
+from coup_lib.evaluation.run import Batch, asked_alone
 from coup_lib.purify import Purified, Vote
+from coup_lib.randomness import begun
 
 NAME = re.compile(r"[\w +-][\w. +-]{,59}")  # of a defence or a gradient, as it can be part of a file's name
 ANSWERS, DIGITS = 8, 3  # of how many images the logits count, and how many of their digits
@@ -188,7 +190,17 @@ def _prepared(
         identities[VOTE], vote = f"{draws} draws", Vote(attacked["exact"], draws)
         attacked[VOTE] = _wrapped(vote, x.shape[1:], replace(found, probabilities=False), finite=True)
     judged = _wrapped(model, x.shape[1:], found, finite=False)
-    return Prepared(found, attacked, judged, identities)
+    return Prepared(found, attacked, judged, identities, _seconds(judged, x))
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, x: torch.Tensor) -> float:
+    """That a decision on an image takes: in a call of all these, or of one where images are asked alone."""
+    x = x[:1] if asked_alone(model) else x
+    with begun(model, x.device, 0):
+        before = time.perf_counter()
+        model(x).cpu()
+        return (time.perf_counter() - before) / len(x)
 
 
 def _wrapped(module: nn.Module, shape: torch.Size, found: Probe, *, finite: bool) -> nn.Module:

@@ -15,6 +15,7 @@ from coup_lib.auditing.signs import strongest_of
 from coup_lib.data import Images
 from coup_lib.evaluation.outcomes import Predictions
 from coup_lib.evaluation.profiles import FULL, QUICK_DIGITS, SMOKE, Budget
+from coup_lib.evaluation.progress import foretell
 from coup_lib.evaluation.run import Runner
 from coup_lib.evaluation.specs import CLEAN, WITHOUT_MODEL, AttackSpec, Rows, with_transfers
 from coup_lib.outside import TRIED
@@ -43,7 +44,7 @@ class AuditSettings(Budget):
     max_batch: int
     seed: int
     chunk_size: int = 32
-    n_steps: int = 1  # unknown of a defence of one's own; for the estimate of the time left only
+    n_steps: int = 1  # unknown of a defence of one's own, and not asked for
     shard: int = 0
     num_shards: int = 1
 
@@ -58,13 +59,14 @@ class Prepared:
     """A defence that is ready to be attacked.
 
     attacked: name of a gradient ("exact" is its own) → module. judge: the module that decides. identities:
-    gradient → hash, as of `identity.of_content`.
+    gradient → hash, as of `identity.of_content`. seconds: that a decision on an image took.
     """
 
     probe: Probe
     attacked: Mapping[str, nn.Module]
     judge: nn.Module
     identities: Mapping[str, str]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ class Bench:
     def precision(self, defence: str) -> str:
         """That of an attack on the defence."""
         return "float32"
+
+    def cost(self, defence: str, n_steps: int) -> float:
+        """The seconds of a decision on an image."""
+        return self.defences[defence].seconds if defence in self.defences else 0.0
 
 
 def attacks(
@@ -185,16 +191,24 @@ def measure(
     lent = {key for row in own.values() for key in row if key not in LOCAL}
     specs = with_transfers(own, sorted(lent))
 
-    def ask(rows: Rows, **changed: Any) -> dict[str, dict[Any, Predictions]]:
-        here = replace(settings, **changed)
-        return Runner(here, bench, lambda: images, dict, verbose=verbose).predictions(rows)
+    def runner(**changed: Any) -> Runner:
+        return Runner(replace(settings, **changed), bench, lambda: images, dict, verbose=verbose)
 
+    def ask(rows: Rows, **changed: Any) -> dict[str, dict[Any, Predictions]]:
+        return runner(**changed).predictions(rows)
+
+    larger, n = radii(images.x.shape[1:], settings.norm, settings.eps), max(2, len(images) // 2)
+    by_radius = {name: {"ce": row["ce"]} for name, row in own.items() if "ce" in row}
+    left = runner().left(specs)
+    for radius in larger:
+        left |= runner(eps=radius, n_images=n).left(by_radius)
+    if left and verbose:
+        foretell(left, 1.0, settings.torch_device)
     rows = ask(specs)
-    larger = radii(images.x.shape[1:], settings.norm, settings.eps)
     return Measured(
         labels,
         rows,
-        eps=_by_radius(ask, rows, own, [settings.eps, *larger], max(2, len(images) // 2)),
+        eps=_by_radius(ask, rows, by_radius, [settings.eps, *larger], n),
         many=ask(_voted_on(bench, rows, specs), n_draws=settings.many_draws),
         outside=_outside(bench, ask) if outside else {},
         hidden=hidden,
@@ -210,12 +224,11 @@ def radii(shape: Sequence[int], norm: str, eps: float) -> list[float]:
 def _by_radius(
     ask: Ask,
     rows: Mapping[str, Mapping[Any, Predictions]],
-    own: Mapping[str, Mapping[str, AttackSpec]],
+    faced: Rows,
     every: Sequence[float],
     n: int,
 ) -> dict[str, dict[float, np.ndarray]]:
     """Defence → radius → the share of right draws of the first n images under APGD-ce, its own gradient."""
-    faced = {name: {"ce": row["ce"]} for name, row in own.items() if "ce" in row}
     eps, *larger = every
     found = {name: {0.0: rows[name]["clean"].right[:n], eps: rows[name]["ce"].right[:n]} for name in faced}
     for radius in larger if faced else []:

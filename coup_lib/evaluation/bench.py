@@ -7,7 +7,7 @@ from weakref import WeakSet
 from torch import nn
 
 from coup_lib.checks import choice
-from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided
+from coup_lib.defences import DEFENCES, MAXIMISERS, PURIFIERS, build, is_guided, purifications
 from coup_lib.evaluation.config import Config
 from coup_lib.evaluation.identity import of_content, of_network
 from coup_lib.evaluation.specs import AttackSpec
@@ -124,6 +124,11 @@ class Bench:
         """What else an attack's numbers depend on: the arithmetic in the score network, if not float32."""
         precision = self.precision(spec.surrogate)
         return {} if precision == "float32" else {"precision": precision}
+
+    def cost(self, defence: str, n_steps: int) -> float:
+        """About how many score evaluations a decision takes."""
+        steps = 0.1 if defence == "none" else n_steps
+        return float(steps * purifications(defence) * (2 if is_guided(defence) else 1))
 
     def _identity(self, name: str) -> str:
         """The content of the network in hand, or of the zoo's while none is loaded here."""

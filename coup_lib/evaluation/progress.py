@@ -2,7 +2,21 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+FORETOLD: dict[Path, float] = {}  # record → cost of what this process was said to make, by `foretell`
+
+
+def foretell(left: Mapping[Path, float], seconds: float, device: object) -> None:
+    """Say in one line what is to be made and how long it takes; a `Plan` may then count what follows it.
+
+    left: record → cost of what is not there yet. seconds: of a unit of cost.
+    """
+    FORETOLD.update(left)
+    scored = sum(path.name.startswith("score-") for path in left)
+    todo = f"{len(left) - scored} attacks and {scored} evaluations of what they found"
+    print(f"To do: {todo}; about {clock(seconds * sum(left.values()))} min on {device}", flush=True)
 
 
 class Plan:
@@ -13,11 +27,14 @@ class Plan:
 
     Args:
         costs: of each job, in any unit; 0 for one that is done already.
+        after: the cost of what comes after these jobs, for an estimate of its own.
         every: seconds between two lines; the first estimate comes after as many.
     """
 
-    def __init__(self, costs: Sequence[float], *, verbose: bool, every: float = 10.0) -> None:
-        self.costs, self.verbose, self.every = list(costs), verbose, every
+    def __init__(
+        self, costs: Sequence[float], *, verbose: bool, after: float = 0.0, every: float = 10.0
+    ) -> None:
+        self.costs, self.verbose, self.after, self.every = list(costs), verbose, after, every
         self.index, self.here = -1, 0.0
         self.began = time.monotonic()
         self.last = self.began - every
@@ -43,8 +60,11 @@ class Plan:
             return
         worked = sum(self.costs[: self.index]) + self.here
         left, elapsed = sum(self.costs) - worked, time.monotonic() - self.began
-        known = worked > 0 and elapsed > self.every
-        estimate = f", about {clock(elapsed / worked * left)} left" if known else ""
+        estimate = ""
+        if worked > 0 and elapsed > self.every:
+            speed = elapsed / worked
+            estimate = f", about {clock(speed * left)} left"
+            estimate += f", {clock(speed * (left + self.after))} with all that follows" if self.after else ""
         job = f"[{self.index + 1}/{len(self.costs)}] {self.label}: {what}"
         self._print(f"{job}; {clock(elapsed)} gone{estimate}")
 

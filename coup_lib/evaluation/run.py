@@ -1,6 +1,6 @@
 """Attacks on defences, and predictions on what the attacks made; on record, and computed where missing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.data import Images
-from coup_lib.defences import is_guided, purifications
 from coup_lib.evaluation.config import Settings
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import ATTACK, DEFENCE, REPORT, SELECT, image_seeds, seed_of
 from coup_lib.evaluation.outcomes import Predictions
-from coup_lib.evaluation.progress import Plan
+from coup_lib.evaluation.progress import FORETOLD, Plan
 from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
@@ -28,6 +27,8 @@ from coup_lib.randomness import begun
 
 T = TypeVar("T")
 Values = dict[str, Any]
+
+SMALL = 1e-3  # the cost of an attack that asks no defence: more than that of nothing
 
 
 class Defences(Protocol):
@@ -51,6 +52,9 @@ class Defences(Protocol):
 
     def precision(self, defence: str) -> str:
         """That of an attack on the defence."""
+
+    def cost(self, defence: str, n_steps: int) -> float:
+        """Of a decision on an image, by a path of so many steps; the unit is the bench's own."""
 
 
 def attack(
@@ -291,7 +295,7 @@ class Runner:
             jobs.append((f"{target} on images of {len(row)} sources", records))
         left = self.left(rows)
         costs = [sum(left.get(record.path, 0.0) for record in records) for _, records in jobs]
-        plan = Plan(costs, verbose=self.verbose)
+        plan = Plan(costs, verbose=self.verbose, after=_following(left))
         for label, records in jobs:
             plan.start(f"{self.bench.classifier_name}: {label}")
             for place, record in enumerate(records, start=1):
@@ -310,11 +314,12 @@ class Runner:
         return {path: cost for path, cost in self.costs(rows).items() if not is_complete(path)}
 
     def costs(self, rows: Rows) -> dict[Path, float]:
-        """The records that `predictions` takes → about how many score evaluations each of them costs."""
-        pairs = [(target, spec) for target, row in rows.items() for spec in row.values()]
-        found = {self._attack_record(spec).path: attack_cost(spec, self.config) for _, spec in pairs}
-        for target, spec in pairs:
-            found[self._prediction_record(target, spec).path] = prediction_cost(target, self.config)
+        """The records that `predictions` takes → about what each of them costs, in the bench's unit."""
+        found, how = {}, (self.config, self.bench)
+        for target, row in rows.items():
+            for spec in row.values():
+                found[self._attack_record(spec).path] = attack_cost(spec, *how)
+                found[self._prediction_record(target, spec).path] = prediction_cost(target, *how)
         return found
 
     def attack(self, spec: AttackSpec) -> Values:
@@ -380,19 +385,19 @@ class Runner:
         return values[place : place + self.config.chunk_size]
 
 
-def attack_cost(spec: AttackSpec, config: Settings) -> float:
-    """About how many score evaluations the attack takes; good enough to foretell the time left."""
+def attack_cost(spec: AttackSpec, config: Settings, bench: Defences) -> float:
+    """About what the attack costs, in the bench's unit; good enough to foretell the time left."""
     gradients, forwards = spec.calls(config)
-    path = path_cost(spec.surrogate, spec.n_steps or config.n_steps)
-    return config.n_images * path * (2 * gradients + forwards) + 1
+    call = bench.cost(spec.surrogate, spec.n_steps or config.n_steps)
+    return config.n_images * call * (2 * gradients + forwards) + SMALL
 
 
-def prediction_cost(target: str, config: Settings) -> float:
-    """About how many score evaluations a target's predictions take, on the images of one attack."""
-    return config.n_images * 2 * config.n_draws * path_cost(target, config.n_steps)
+def prediction_cost(target: str, config: Settings, bench: Defences) -> float:
+    """About what a target's predictions on the images of one attack cost, in the bench's unit."""
+    return config.n_images * 2 * config.n_draws * bench.cost(target, config.n_steps)
 
 
-def path_cost(defence: str, n_steps: int) -> float:
-    """About how many score evaluations a decision takes."""
-    steps = 0.1 if defence == "none" else n_steps
-    return float(steps * purifications(defence) * (2 if is_guided(defence) else 1))
+def _following(left: Mapping[Path, float]) -> float:
+    """The cost of what was foretold and is neither made nor among these records."""
+    rest = {path: cost for path, cost in FORETOLD.items() if path not in left} if left else {}
+    return sum(cost for path, cost in rest.items() if not is_complete(path))

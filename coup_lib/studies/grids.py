@@ -16,7 +16,7 @@ from coup_lib.checks import choice, in_one_line
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.progress import clock
+from coup_lib.evaluation.progress import foretell
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measurement, paper_attacks
 from coup_lib.networks import published, zoo
 from coup_lib.networks.precision import products
@@ -196,10 +196,7 @@ def prepare(experiments: Grid) -> None:
             left |= Evaluation(one.config, one.classifier).left(one.attacks)
     if left:
         config = experiments[0].config
-        took = sum(left.values()) * seconds_of_a_call(config)
-        scored = sum(path.name.startswith("score-") for path in left)
-        todo = f"{len(left) - scored} attacks and {scored} evaluations of what they found"
-        print(f"To do: {todo}; about {clock(took)} min on {config.torch_device}", flush=True)
+        foretell(left, seconds_of_a_call(config), config.torch_device)
     else:
         print("Every attack is on record, so none is run.", flush=True)
 
