@@ -23,7 +23,7 @@ def adjoint(
 
     torchsde walks from 0 to t* - t_N with the grid's step; only the state at the end is handed over (as
     DiffPure and the COUP release do), so the rebuilt path drifts from the true one unless the step is small.
-    Networks must be frozen: their parameters would otherwise join the adjoint state.
+    Weights get no gradient.
     """
     x = states[0].detach().flatten(1)
     path = GridBrownian(times, noise, states[0])

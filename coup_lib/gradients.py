@@ -1,7 +1,7 @@
 """Gradients through the solver, by name; every one has the same forward pass.
 
 exact        backpropagation through the discretised solver, second-order guidance term included
-first_order  the same with the guidance held constant (what the authors' release does)
+first_order  the same with the guidance held constant (the authors' release leaves that out of its adjoint)
 adjoint      the paper's augmented SDE (Sec. 4.2.1) by torchsde, on the same Brownian path
 bpda         the identity (in `purify.Purifier`: it skips the forward noise and the scaling too)
 """
@@ -52,7 +52,7 @@ def solve_with_gradient(
 
     Of the last steps, as many as the budget has room for, autograd keeps the activations: that saves their
     second forward pass. Of those before it keeps the states (the adjoint those of all steps, and the noise),
-    and every step is replayed from its own, so that memory does not grow with N. The noise is additive and
+    and every step is replayed from its own, so that activations do not grow with N. The noise is additive and
     drops out of the derivative. Both ways give the same numbers, also of networks that draw random ones: a
     replay draws the same again.
 

@@ -94,7 +94,7 @@ class Guided(nn.Module):
 
 
 class FirstOrder(nn.Module):
-    """A score whose derivative leaves the second-order guidance term out, as the authors' release does.
+    """A score whose derivative leaves the second-order guidance term out.
 
     All guidance that a `Guided` adds is held constant, in whatever the score is made of.
     """

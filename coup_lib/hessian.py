@@ -23,7 +23,7 @@ class FrozenLayers(TorchFunctionMode):
 
     PyTorch's second derivative of a convolution takes that of the weights as well, and throws it away where
     nobody asked for it: on a WRN-28-10 a fifth of the operations of a Hessian-vector product (53.0 instead of
-    41.9 GFLOP), and nearly a quarter of its time on a CPU (docs/speed.md). That of a batch norm keeps the
+    41.9 GFLOP), and about a quarter of its time on a CPU (docs/speed.md). That of a batch norm keeps the
     layer's input and walks through a dozen small operations for one product by channel. The numbers are the
     same.
     """

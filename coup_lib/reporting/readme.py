@@ -12,7 +12,7 @@ import nbformat
 
 from coup_lib.paths import ROOT
 
-BLOCK = re.compile(r"(<!-- (?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?!end )(?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Sentences with cells of the tables in figures/: {table; part of a row; part of a heading}, or what of a file
 # is found by {table; regular expression}. The template stays in the page, where it is not shown.
 SENTENCES = re.compile(r"(<!-- filled\n(?P<template>.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)

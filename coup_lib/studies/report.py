@@ -124,7 +124,7 @@ def autoattack(config: Config) -> list[Line]:
     where, norm = paper.TITLES[config.norm].split(":")[0], NORM_NAMES[config.norm]
     reported = paper.PURIFIERS[config.norm]
     results = tables.measured(Evaluation(config), paper_attacks(PAPER, config, autoattack=True))
-    coup, diffpure, reverse = (results[name] for name in ("coup", "diffpure", "reverse"))
+    coup, diffpure = results["coup"], results["diffpure"]
     accuracy = reported["coup"].accuracy - reported["diffpure"].accuracy
     robustness = gain(reported, "coup", "diffpure")
     return [
@@ -132,7 +132,6 @@ def autoattack(config: Config) -> list[Line]:
         *levels(where, reported, results, "autoattack"),
         claim(where, f"{norm}: COUP − DiffPure, accuracy", accuracy, coup, diffpure, "clean"),
         claim(where, f"{norm}: COUP − DiffPure, AutoAttack", robustness, coup, diffpure, "autoattack"),
-        claim(where, f"{norm}: COUP − {LABELS['reverse']}, AutoAttack", None, coup, reverse, "autoattack"),
     ]
 
 

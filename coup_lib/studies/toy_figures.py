@@ -145,7 +145,7 @@ def hypothesis_table(hypotheses: dict[str, Any]) -> pd.DataFrame:
     (low, high), growth = hypotheses["slope"], hypotheses["growth"]
     lines = [
         ["(ii) f₀ increases: smallest and largest ∂f₀/∂x", f"{low:.3g}, {high:.3g}", low > 0],
-        ["Euler steps keep the order: smallest 1 + Δt·∂f₀/∂x", f"{growth:.4f}", growth > 0],
+        ["Euler steps keep the order, t up to t*: smallest 1 + Δt·∂f₀/∂x", f"{growth:.4f}", growth > 0],
     ]
     where = f"For t in [0, 1] and x in (0, {hypotheses['x_max']:g}]"
     frame = pd.DataFrame(lines, columns=["Hypothesis", where, "Verdict"]).set_index("Hypothesis")
