@@ -97,7 +97,8 @@ def page() -> str:
         "# What the whole paper costs",
         "By `python -m workflow.cost > workflow/cost.md`: counted, not measured. Profile `cifar10`, budget "
         "`full`, every notebook at the same number of images (07 and 08 take fewer by default; the "
-        "validation split of 03 and 08 has 5,000) and at L∞, 04 at L2, too; 100 steps at L∞ and 75 at L2: all attacks that the notebooks plan, and 20 fresh "
+        "validation split of 03 and 08 has 5,000) and at L∞, 04 at L2, too; 100 steps at L∞ and 75 at L2: "
+        "all attacks that the notebooks plan, and 20 fresh "
         "purifications of each image that they found, for every defence that is scored on it.",
         f"GFLOP of a call on one image: DDPM++ deep {SCORE}, WRN-28-10 {call}; a derivative takes as much "
         "again. An exact gradient walks the path twice and back once, guidance is a call and its "
