@@ -96,8 +96,8 @@ class LikelihoodMaximiser(StochasticPurifier):
             raise ValueError(f"sigma: expected (low, high) with 0 < low <= high; got {sigma}")
 
     def slope(self, x: Tensor, noise: Tensor) -> Tensor:
-        """∇ₓ of the objective at states x (B, C, H, W), for one step's noise (B, 1 + CHW) of `_draw`."""
-        sigma, epsilon = self._level(noise[:, 0]), noise[:, 1:].reshape(x.shape)
+        """∇ₓ of the objective at states x (B, C, H, W), for one step's noise (B, 1 + CHW) of `draw`."""
+        sigma, epsilon = self.level(noise[:, 0]), noise[:, 1:].reshape(x.shape)
         denoiser = self._without_second_derivatives if self.gradient == "first_order" else self.denoiser
         slope = gradient_of(lambda x: denoising_error(denoiser, x, sigma, epsilon), x)
         if self.guide is None:
@@ -111,12 +111,12 @@ class LikelihoodMaximiser(StochasticPurifier):
         with NoSecondDerivative():
             return self.denoiser(x, sigma)
 
-    def _level(self, normal: Tensor) -> Tensor:
+    def level(self, normal: Tensor) -> Tensor:
         """σ, uniform in its range: by the distribution function of the standard normal draw (B,)."""
         low, high = self.sigma
         return low + (high - low) * torch.special.ndtr(normal)
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Tensor:
+    def draw(self, x: Tensor, seeds: Tensor) -> Tensor:
         """(n_steps, B, 1 + CHW) standard normal: what makes an image's σ, and its ε."""
         return standard_normal(seeds, self.n_steps, x.new_empty(len(x), 1 + x.shape[1:].numel()))
 

@@ -90,9 +90,9 @@ class StochasticPurifier(nn.Module):
     def _noise(self, x: Tensor, seeds: Tensor | None) -> Any:
         if seeds is None:
             seeds = torch.randint(2**62, (len(x),), generator=self._generator)
-        return self._draw(x, seeds)
+        return self.draw(x, seeds)
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Any:
+    def draw(self, x: Tensor, seeds: Tensor) -> Any:
         """All noise that purifying x takes, the image's at place b from seeds[b] alone; for `_run`."""
         raise NotImplementedError
 
@@ -179,7 +179,7 @@ class Purifier(StochasticPurifier):
         state = torch.cat([x, x], dim=1) if self.reads_image else x
         return images_kept(self.gradient, self.score, self.sde, state, self.times)
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Noise:
+    def draw(self, x: Tensor, seeds: Tensor) -> Noise:
         """N + 1 draws like x: the forward noise of DiffPure first, then one per step."""
         return StandardNormal(seeds, self.n_steps + 1, x.detach())
 
@@ -207,7 +207,7 @@ class ProbabilityFlow(Purifier):
         if self.reads_image:
             raise ValueError("score: expected no guidance that reads the image; got one on the flow")
 
-    def _draw(self, x: Tensor, seeds: Tensor) -> Noise:
+    def draw(self, x: Tensor, seeds: Tensor) -> Noise:
         check_seeds(seeds, x)
         return [torch.zeros_like(x)] * (self.n_steps + 1)
 

@@ -103,7 +103,7 @@ def test_network_calls_are_those_that_are_made(monkeypatch, defence, replayed):
     )
     config, (x, y) = Config(n_steps=10), (torch.rand(1, 1, 8, 8), torch.tensor([3]))
     classifier = config.classifier
-    flop = estimate._score_network(config).flop, estimate._classifier_flop("digits", classifier)
+    flop = estimate.measured_score(config).flop, estimate.classifier_flop("digits", classifier)
     gradients = ("exact", "first_order", "adjoint")
     if defence == "none" or PURIFIERS[defence].differentiates_score or replayed:
         gradients = gradients[:2]  # no SDE, or a second derivative that torchsde cannot take
@@ -195,7 +195,7 @@ def test_paths_whose_activations_do_not_fit_are_replayed(monkeypatch):
     kept = estimate.estimate(plan("coup", n_images=2))["network calls"]
     config = Config(n_images=2)
     again = config.n_images * config.n_iter * config.eot * config.n_steps
-    a_step = estimate._step_bytes(plan("coup", n_images=2)[0])
+    a_step = estimate.bytes_of_a_step(plan("coup", n_images=2)[0])
     for steps in (0, 3):
         monkeypatch.setenv("COUP_ACTIVATIONS", str(a_step * (steps + 0.5) / 2**30))
         left = again * (config.n_steps - steps) / config.n_steps

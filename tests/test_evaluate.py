@@ -284,7 +284,7 @@ def test_whoever_shares_the_work_goes_on_with_the_next_score(results_folder):
     sources = [CLEAN, against("noise", "none"), against("pgd", "none")]
     rows = {str(source): source for source in sources}
     evaluation.predictions({"none": rows})
-    first, *others = (evaluation._prediction_record("reverse", source) for source in sources)
+    first, *others = (evaluation.prediction_record("reverse", source) for source in sources)
     thread = threading.Thread(target=evaluation.predictions, args=({"reverse": rows},))
     with filelock.FileLock(f"{first.chunk_path(0)}.lock"):
         thread.start()

@@ -74,7 +74,7 @@ def test_it_is_torchs_adam_on_the_plain_objective(guided, adam_eps):
     """The loop spelled out: every image alone, autograd through both x, torch.optim, one clamp at the end."""
     purifier, x = build(guided, guidance_weight=0.7 * UNIT, adam_eps=adam_eps)
     ends = []
-    for start, noise in zip(to_state(x), purifier._draw(x, SEEDS).unbind(1), strict=True):
+    for start, noise in zip(to_state(x), purifier.draw(x, SEEDS).unbind(1), strict=True):
         state = start[None].clone().requires_grad_()
         optimiser = torch.optim.Adam([state], lr=0.1, eps=adam_eps)
         for draw in noise:
@@ -109,7 +109,7 @@ def test_first_order_is_the_derivative_with_constant_guidance():
     x = x.requires_grad_()
     plain = LikelihoodMaximiser(purifier.denoiser)
     state = torch.stack([to_state(x), torch.zeros_like(x), torch.zeros_like(x)])
-    for step, noise in enumerate(purifier._draw(x, SEEDS), 1):
+    for step, noise in enumerate(purifier.draw(x, SEEDS), 1):
         here = state[0].detach().requires_grad_()
         (guidance,) = torch.autograd.grad(log_confidence(purifier.guide, here).sum(), here)
         state = adam_step(state, plain.slope(state[0], noise) - guidance, step, 0.1, 0.1)
@@ -188,7 +188,7 @@ def test_a_random_guide_is_differentiated_as_it_was():
     torch.manual_seed(0)
     x = x.requires_grad_()
     state = torch.stack([to_state(x), torch.zeros_like(x), torch.zeros_like(x)])
-    for step, noise in enumerate(purifier._draw(x, SEEDS), 1):
+    for step, noise in enumerate(purifier.draw(x, SEEDS), 1):
         state = adam_step(state, purifier.slope(state[0], noise), step, 0.1, 0.1)
     (theirs,) = torch.autograd.grad((to_image(state[0]) * weights).sum(), x)
     assert relative_error(ours, theirs) < 1e-12
@@ -277,7 +277,7 @@ def test_a_seed_means_the_same_result_in_every_precision(guided):
 def test_levels_are_uniform_and_every_image_and_step_has_its_own():
     purifier, _ = build(sigma=(0.4, 0.6))
     x = torch.zeros(2000, 1, 2, 2, dtype=torch.float64)
-    levels = torch.stack([purifier._level(draw[:, 0]) for draw in purifier._draw(x, torch.arange(2000))])
+    levels = torch.stack([purifier.level(draw[:, 0]) for draw in purifier.draw(x, torch.arange(2000))])
     # The draws are float32: among so many, how the processor rounds decides whether two coincide.
     assert levels.numel() == 10_000 and levels.unique().numel() > 9_900
     assert float(levels.min()) >= 0.4 and float(levels.max()) <= 0.6

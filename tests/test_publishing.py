@@ -19,8 +19,8 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path / "build" / "figures")
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "build" / "results")
     monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "results")
-    monkeypatch.setattr(publishing, "_written", [])
-    monkeypatch.setattr(publishing, "_missing", [])
+    monkeypatch.setattr(publishing, "written", [])
+    monkeypatch.setattr(publishing, "missing", [])
     monkeypatch.delenv("COUP_SMOKE")
     monkeypatch.setattr(records, "read_here", set())
     return tmp_path
@@ -72,17 +72,17 @@ def test_attacked_images_are_not_published(checkout):
 def test_a_table_is_not_replaced_by_one_of_less_effort_or_another_threat(checkout, given, said):
     run(512)
     before = (checkout / "figures" / "digits" / "table1.csv").read_text()
-    publishing._written.clear()
+    publishing.written.clear()
     with pytest.raises(ValueError, match=said):
         run(**given)
     assert (checkout / "figures" / "digits" / "table1.csv").read_text() == before
     assert len(store.published(checkout / "results" / "digits")) == 1
-    publishing._written.clear()
+    publishing.written.clear()
     run(512)
 
 
 def test_a_smoke_run_and_a_page_with_gaps_publish_nothing(checkout, monkeypatch):
-    monkeypatch.setattr(publishing, "_missing", ["Table 1"])
+    monkeypatch.setattr(publishing, "missing", ["Table 1"])
     with pytest.raises(ValueError, match="publish: expected whole results; not on record: Table 1"):
         run(512)
     monkeypatch.setenv("COUP_SMOKE", "1")

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from coup_lib.evaluation.outcomes import Accuracy, Difference
-from coup_lib.evaluation.stats import _below_zero, mean_interval, ratio_interval, student
+from coup_lib.evaluation.stats import below_zero, mean_interval, ratio_interval, student
 
 
 def holds(above, below, truth, low, high):
@@ -17,7 +17,7 @@ def holds(above, below, truth, low, high):
     def probability(extreme):
         pairs = np.append(np.stack([above, below]), np.transpose([extreme]), axis=1)
         distinct, counts = np.unique(pairs[0] - truth * pairs[1], return_counts=True)
-        return _below_zero(distinct, counts)
+        return below_zero(distinct, counts)
 
     return probability(low) >= 0.025 and probability(high) <= 0.975
 

@@ -160,7 +160,7 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
         config, spec, (gradients, forwards) = job.config, job.spec, job.calls
         n, pixels = job.n_images, prod(SHAPES[config.setup.dataset])
         attack, scores = work(job, replayed=_replayed(job))
-        flop = np.array([_score_network(config).flop, _classifier_flop(config.setup.dataset, job.classifier)])
+        flop = np.array([measured_score(config).flop, classifier_flop(config.setup.dataset, job.classifier)])
         decided = [(spec.surrogate, forwards), *((target, 2 * config.n_draws) for target in job.targets)]
         row["images"] = max(row["images"], n)
         row["purifications"] += n * sum(k * purifications(name) for name, k in decided if name != "none")
@@ -170,7 +170,7 @@ def estimate(planned: Iterable[Job]) -> dict[str, float]:
         row["GiB on disk"] += n * pixels * 4 / 2**30 * job.makes_images
         row["GiB"] = max(row["GiB"], bytes_per_image(job) * config.setup.max_batch / 2**30)
         if not job.done:
-            speeds = {name: _score_network(config, name).speed for name in {"float32", config.precision}}
+            speeds = {name: measured_score(config, name).speed for name in {"float32", config.precision}}
             row["hours"] += n * seconds(attack * flop, scores * flop, config.precision, speeds) / 3600
     return row
 
@@ -199,7 +199,8 @@ class Measured:
     speed: float
 
 
-def _score_network(config: Config, precision: str = "float32") -> Measured:
+def measured_score(config: Config, precision: str = "float32") -> Measured:
+    """The profile's score network, measured once in this process."""
     return _measured_once(config.profile, config.device, precision)
 
 
@@ -215,7 +216,7 @@ def _measured_once(profile: str, device: str, precision: str) -> Measured:
 
 
 @cache
-def _classifier_flop(dataset: str, name: str) -> float:
+def classifier_flop(dataset: str, name: str) -> float:
     """Of one call on one image."""
     # Published networks are large; on the meta device they take neither memory nor time.
     with torch.device("cpu" if zoo.is_ours(dataset, name) else "meta"), torch.no_grad():
@@ -245,12 +246,13 @@ def bytes_per_image(job: Job) -> int:
     config, defence = job.config, job.spec.surrogate
     if defence == "none":
         return 0
-    return _step_bytes(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.setup.dataset]) * 4
+    return bytes_of_a_step(job) + (_steps(job, defence) + 1) * prod(SHAPES[config.setup.dataset]) * 4
 
 
-def _step_bytes(job: Job) -> int:
+def bytes_of_a_step(job: Job) -> int:
+    """Of the activations of a step of the surrogate's path, for one image."""
     own, guidance = calls_of_a_step(job.spec.surrogate)
-    return (own + guidance)[0] * _score_network(job.config).kept
+    return (own + guidance)[0] * measured_score(job.config).kept
 
 
 def _replayed(job: Job) -> float:
@@ -261,7 +263,7 @@ def _replayed(job: Job) -> float:
     together = min(job.n_images, config.setup.chunk_size) * (spec.eot or config.eot)
     # On a CPU an attack takes as few images at once as fit.
     batch = 1 if config.torch_device.type == "cpu" else min(together, config.setup.max_batch)
-    fit = free_for_activations(config.torch_device) // (_step_bytes(job) * batch)
+    fit = free_for_activations(config.torch_device) // (bytes_of_a_step(job) * batch)
     return max(0.0, 1 - fit / _steps(job, spec.surrogate))
 
 

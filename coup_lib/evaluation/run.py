@@ -289,9 +289,9 @@ class Runner:
         Attacks come first, each once. Finished records are read back.
         """
         faced = {target: list(dict.fromkeys(row.values())) for target, row in rows.items()}
-        jobs = [(str(spec), [self._attack_record(spec)]) for spec in dict.fromkeys(chain(*faced.values()))]
+        jobs = [(str(spec), [self.attack_record(spec)]) for spec in dict.fromkeys(chain(*faced.values()))]
         for target, row in faced.items():
-            records = [self._prediction_record(target, spec) for spec in row]
+            records = [self.prediction_record(target, spec) for spec in row]
             jobs.append((f"{target} on images of {len(row)} sources", records))
         left = self.left(rows)
         costs = [sum(left.get(record.path, 0.0) for record in records) for _, records in jobs]
@@ -318,27 +318,27 @@ class Runner:
         found, how = {}, (self.config, self.bench)
         for target, row in rows.items():
             for spec in row.values():
-                found[self._attack_record(spec).path] = attack_cost(spec, *how)
-                found[self._prediction_record(target, spec).path] = prediction_cost(target, *how)
+                found[self.attack_record(spec).path] = attack_cost(spec, *how)
+                found[self.prediction_record(target, spec).path] = prediction_cost(target, *how)
         return found
 
     def attack(self, spec: AttackSpec) -> Values:
         """The record of an attack: AutoAttack's verdicts and warnings under "result"."""
-        record = self._attack_record(spec)
+        record = self.attack_record(spec)
         if record.path not in self._attacks:  # every target asks for it again
             self._attacks[record.path] = record.finish()
         return self._attacks[record.path]
 
     def x_adv(self, spec: AttackSpec) -> Tensor:
         """An attack's images (n, C, H, W), on the configured device; made again where they are not here."""
-        record = self._attack_record(spec)
+        record = self.attack_record(spec)
         if record.path not in self._made:  # every target asks for them again
             self._made[record.path] = record.arrays()["x_adv"]
         return torch.from_numpy(self._made[record.path]).to(self.config.torch_device)
 
     def prediction(self, target: str, spec: AttackSpec) -> Predictions:
         """The target's predictions on an attack's images, on noise that no attack has seen."""
-        result = self._prediction_record(target, spec).finish()["result"]
+        result = self.prediction_record(target, spec).finish()["result"]
         same_path = self.bench.settings(target) == self.bench.settings(target, spec)
         direct = spec.surrogate == target and same_path and spec.attack not in WITHOUT_MODEL
         return as_predictions(result, self.attack(spec)["result"] if direct else {})
@@ -347,7 +347,7 @@ class Runner:
         """A readable name for the record of an attack, and everything that its numbers depend on."""
         return attack_settings(spec, self.config, self.bench, self._images())
 
-    def _attack_record(self, spec: AttackSpec) -> ChunkedRecord:
+    def attack_record(self, spec: AttackSpec) -> ChunkedRecord:
         def compute(place: int) -> Values:
             begin = self._chunk(self.x_adv(spec.start), place) if spec.start else None
             chunk = Images(self._chunk(self.images.x, place), self._chunk(self.images.y, place))
@@ -361,7 +361,7 @@ class Runner:
 
         return replace(self.record(*self.attack_settings(spec), compute), apart=True)
 
-    def _prediction_record(self, target: str, spec: AttackSpec) -> ChunkedRecord:
+    def prediction_record(self, target: str, spec: AttackSpec) -> ChunkedRecord:
         config = self.config
 
         def compute(place: int) -> Values:

@@ -55,7 +55,7 @@ def mean_interval(
     def bound(extreme: float, share: float) -> float:
         points, weights = np.append(distinct, extreme), np.append(counts, 1)
         ends = float(points.min()), float(points.max())
-        return _root(lambda mean: _below_zero(points - mean, weights), *ends, share)
+        return _root(lambda mean: below_zero(points - mean, weights), *ends, share)
 
     return bound(low, tail), bound(high, 1 - tail)
 
@@ -77,9 +77,9 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, *, level: float = 
     def bound(extreme: tuple[float, float], share: float) -> float:
         above, below = np.column_stack([pairs, extreme])
         largest = 1.0
-        while _below_zero(above - largest * below, weights) <= share:
+        while below_zero(above - largest * below, weights) <= share:
             largest *= 2
-        return _root(lambda ratio: _below_zero(above - ratio * below, weights), 0.0, largest, share)
+        return _root(lambda ratio: below_zero(above - ratio * below, weights), 0.0, largest, share)
 
     return bound((0.0, 1.0), tail), bound((1.0, 0.0), 1 - tail)
 
@@ -100,7 +100,7 @@ def _root(probability: Callable[[float], float], low: float, high: float, share:
     )
 
 
-def _below_zero(factors: np.ndarray, shapes: np.ndarray) -> float:
+def below_zero(factors: np.ndarray, shapes: np.ndarray) -> float:
     """P(Σ factors · G ≤ 0) for independent G ~ Gamma(shapes), both (m,).
 
     A Dirichlet-weighted mean is below a threshold if such a sum is below zero. By inversion of the

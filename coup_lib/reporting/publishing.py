@@ -25,13 +25,13 @@ MEASURED = "measured.json"  # beside the figures of a profile: under which setti
 EFFORT = ("n_images", "n_iter", "eot", "n_draws", "n_targets", "square_queries", "n_steps")
 SAME = ("norm", "eps", "t_star", "guidance_weight", "split", "subset", "seed")
 
-_written: list[Path] = []  # by this process, below `paths.FIGURES`
-_missing: list[str] = []  # what a page that was written lacks
+written: list[Path] = []  # by this process, below `paths.FIGURES`
+missing: list[str] = []  # what a page that was written lacks
 
 
 def note(path: Path, config: Any = None) -> Path:
     """Remember a figure or table that was written, and the settings of a table; returns its path."""
-    _written.append(path)
+    written.append(path)
     if isinstance(config, Config):  # the toy study has settings of its own
         with filelock.FileLock(path.parent / f".{MEASURED}.lock"):
             _remember(path.parent, {path.name: _settings(config)})
@@ -40,7 +40,7 @@ def note(path: Path, config: Any = None) -> Path:
 
 def incomplete(what: str) -> None:
     """Say that something is missing from a page: then the run publishes nothing."""
-    _missing.append(what)
+    missing.append(what)
 
 
 @in_one_line()
@@ -52,13 +52,13 @@ def finish(publish: Any) -> None:
             budget or other settings than the published one; then nothing is published.
     """
     if yes_or_no("publish", publish):
-        _publish(_written, [path for path in records.read_here if path.exists()])
+        _publish(written, [path for path in records.read_here if path.exists()])
 
 
 def _publish(written: Iterable[Path], made: Iterable[Path]) -> None:
     written = list(dict.fromkeys(written))
-    if paths.is_smoke() or _missing:
-        why = "this is a smoke run" if paths.is_smoke() else f"not on record: {', '.join(_missing)}"
+    if paths.is_smoke() or missing:
+        why = "this is a smoke run" if paths.is_smoke() else f"not on record: {', '.join(missing)}"
         raise ValueError(f"publish: expected whole results; {why}")
     for path in written:
         _check(path)
