@@ -1,7 +1,12 @@
 """The executable version of COUP (arXiv 2408.05900): purifiers, their exact gradients, their evaluation."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Where another program has a core, OpenMP's threads that spin while they wait take up to ten times as long.
+# It has to be said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from coup_lib.attacks import Attack

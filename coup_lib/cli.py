@@ -102,8 +102,8 @@ def run_audit(arguments: Sequence[str]) -> None:
         )
     except (ValueError, FloatingPointError, FileNotFoundError) as error:
         parser.error(str(error))
-    verdicts = (found.verdict(name).replace("**", "") for name in found.worst)
-    print("", found.table().to_string(), "", *verdicts, sep="\n")
+    said = [text.replace("**", "") for text in (*map(found.verdict, found.worst), *found.claims)]
+    print("", found.table().to_string(), "", *said, sep="\n")
     print(*(f"Warning: {text}" for text in found.warnings), f"\n{found.save()}", sep="\n")
 
 

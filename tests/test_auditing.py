@@ -758,5 +758,6 @@ def test_an_audits_page(digits, net, tmp_path, capsys):
     assert worst.loc["mine", "value"] == pytest.approx(100 * found.worst["mine"].right.mean())
     assert set(frame.n) == {8}
     assert "**is not decided**" in found.claim("mine", "plain") or "**holds**" in found.claim("mine", "plain")
+    assert found.claims == [found.claim("mine", "plain")] and found.claims[0] in text
     with pytest.raises(ValueError, match="defence: expected one of mine, plain; got 'other'"):
         found.claim("mine", "other")

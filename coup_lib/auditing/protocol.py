@@ -195,7 +195,8 @@ def measure(
         return Runner(replace(settings, **changed), bench, lambda: images, dict, verbose=verbose)
 
     def ask(rows: Rows, **changed: Any) -> dict[str, dict[Any, Predictions]]:
-        return runner(**changed).predictions(rows)
+        part = ", ".join(f"{name} = {value:.4g}" for name, value in changed.items())
+        return runner(**changed).predictions(rows, part)
 
     larger, n = radii(images.x.shape[1:], settings.norm, settings.eps), max(2, len(images) // 2)
     by_radius = {name: {"ce": row["ce"]} for name, row in own.items() if "ce" in row}

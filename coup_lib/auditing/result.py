@@ -166,6 +166,12 @@ class Audit:
         found = Difference.of(self.worst[better].right, self.worst[than].right)
         return f"{better} is more robust than {than}: **{found.verdict}** ({found}; {self.threat})"
 
+    @property
+    def claims(self) -> list[str]:
+        """The `claim` that the first defence is more robust than each of the others."""
+        first, *others = self.worst
+        return [self.claim(first, other) for other in others]
+
     def figure(self) -> Figure:
         """Accuracy under every attack, and against the radius."""
         return _figure(self)
@@ -235,7 +241,7 @@ def _figure(audit: Audit) -> Figure:
 
 
 def _text(audit: Audit) -> str:
-    parts = ["# Audit", *map(audit.verdict, audit.worst), markdown(audit.table())]
+    parts = ["# Audit", *map(audit.verdict, audit.worst), *audit.claims, markdown(audit.table())]
     parts += [f"{audit.threat}. {CAPTION}", f"![{ALTERNATIVE}](audit.png)"]
     parts += ["## Warnings", "\n".join(f"- {text}" for text in audit.warnings or ["none"])]
     parts += ["## Every attack", markdown(audit.attacks())]

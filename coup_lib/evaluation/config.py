@@ -18,6 +18,7 @@ from coup_lib.data import SPLITS, split_size, subsets
 from coup_lib.evaluation.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
 from coup_lib.gradients import GRADIENTS
 from coup_lib.networks.precision import PRECISIONS
+from coup_lib.networks.zoo import check_classifier
 from coup_lib.paths import SMOKE_VARIABLE, is_smoke
 from coup_lib.solver import time_grid
 
@@ -226,6 +227,7 @@ class Config:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 fill(name, value)
+        check_classifier(profile.dataset, self.classifier)
         fill("eps", number("eps", self.eps, 0, 1 if self.norm == "linf" else math.inf))
         fill("t_star", number("t_star", self.t_star, 1e-5, profile.t_max))
         # Negative weights are a legitimate control: guidance with its sign flipped.

@@ -283,10 +283,11 @@ class Runner:
             self._identified = images, of_images(images)
         return found | {"images": self._identified[1]}
 
-    def predictions(self, rows: Rows) -> dict[str, dict[Any, Predictions]]:
+    def predictions(self, rows: Rows, part: str = "") -> dict[str, dict[Any, Predictions]]:
         """Every target on the images of each of its attacks: target → name → score.
 
-        Attacks come first, each once. Finished records are read back.
+        Attacks come first, each once. Finished records are read back. part: what lines of progress begin with
+        in place of the classifier's name.
         """
         faced = {target: list(dict.fromkeys(row.values())) for target, row in rows.items()}
         jobs = [(str(spec), [self.attack_record(spec)]) for spec in dict.fromkeys(chain(*faced.values()))]
@@ -297,7 +298,7 @@ class Runner:
         costs = [sum(left.get(record.path, 0.0) for record in records) for _, records in jobs]
         plan = Plan(costs, verbose=self.verbose, after=_following(left))
         for label, records in jobs:
-            plan.start(f"{self.bench.classifier_name}: {label}")
+            plan.start(f"{part or self.bench.classifier_name}: {label}")
             for place, record in enumerate(records, start=1):
                 record.share(plan.advance if len(records) == 1 else None)
                 plan.advance(place, len(records))

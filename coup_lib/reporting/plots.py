@@ -31,7 +31,7 @@ COLOURS = {
     "diffpure": PALETTE[0],
     "reverse": PALETTE[1],
     "coup": PALETTE[2],
-    "averaged": PALETTE[5],
+    "averaged": PALETTE[9],
 }
 MARKERS = {"none": "X", "diffpure": "o", "reverse": "s", "coup": "D", "averaged": "p"}
 MOST_BYTES = 150_000  # of a PNG
@@ -145,7 +145,7 @@ def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[Any, str]
     for offset, row in zip(np.linspace(-0.24, 0.24, len(rows)), rows, strict=True):
         look = {
             "fmt": MARKERS.get(row.keys["defence"], "^"),
-            "color": COLOURS.get(row.keys["defence"], PALETTE[3]),
+            "color": COLOURS.get(row.keys["defence"], PALETTE[4]),
         }
         shares = [row.right[name] for name in columns]
         points(axes, np.arange(len(columns)) + offset, shares, label=row.label, **look)
@@ -163,4 +163,4 @@ def groups(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
-    axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(0, 102))
+    axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(-2, 102))

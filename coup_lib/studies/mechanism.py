@@ -460,8 +460,9 @@ def mechanism_figure(found: Mechanism, config: Config) -> Figure:
     sign_panel(signs, found.controls, config.guidance_weight)
     loss_panels(attacks, steps, found)
     slope_panel(slope, found.slopes)
-    shown = "robustness against λ", "averaging more draws", "steps from the attacked image"
-    titles(panels.flat, (*shown, "the predicted slope"))
+    n, half = len(found.controls[0.0]["exact"]), len(found.slopes["coup"]["foretold_exact"])
+    shown = f"robustness against λ, n = {n}", "averaging more draws", "steps from the attacked image"
+    titles(panels.flat, (*shown, f"the predicted slope, n = {half}"))
     steps.legend(loc="best", fontsize="small")
     names = signs.get_legend_handles_labels()
     figure.legend(*names, loc="outside upper center", ncols=3, title="(a), (d); hollow: smoothed max")

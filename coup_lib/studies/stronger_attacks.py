@@ -387,8 +387,9 @@ def sources_panel(axes: Axes, rows: Sequence[Row], config: Config) -> None:
     axes.axhspan(len(names) - 1.5, len(names) - 0.5, color="#fff3c4", zorder=-1)
     axes.set_yticks(range(len(names)), list(names.values()))
     axes.get_yticklabels()[-1].set_fontweight("bold")
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 102))
-    axes.set_xlabel(f"accuracy of a single draw (%), n = {config.n_images}, 95 % interval")
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102))
+    said = f"accuracy (%) of a single draw where nothing else is said, n = {config.n_images}, 95 % interval"
+    axes.set_xlabel(f"{said};\ndashed: worst case on record")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 
@@ -419,6 +420,7 @@ def sanity_figure(
         look = MARKERS[defence] + "-", COLOURS[defence]
         band(loss, LANDSCAPE, values.mean(1), student(values), *look)
     loss.set(xlabel="step along the exact gradient (eps)", ylabel="mean cross-entropy")
-    titles(panels.flat, ("larger radius", "weaker attacks", "more effort", "loss along the gradient"))
+    shown = f"larger radius, n = {small.n_images}", f"weaker attacks, n = {config.n_images}"
+    titles(panels.flat, (*shown, "more effort", "loss along the gradient"))
     figure.legend(*larger.get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
