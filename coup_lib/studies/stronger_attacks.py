@@ -388,8 +388,8 @@ def sources_panel(axes: Axes, rows: Sequence[Row], config: Config) -> None:
     axes.set_yticks(range(len(names)), list(names.values()))
     axes.get_yticklabels()[-1].set_fontweight("bold")
     axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102))
-    said = f"accuracy (%) of a single draw where nothing else is said, n = {config.n_images}, 95 % interval"
-    axes.set_xlabel(f"{said};\ndashed: worst case on record")
+    said = "of a single draw where nothing else is said;\ndashed: worst case on record"
+    axes.set_xlabel(f"accuracy (%), n = {config.n_images}, 95 % interval,\n{said}")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 
