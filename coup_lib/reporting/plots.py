@@ -149,7 +149,8 @@ def robustness_panel(axes: Axes, rows: Sequence[Row], columns: Mapping[Any, str]
         }
         shares = [row.right[name] for name in columns]
         points(axes, np.arange(len(columns)) + offset, shares, label=row.label, **look)
-    groups(axes, [fill(label, width, break_on_hyphens=False) for label in columns.values()])
+    wrap = partial(fill, width=width, break_on_hyphens=False, break_long_words=False)
+    groups(axes, [*map(wrap, columns.values())])
     axes.tick_params(axis="x", labelsize="small")
     place = axes.get_subplotspec()
     if place is None or place.is_first_col():
