@@ -30,20 +30,12 @@ def choice(name: str, value: Any, known: Any) -> Any:
     return value
 
 
-def number(
-    name: str,
-    value: Any,
-    low: float,
-    high: float = float("inf"),
-    *,
-    closed: bool = False,
-    kind: str = 'a number or a fraction such as "8/255"',
-) -> float:
+def number(name: str, value: Any, low: float, high: float = float("inf"), *, closed: bool = False) -> float:
     """A float in (low, high], or [low, high] if closed, from a number or a string as "0.1" or "8/255"."""
     try:
         result = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
     except (TypeError, ValueError, ArithmeticError):  # also 8/0 and 1e999
-        raise ValueError(f"{name}: expected {kind}; got {value!r}") from None
+        raise ValueError(f'{name}: expected a number or a fraction such as "8/255"; got {value!r}') from None
     above = result >= low if closed else result > low
     if not above or result > high or result == float("inf"):
         lower = f"of at least {low:g}" if closed else f"greater than {low:g}"
@@ -54,9 +46,13 @@ def number(
 
 def count(name: str, value: Any, high: float = float("inf"), low: int = 1) -> int:
     """A whole number in [low, high]; papermill hands over 1e3 as a float and that is fine."""
-    result = number(name, value, low - 1, high, kind="a whole number")
-    if isinstance(value, bool) or result != int(result):
-        raise ValueError(f"{name}: expected a whole number; got {value!r}")
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = float("nan")
+    if isinstance(value, bool) or not low <= result <= high or result % 1:  # of inf that is NaN
+        upper = "" if high == float("inf") else f" and at most {high}"
+        raise ValueError(f"{name}: expected a whole number of at least {low}{upper}; got {value!r}")
     return int(result)
 
 

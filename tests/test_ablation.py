@@ -32,7 +32,7 @@ def test_clean_images_can_be_more_than_attacked_ones():
     assert clean.sized(config, None) == config
     assert clean.sized(config, 64).n_images == 64
     with pytest.raises(
-        ValueError, match="n_clean: expected a number greater than 0 and at most 512; got 513"
+        ValueError, match="n_clean: expected a whole number of at least 1 and at most 512; got 513"
     ):
         clean.sized(config, 513)
 

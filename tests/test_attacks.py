@@ -596,12 +596,12 @@ def test_norms_are_known_in_any_case_and_eps_as_a_fraction(norm):
         ({"norm": "l1"}, "norm: expected one of linf, l2; got 'l1'"),
         ({"eps": 0}, "eps: expected a number greater than 0; got 0"),
         ({"eps": "8/0"}, "eps: expected a number or a fraction such as \"8/255\"; got '8/0'"),
-        ({"n_iter": 0}, "n_iter: expected a number greater than 0; got 0"),
-        ({"eot": 1.5}, "eot: expected a whole number; got 1.5"),
-        ({"n_targets": 0}, "n_targets: expected a number greater than 0; got 0"),
-        ({"square_queries": "many"}, "square_queries: expected a number .*; got 'many'"),
-        ({"max_batch": 0}, "max_batch: expected a number greater than 0; got 0"),
-        ({"seed": -1}, "seed: expected a number greater than -1 and at most .*; got -1"),
+        ({"n_iter": 0}, "n_iter: expected a whole number of at least 1; got 0"),
+        ({"eot": 1.5}, "eot: expected a whole number of at least 1; got 1.5"),
+        ({"n_targets": 0}, "n_targets: expected a whole number of at least 1; got 0"),
+        ({"square_queries": "many"}, "square_queries: expected a whole number .*; got 'many'"),
+        ({"max_batch": 0}, "max_batch: expected a whole number of at least 1; got 0"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0 and at most .*; got -1"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(given, message):

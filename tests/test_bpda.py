@@ -39,7 +39,7 @@ def test_counts_are_whole_numbers_each_once():
     for wrong in ("20", [], [1.5], [0]):
         with pytest.raises(ValueError, match="eot_counts: expected"):
             bpda.checked_counts(wrong, Config())
-    with pytest.raises(ValueError, match="purifications: expected a number greater than 0; got 0"):
+    with pytest.raises(ValueError, match="purifications: expected a whole number of at least 1; got 0"):
         bpda.experiment(Config(), [1], 0)  # not the budget's own
 
 

@@ -185,9 +185,9 @@ def test_mistaken_images_are_told_in_one_line(folder, capsys):
     [
         (["--eps", "a lot"], "--eps: expected a number or a fraction"),
         (["--norm", "l1"], "--norm: invalid choice: 'l1'"),
-        (["--n", "9"], "--n: expected a number greater than 1 and at most 8; got 9"),
+        (["--n", "9"], "--n: expected a whole number of at least 2 and at most 8; got 9"),
         (["--device", "abacus"], "device: expected one of auto, cpu"),
-        (["--max-batch", "0"], "max_batch: expected a number greater than 0"),
+        (["--max-batch", "0"], "max_batch: expected a whole number of at least 1"),
         (["--epsilon", "1"], "unrecognized arguments: --epsilon"),
     ],
 )

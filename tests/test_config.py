@@ -47,10 +47,18 @@ def no_smoke(monkeypatch):
         ({"eps": 8}, "eps: expected a number greater than 0 and at most 1; got 8"),
         (
             {"n_images": 9999},
-            "n_images of the test split: expected a number greater than 0 and at most 512; got 9999",
+            "n_images of the test split: expected a whole number of at least 1 and at most 512; got 9999",
         ),
         ({"t_star": 0.5}, "t_star: expected a number greater than 1e-05 and at most 0.3; got 0.5"),
-        ({"seed": -1}, "seed: expected a number greater than -1 and at most 2.14748e+09; got -1"),
+        (
+            {"n_images": "many"},
+            "n_images of the test split: expected a whole number of at least 1 and at most 512; got 'many'",
+        ),
+        (
+            {"classifier": "resnet50"},
+            "classifier: expected one of cnn-small, cnn-large, cnn-small-linf, cnn-small-l2; got 'resnet50'",
+        ),
+        ({"seed": -1}, "seed: expected a whole number of at least 0 and at most 2147483648; got -1"),
     ],
 )
 def test_bad_settings_are_refused(no_smoke, given, message):
@@ -129,7 +137,7 @@ def test_smoke_makes_every_budget_small(monkeypatch, purpose):
 def test_number_and_count():
     assert number("x", "8/255", 0) == 8 / 255
     assert count("x", "12", 20) == 12
-    with pytest.raises(ValueError, match="whole number; got True"):
+    with pytest.raises(ValueError, match="whole number of at least 1; got True"):
         count("x", True)
 
 

@@ -147,8 +147,8 @@ def test_sources_that_are_the_same_are_one():
         ({"defence": "gan"}, "defence: expected one of none, diffpure, reverse, coup, .*; got 'gan'"),
         ({"attack": "cw"}, "attack: expected one of clean, noise, .*; got 'cw'"),
         ({"gradient": "numeric"}, "gradient: expected one of exact, .*; got 'numeric'"),
-        ({"n_iter": 0}, "n_iter: expected a number greater than 0; got 0"),
-        ({"n_steps": -2}, "n_steps: expected a number greater than 0; got -2"),
+        ({"n_iter": 0}, "n_iter: expected a whole number of at least 1; got 0"),
+        ({"n_steps": -2}, "n_steps: expected a whole number of at least 1; got -2"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused(given, message):

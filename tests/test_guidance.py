@@ -213,7 +213,7 @@ def test_settings_of_candidates_are_checked():
         lambda: Smoothed(classifier, 0.1, draws=0),
         lambda: Averaged(classifier, Purifier(score), 0),
     ):
-        with pytest.raises(ValueError, match="draws: expected a number greater than 0; got 0"):
+        with pytest.raises(ValueError, match="draws: expected a whole number of at least 1; got 0"):
             make()
 
 

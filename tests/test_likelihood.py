@@ -323,7 +323,7 @@ def test_it_is_a_classifier_like_any_other():
         ({"gradient": "exakt"}, "expected one of exact, first_order, bpda; got 'exakt'"),
         ({"gradient": "adjoint"}, "no SDE, so no adjoint.*expected one of exact, .*got 'adjoint'"),
         ({"sigma": (0.6, 0.4)}, r"sigma: expected \(low, high\) with 0 < low <= high; got \(0.6, 0.4\)"),
-        ({"n_steps": 0}, "n_steps: expected a number greater than 0; got 0"),
+        ({"n_steps": 0}, "n_steps: expected a whole number of at least 1; got 0"),
         ({"guidance_weight": float("nan")}, "guidance_weight: expected a number .*; got nan"),
         ({"lr": 0}, "lr: expected a number greater than 0; got 0"),
         ({"adam_eps": -1e-8}, "adam_eps: expected a number greater than 0; got -1e-08"),

@@ -134,8 +134,8 @@ def test_a_mistyped_parameter_stops_every_notebook(path):
     ("given", "message"),
     [
         ("norm = 'l3'", "norm: expected one of linf, l2; got 'l3'"),
-        ("n_images = 9999", "n_images.*: expected a number greater than . and at most 512; got 9999"),
-        ("seed = -1", "seed: expected a number greater than -1 and at most .*; got -1"),
+        ("n_images = 9999", "n_images.*: expected a whole number of at least . and at most 512; got 9999"),
+        ("seed = -1", "seed: expected a whole number of at least 0 and at most .*; got -1"),
     ],
 )
 def test_mistakes_stop_at_once(notebook, given, message):

@@ -47,7 +47,7 @@ def test_every_choice_is_drawn(choice):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"index": 512}, "index: expected a number greater than -1 and at most 511"),
+        ({"index": 512}, "index: expected a whole number of at least 0 and at most 511"),
         ({"t_star": 0.4}, "t_star: expected a number greater than 0.001 and at most 0.3"),
         ({"eps": "far"}, "eps: expected a number or a fraction"),
     ],

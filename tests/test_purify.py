@@ -281,7 +281,7 @@ def test_a_vote_by_probabilities_taken_for_logits_is_told_of():
     ("given", "message"),
     [
         ((torch.relu, 3), "model: expected a torch.nn.Module"),
-        ((Coin(), 0), "draws: expected a number greater than 0; got 0"),
+        ((Coin(), 0), "draws: expected a whole number of at least 1; got 0"),
     ],
 )
 def test_a_vote_that_cannot_be_is_refused(given, message):

@@ -81,7 +81,7 @@ def test_one_two_and_seven_shards_make_the_same_records(tmp_path):
 
 
 def test_a_shard_is_checked_before_any_work():
-    with pytest.raises(ValueError, match="shard: expected a number greater than -1 and at most 2; got 3"):
+    with pytest.raises(ValueError, match="shard: expected a whole number of at least 0 and at most 2; got 3"):
         Config(shard=3, num_shards=3)
 
 
