@@ -92,7 +92,9 @@ def draw(choice: Choice) -> Figure:
     found = walks(x, choice)
     wrong = int(np.delete(networks()[0](x).softmax(1)[0].numpy(), label).argmax())
     wrong += wrong >= label  # its place before the true class was taken out
-    figure = plt.figure(figsize=(9, 5.2), layout="constrained")
+    figure = plt.figure(figsize=(9, 5.4), layout="constrained")
+    settings = f"eps = {choice.eps:g}, t* = {choice.t_star:g}, λ = {choice.guidance_weight:g}"
+    figure.suptitle(f"image {choice.index}; {settings}, {N_STEPS} steps", fontsize="medium")
     figures: Any = figure.subfigures(2, 1, height_ratios=(3, 4))
     panels = figures[0].subplots(2, SHOWN + 1)
     for axes, image, name in zip(panels[:, 0], (clean, x), ("image", "attacked"), strict=True):
