@@ -177,7 +177,7 @@ def test_the_command_writes_weights_and_card(cifar, tmp_path, monkeypatch):
         train.main(["--dataset", "cifar10", "--only", "score"])
     with pytest.raises(ValueError, match=r"batch=3.* got one with .*batch=2"):
         train.main([*arguments, "--batch", "3"])
-    with pytest.raises(ValueError, match="--batch: expected a number greater than 0"):
+    with pytest.raises(ValueError, match="--batch: expected a whole number of at least 1"):
         train.main([*arguments, "--batch", "0"])
 
 

@@ -134,7 +134,7 @@ class Audit:
 
     def attacks(self) -> pd.DataFrame:
         """One row per attack and for the worst case, one column per defence."""
-        return accuracies(self._rows(), self._headings()).T.rename_axis("Accuracy (%) under")
+        return accuracies(_rows(self), _headings(self)).T.rename_axis("Accuracy (%) under")
 
     def decisions(self) -> pd.DataFrame:
         """Random defences, decided by N draws: in the worst case, and on clean images."""
@@ -185,7 +185,7 @@ class Audit:
         text, png = self.text(), picture(self.figure(), ALTERNATIVE).data
         files = {
             "audit.md": text.encode(),
-            "audit.csv": long_form(self._rows(), self._headings()).to_csv(index=False).encode(),
+            "audit.csv": long_form(_rows(self), _headings(self)).to_csv(index=False).encode(),
             "audit.png": png,
             "audit.html": html_page(text, {"audit.png": png}).encode(),
         }
@@ -194,26 +194,28 @@ class Audit:
             write_atomically(self.folder / name, partial(Path.write_bytes, data=content))
         return self.folder / "audit.html"
 
-    def _rows(self) -> list[Row]:
-        """Every defence under its attacks and in the worst case; the columns are what attacks are called."""
-        rows = []
-        for name, row in self.measured.rows.items():
-            right = {label: row[key].right for key, label in _labels(self.measured, name).items()}
-            right[WORST] = self.worst[name].right
-            rows.append(Row(name, right, self.settings, {"defence": name}))
-        return rows
 
-    def _headings(self) -> dict[str, str]:
-        """All columns: own attacks, those that were made against others, the worst case, clean images."""
-        called = {key: label for name in self.worst for key, label in _labels(self.measured, name).items()}
-        clean = called.pop("clean")
-        order = sorted(called, key=lambda key: isinstance(key, Transfer))
-        return {label: label for label in [*(called[key] for key in order), WORST, clean]}
+def _rows(audit: Audit) -> list[Row]:
+    """Every defence under its attacks and in the worst case; the columns are what attacks are called."""
+    rows = []
+    for name, row in audit.measured.rows.items():
+        right = {label: row[key].right for key, label in _labels(audit.measured, name).items()}
+        right[WORST] = audit.worst[name].right
+        rows.append(Row(name, right, audit.settings, {"defence": name}))
+    return rows
+
+
+def _headings(audit: Audit) -> dict[str, str]:
+    """All columns: own attacks, those that were made against others, the worst case, clean images."""
+    called = {key: label for name in audit.worst for key, label in _labels(audit.measured, name).items()}
+    clean = called.pop("clean")
+    order = sorted(called, key=lambda key: isinstance(key, Transfer))
+    return {label: label for label in [*(called[key] for key in order), WORST, clean]}
 
 
 def _figure(audit: Audit) -> Figure:
     use_style()
-    labels, rows = [*audit._headings()], audit._rows()
+    labels, rows = [*_headings(audit)], _rows(audit)
     figure, (under, larger) = plt.subplots(
         1, 2, figsize=(9.5, 1.2 + 0.24 * len(labels)), width_ratios=(3, 2), layout="constrained"
     )
