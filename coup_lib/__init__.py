@@ -4,7 +4,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Where another program has a core, OpenMP's threads that spin while they wait take up to ten times as long.
+# Where another program has a core, OpenMP's threads that spin while they wait take several times as long.
 # It has to be said before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ import random_cifar
 from forked import Papermill
 
 from coup_lib import paths
+from coup_lib.evaluation import run
 from coup_lib.evaluation.config import Config
+from coup_lib.evaluation.progress import Plan
 from coup_lib.reporting import readme
 from coup_lib.studies import grids
 
@@ -97,7 +100,15 @@ def test_committed_outputs_are_short_readable_and_of_the_size_that_is_said(path)
 
 def test_long_work_begins_with_a_line_that_says_what_is_to_be_done(capsys, monkeypatch):
     config = Config(n_images=2, n_iter=1, eot=1, n_steps=2)
-    (experiment,) = grids.grid("01_case_study", config, eps_factors=[1.0])
+    plans = []
+    monkeypatch.setattr(run, "Plan", lambda *given, **how: plans.append(how["after"]) or Plan(*given, **how))
+    experiment, other = grids.grid("01_case_study", config, eps_factors=[1.0, 2.0])
+    grids.prepare([experiment, other])
+    experiment.predictions()
+    other.predictions()
+    assert plans[0] > plans[1] == 0  # of what follows
+    capsys.readouterr()
+    (experiment,) = grids.grid("01_case_study", replace(config, seed=1), eps_factors=[1.0])
     grids.prepare([experiment])
     said = r"To do: 1 attacks and 1 evaluations of what they found; about 0:\d\d min on cpu\n"
     assert re.fullmatch(said, capsys.readouterr().out)

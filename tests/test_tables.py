@@ -226,6 +226,7 @@ def test_what_was_foretold_is_counted_beside_the_jobs_in_hand(capsys, monkeypatc
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     monkeypatch.setattr("coup_lib.evaluation.progress.FORETOLD", {})
     left = {tmp_path / "attack": 30.0, tmp_path / "score-attack": 30.0}
+    progress.FORETOLD[tmp_path / "given up"] = 99.0
     foretell(left, 2.0, "cpu")
     plan = Plan([10.0, 10.0], verbose=True, after=40.0)
     plan.start("first")

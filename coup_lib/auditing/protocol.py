@@ -44,7 +44,7 @@ class AuditSettings(Budget):
     max_batch: int
     seed: int
     chunk_size: int = 32
-    n_steps: int = 1  # unknown of a defence of one's own, and not asked for
+    n_steps: int = 1  # unknown of a defence of one's own, and without effect
     shard: int = 0
     num_shards: int = 1
 

@@ -13,6 +13,7 @@ def foretell(left: Mapping[Path, float], seconds: float, device: object) -> None
 
     left: record → cost of what is not there yet. seconds: of a unit of cost.
     """
+    FORETOLD.clear()  # what was foretold before and given up is no part of this
     FORETOLD.update(left)
     scored = sum(path.name.startswith("score-") for path in left)
     todo = f"{len(left) - scored} attacks and {scored} evaluations of what they found"

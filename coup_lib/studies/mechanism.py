@@ -460,7 +460,7 @@ def mechanism_figure(found: Mechanism, config: Config) -> Figure:
     sign_panel(signs, found.controls, config.guidance_weight)
     loss_panels(attacks, steps, found)
     slope_panel(slope, found.slopes)
-    n, half = len(found.controls[0.0]["exact"]), len(found.slopes["coup"]["foretold_exact"])
+    n, half = config.n_images, len(found.slopes["coup"]["foretold_exact"])
     shown = f"robustness against λ, n = {n}", "averaging more draws", "steps from the attacked image"
     titles(panels.flat, (*shown, f"the predicted slope, n = {half}"))
     steps.legend(loc="best", fontsize="small")
