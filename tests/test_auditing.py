@@ -440,13 +440,13 @@ def test_an_audit_foretells_its_work_by_the_time_that_a_decision_takes(
     clock = iter(range(1000))
     monkeypatch.setattr("time.perf_counter", lambda: len(digits.x) * next(clock))  # a second an image
     smoke({"it": net}, digits.x, digits.y, tmp_path, verbose=True)
-    first = capsys.readouterr().out.splitlines()[0]
+    first = capsys.readouterr().err.splitlines()[0]
     said = r"To do: (\d+) attacks and (\d+) evaluations of what they found; about (\d+):\d\d min on cpu"
     attacks, evaluations, minutes = map(int, re.fullmatch(said, first).groups())
     assert evaluations >= attacks > 10
     assert minutes > (2 * SMOKE.n_draws * evaluations + 2 * SMOKE.n_iter) * len(digits.x) / 60
     smoke({"it": net}, digits.x, digits.y, tmp_path, verbose=True)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_what_is_nested_deeply_is_looked_through(digits, net):
@@ -742,7 +742,7 @@ def test_an_audits_page(digits, net, tmp_path, capsys):
     defences = {"mine": Changed(fresh_noise, net), "plain & simple"[:5]: net}
     found = smoke(defences, digits.x, digits.y, tmp_path, outside=True, verbose=True)
     after = len(protocol.radii((1, 8, 8), "linf", EPS)) + 1 + len(TRIED)  # 1: many draws
-    assert capsys.readouterr().out.count(" done in ") == 1 + after
+    assert capsys.readouterr().err.count(" done in ") == 1 + after
     page = found.save()
     assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
         f"audit.{end}" for end in ("csv", "html", "md", "png")

@@ -1,6 +1,7 @@
 """Sources × targets on a few digits, and how draws become accuracies."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -303,6 +304,15 @@ def test_an_unknown_classifier_is_refused():
         Evaluation(Config(), "resnet")
 
 
+def test_a_long_attack_says_how_far_it_is_within_a_chunk(results_folder, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr("coup_lib.evaluation.progress.time.monotonic", lambda: next(clock))
+    evaluation = Evaluation(Config(n_images=4, n_iter=4, eot=1, n_draws=2))
+    evaluation.predictions({"none": {"attack": against("pgd", "none")}})
+    said = [int(share) for share in re.findall(r"\[1/2\] .*: (\d+)% done", capsys.readouterr().err)]
+    assert said[:4] == [25, 50, 75, 99] == sorted(set(said))
+
+
 def test_columns_and_their_records(results_folder, capsys):
     config = Config(n_images=6, n_draws=3)
     columns = Evaluation(config).columns(("none", "reverse", "coup"))
@@ -313,7 +323,7 @@ def test_columns_and_their_records(results_folder, capsys):
     assert columns["reverse"]["adaptive"] is columns["reverse"]["from_reverse"]
     assert columns["none"]["adaptive"] is columns["none"]["from_none"]
     assert columns["coup"]["clean"].report.shape == (6, 3) and columns["coup"]["clean"].average.shape == (6,)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "[1/8] cnn-small: clean: started" in said and "all 8 done in" in said
 
     path = next(results_folder.rglob("score-coup-on-cnn-small-linf-apgd-ce-coup-first_order-*.json"))

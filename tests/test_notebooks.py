@@ -101,19 +101,20 @@ def test_committed_outputs_are_short_readable_and_of_the_size_that_is_said(path)
 def test_long_work_begins_with_a_line_that_says_what_is_to_be_done(capsys, monkeypatch):
     config = Config(n_images=2, n_iter=1, eot=1, n_steps=2)
     plans = []
-    monkeypatch.setattr(run, "Plan", lambda *given, **how: plans.append(how["after"]) or Plan(*given, **how))
+    monkeypatch.setattr(run, "Plan", lambda *given, **how: plans.append(how) or Plan(*given, **how))
     experiment, other = grids.grid("01_case_study", config, eps_factors=[1.0, 2.0])
     grids.prepare([experiment, other])
     experiment.predictions()
     other.predictions()
-    assert plans[0] > plans[1] == 0  # of what follows
+    first, second = (how["after"] for how in plans if how["verbose"])
+    assert first > second == 0
     capsys.readouterr()
     (experiment,) = grids.grid("01_case_study", replace(config, seed=1), eps_factors=[1.0])
     grids.prepare([experiment])
     said = r"To do: 1 attacks and 1 evaluations of what they found; about 0:\d\d min on cpu\n"
-    assert re.fullmatch(said, capsys.readouterr().out)
+    assert re.fullmatch(said, capsys.readouterr().err)
     experiment.predictions()
-    assert "all 2 done in 0:" in capsys.readouterr().out
+    assert "all 2 done in 0:" in capsys.readouterr().err
     grids.prepare([experiment])
     experiment.predictions()
     assert capsys.readouterr().out == "Every attack is on record, so none is run.\n"

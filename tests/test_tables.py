@@ -211,13 +211,19 @@ def test_progress_leaves_finished_jobs_out_of_the_estimate(capsys, monkeypatch):
     plan.start("second")
     clock[0] = 20.0
     plan.advance(1, 2)
+    clock[0] = 30.0
+    plan.within(0.5)  # of the second part
     clock[0] = 40.0
     plan.advance(2, 2)
-    plan.start("third")
-    assert capsys.readouterr().out.splitlines() == [
+    plan.start("third", parts=3)
+    clock[0] = 80.0
+    plan.within(1.0)
+    assert capsys.readouterr().err.splitlines() == [
         "[2/3] second: started; 0:00 gone",
-        "[2/3] second: 1 of 2 done; 0:20 gone, about 2:20 left",
+        "[2/3] second: 50% done; 0:20 gone, about 2:20 left",
+        "[2/3] second: 75% done; 0:30 gone, about 2:10 left",
         "[3/3] third: started; 0:40 gone, about 2:00 left",
+        "[3/3] third: 33% done; 1:20 gone, about 1:20 left",
     ]
 
 
@@ -234,7 +240,7 @@ def test_what_was_foretold_is_counted_beside_the_jobs_in_hand(capsys, monkeypatc
     plan.advance(1, 1)
     plan.start("second")
     assert left == progress.FORETOLD
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "To do: 1 attacks and 1 evaluations of what they found; about 2:00 min on cpu",
         "[1/2] first: started; 0:00 gone",
         "[2/2] second: started; 0:20 gone, about 0:20 left, 1:40 with all that follows",
@@ -248,13 +254,13 @@ def test_nothing_is_said_of_what_is_read_back_nor_twice_in_a_moment(capsys, monk
         plan.start(label)
         plan.advance(1, 2)
     plan.end()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     plan = Plan([1.0, 1.0], verbose=True)
     for label in ("first", "second"):
         plan.start(label)
         plan.advance(1, 2)
     plan.end()
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     assert printed == ["[1/2] first: started; 0:00 gone", "all 2 done in 0:00"]
 
 

@@ -15,8 +15,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
@@ -180,10 +180,8 @@ def step_seconds(name: str, options: argparse.Namespace) -> float:
 def make_records(names: Sequence[str], out: Path, worker: int, count: int, end: float) -> None:
     """Make the records of steps as one of so many processes; the first one says and notes how far it is."""
     follow_parent()
-    if worker:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     before, began = {} if worker else costs(names), time.monotonic()
-    with suppress(records.OutOfTime), records.until(end):
+    with silenced() if worker else nullcontext(), suppress(records.OutOfTime), records.until(end):
         for name in names:
             print(f"{name}: {TABLES[name].papermill}", flush=True)
             grids.compute(TABLES[name].run, TABLES[name].settings | {"shard": worker, "num_shards": count})
@@ -194,6 +192,13 @@ def make_records(names: Sequence[str], out: Path, worker: int, count: int, end: 
         seconds = (time.monotonic() - began) / made
         for name, cost in after.items():
             note(out, name, left=seconds * cost)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """In here nothing is printed; an error that leaves it is."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def costs(names: Sequence[str]) -> dict[str, float]:

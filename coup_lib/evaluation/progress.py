@@ -17,7 +17,12 @@ def foretell(left: Mapping[Path, float], seconds: float, device: object) -> None
     FORETOLD.update(left)
     scored = sum(path.name.startswith("score-") for path in left)
     todo = f"{len(left) - scored} attacks and {scored} evaluations of what they found"
-    print(f"To do: {todo}; about {clock(seconds * sum(left.values()))} min on {device}", flush=True)
+    say(f"To do: {todo}; about {clock(seconds * sum(left.values()))} min on {device}")
+
+
+def say(text: str) -> None:
+    """Print a line of progress: in a notebook below its cell, else on stderr, beside what a command finds."""
+    print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
 
 
 class Plan:
@@ -36,20 +41,25 @@ class Plan:
         self, costs: Sequence[float], *, verbose: bool, after: float = 0.0, every: float = 10.0
     ) -> None:
         self.costs, self.verbose, self.after, self.every = list(costs), verbose, after, every
-        self.index, self.here = -1, 0.0
+        self.index, self.label, self.parts, self.done, self.share = -1, "", 1, 0, 0.0
         self.began = time.monotonic()
         self.last = self.began - every
 
-    def start(self, label: str) -> None:
-        """Begin the next job."""
-        self.index, self.label, self.here = self.index + 1, label, 0.0
+    def start(self, label: str, parts: int = 1) -> None:
+        """Begin the next job, of so many parts."""
+        self.index, self.label, self.parts, self.done, self.share = self.index + 1, label, parts, 0, 0.0
         self._say("started")
 
     def advance(self, done: int, total: int) -> None:
         """`done` of the current job's `total` parts are finished."""
-        self.here = self.costs[self.index] * done / total
+        self.done, self.parts, self.share = done, total, done / total
         if done < total:
-            self._say(f"{done} of {total} done")
+            self._say(f"{self.share:.0%} done")
+
+    def within(self, share: float) -> None:
+        """So much of the next part is finished, as far as can be foreseen."""
+        self.share = min(self.done + share, self.parts) / self.parts
+        self._say(f"{self.share:.0%} done")
 
     def end(self) -> None:
         """Say how long it took, unless all was done already."""
@@ -59,7 +69,7 @@ class Plan:
     def _say(self, what: str) -> None:
         if not self.costs[self.index] or time.monotonic() - self.last < self.every:
             return
-        worked = sum(self.costs[: self.index]) + self.here
+        worked = sum(self.costs[: self.index]) + self.share * self.costs[self.index]
         left, elapsed = sum(self.costs) - worked, time.monotonic() - self.began
         estimate = ""
         if worked > 0 and elapsed > self.every:
@@ -76,7 +86,7 @@ class Plan:
                 from IPython.display import clear_output
 
                 clear_output(wait=True)
-            print(text, flush=True)
+            say(text)
 
 
 def in_notebook() -> bool:

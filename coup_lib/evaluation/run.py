@@ -1,6 +1,7 @@
 """Attacks on defences, and predictions on what the attacks made; on record, and computed where missing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -239,6 +240,26 @@ def ran_out_of_memory(error: Exception) -> bool:
     return known or any(text in str(error) for text in said)
 
 
+@contextmanager
+def counted(model: nn.Module, calls: int, progress: Callable[[float], None]) -> Iterator[None]:
+    """In here `progress` is told, after each call of the model, which share of so many images it was given.
+
+    At most 99 %: how many an attack asks about is foreseen roughly.
+    """
+    given = 0
+
+    def count(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        nonlocal given
+        given += len(inputs[0])
+        progress(min(given / max(calls, 1), 0.99))
+
+    hook = model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Runner:
     """Runs attacks on the defences of a bench, and scores targets on the images that they made.
 
@@ -264,6 +285,7 @@ class Runner:
         self.config, self.bench, self.verbose = config, bench, verbose
         self._load_images, self._identify_images = load_images, identify_images
         self.batch = Batch(config.max_batch)
+        self._plan = Plan([0.0], verbose=False)
         self._attacks: dict[Path, Values] = {}
         self._made: dict[Path, np.ndarray] = {}
         self._identified: tuple[Images, str] | None = None
@@ -296,9 +318,10 @@ class Runner:
             jobs.append((f"{target} on images of {len(row)} sources", records))
         left = self.left(rows)
         costs = [sum(left.get(record.path, 0.0) for record in records) for _, records in jobs]
-        plan = Plan(costs, verbose=self.verbose, after=_following(left))
+        plan = self._plan = Plan(costs, verbose=self.verbose, after=_following(left))
         for label, records in jobs:
-            plan.start(f"{part or self.bench.classifier_name}: {label}")
+            parts = len(records) if len(records) > 1 else len(records[0].chunks)
+            plan.start(f"{part or self.bench.classifier_name}: {label}", parts)
             for place, record in enumerate(records, start=1):
                 record.share(plan.advance if len(records) == 1 else None)
                 plan.advance(place, len(records))
@@ -353,8 +376,9 @@ class Runner:
             begin = self._chunk(self.x_adv(spec.start), place) if spec.start else None
             chunk = Images(self._chunk(self.images.x, place), self._chunk(self.images.y, place))
             more: Values = {"place": place, "max_batch": self.batch.most, "start": begin}
-            with products(self.bench.precision(spec.surrogate)):
-                result = attack(self.bench.attacked(spec), chunk, spec, self.config, **more)
+            model, calls = self.bench.attacked(spec), sum(spec.calls(self.config)) * len(chunk)
+            with products(self.bench.precision(spec.surrogate)), counted(model, calls, self._plan.within):
+                result = attack(model, chunk, spec, self.config, **more)
             found = {"robust": result.robust.int().tolist(), "warnings": list(result.warnings)}
             if result.judged is not None:
                 found["judged"] = result.judged.int().tolist()
