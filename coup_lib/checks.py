@@ -1,8 +1,9 @@
 """What inputs have to be: every error names what was expected and what came."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
 
@@ -26,8 +27,16 @@ def in_one_line() -> Iterator[None]:
 def choice(name: str, value: Any, known: Any) -> Any:
     """`value` if it is one of `known`, else a ValueError that names what was expected and what came."""
     if value not in tuple(known):  # a mapping would ask for its hash, which a list has not
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}; got {value!r}")
+        listed = [str(one) for one in known]
+        raise ValueError(f"{name}: expected one of {', '.join(listed)}; got {value!r}{meant(value, listed)}")
     return value
+
+
+def meant(value: Any, known: Sequence[str]) -> str:
+    """A question that names the one of `known` that is nearest to this value; "" if none is near."""
+    near = get_close_matches(str(value), known, n=1)
+    near += [one for one in known if value and one.endswith(f"/{value}")]  # as of a path only the name
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def number(name: str, value: Any, low: float, high: float = float("inf"), *, closed: bool = False) -> float:

@@ -436,6 +436,8 @@ def test_offline_the_message_lists_all_that_is_still_missing(folder, register, m
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"artefact: expected one of ddpmpp-deep, .*; got 'ddpm'"):
         used("ddpm")
+    with pytest.raises(ValueError, match=r"got 'Standard'; did you mean cifar10/Linf/Standard\?$"):
+        used("Standard")
 
 
 def test_the_list_is_sound():

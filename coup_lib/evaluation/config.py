@@ -2,19 +2,18 @@
 
 import ast
 import dataclasses
-import difflib
 import keyword
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from coup_lib.ascent import largest_radius
 from coup_lib.attacks import NORM_LABELS, NORMS
-from coup_lib.checks import choice, count, in_one_line, number, yes_or_no
-from coup_lib.data import SPLITS, split_size, subsets
+from coup_lib.checks import choice, count, in_one_line, meant, number, yes_or_no
+from coup_lib.data import SHAPES, SPLITS, split_size, subsets
 from coup_lib.evaluation.profiles import BUDGETS, PROFILES, PURPOSES, SMOKE_STEPS, Profile
 from coup_lib.gradients import GRADIENTS
 from coup_lib.networks.precision import PRECISIONS
@@ -79,8 +78,8 @@ def from_notebook(settings: type[T], namespace: dict[str, Any], own: Sequence[st
     for name in _assigned_names(namespace.get("In", [])):
         if name not in (*fields, *own, "publish"):
             known = sorted((*fields, *own, "publish"))
-            listed = f"this notebook knows {', '.join(known)}"
-            raise ValueError(f"unknown parameter {name!r}; {listed}{_meant(name, known)}")
+            listed = f"this notebook knows {', '.join(known)}{meant(OTHER_NAMES.get(name, name), known)}"
+            raise ValueError(f"unknown parameter {name!r}; {listed}")
     result = settings(**given, **fixed)
     told = any(isinstance(value, settings) for value in namespace.values())  # by an earlier configuration
     for name, default in fields.items():
@@ -110,14 +109,9 @@ def check_names(lines: list[str]) -> list[str]:
             name = lines[(error.lineno or 1) - 1].split("=")[0].strip()
             if keyword.iskeyword(name) or not name.isidentifier():
                 known = [field.name for field in dataclasses.fields(Config)]
-                raise ValueError(f"unknown parameter {name!r}{_meant(name, known)}") from None
+                near = meant(OTHER_NAMES.get(name, name), known)
+                raise ValueError(f"unknown parameter {name!r}{near}") from None
     return lines
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    """A question that names the known parameter nearest to this one; "" if none is near."""
-    near = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _assigned_names(cells: list[str]) -> list[str]:
@@ -228,7 +222,7 @@ class Config:
             if getattr(self, name) is None:
                 fill(name, value)
         check_classifier(profile.dataset, self.classifier)
-        fill("eps", number("eps", self.eps, 0, 1 if self.norm == "linf" else math.inf))
+        fill("eps", number("eps", self.eps, 0, largest_radius(self.norm, SHAPES[profile.dataset])))
         fill("t_star", number("t_star", self.t_star, 1e-5, profile.t_max))
         # Negative weights are a legitimate control: guidance with its sign flipped.
         fill("guidance_weight", number("guidance_weight", self.guidance_weight, -1e3, 1e3))

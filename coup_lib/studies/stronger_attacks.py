@@ -11,7 +11,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coup_lib.ascent import largest_radius
 from coup_lib.auditing.signs import Sign, compared
+from coup_lib.data import SHAPES
 from coup_lib.defences import LABELS, PAPER
 from coup_lib.evaluation.bench import against
 from coup_lib.evaluation.config import Config, radius
@@ -320,10 +322,10 @@ def eps_experiments(config: Config) -> list[Experiment]:
     Half of the images and half of the iterations.
     """
     small, found = replace(halved(config), n_images=max(2, config.n_images // 2)), []
+    most = largest_radius(config.norm, SHAPES[config.setup.dataset])
     for factor in (0.0, *EPS_FACTORS[config.norm]):
         faced = {name: {factor: against("apgd-ce" if factor else "clean", name)} for name in PAPER}
-        eps = (factor or 1.0) * config.eps
-        found.append(Experiment(replace(small, eps=min(eps, 1.0) if config.norm == "linf" else eps), faced))
+        found.append(Experiment(replace(small, eps=min((factor or 1.0) * config.eps, most)), faced))
     return found
 
 
