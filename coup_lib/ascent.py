@@ -1,6 +1,8 @@
 """What attacks climb by: losses, the ball around an image, and gradients over a model's noise draws."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -68,6 +70,19 @@ def in_parts(function: Callable[..., Sequence[Tensor]], size: int, *rows: Tensor
     return tuple(map(torch.cat, zip(*(function(*part) for part in parts), strict=True)))
 
 
+_told: ContextVar[Callable[[int], None]] = ContextVar("of images in attacks", default=lambda images: None)
+
+
+@contextmanager
+def told(tell: Callable[[int], None]) -> Iterator[None]:
+    """In here `tell` is called with the number of images whenever an attack asks its model."""
+    token = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 class InParts(nn.Module):
     """A model that is called with max_batch images at most, whatever it is asked."""
 
@@ -77,6 +92,7 @@ class InParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, K) of x (n, C, H, W); of no images too, which Square asks for where logits are tied."""
+        _told.get()(len(x))
         if not len(x):
             return x.new_zeros(0, self.classes)
         logits = torch.cat([check_logits(self.model(part), part) for part in x.split(self.max_batch)])
@@ -278,6 +294,7 @@ class PerStep(Keeping):
 
     def _asked(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         defence: Any = self.model.model
+        _told.get()(len(x))
         purified, away = deviation(defence.purifier, x)
         logits = defence.classifier(purified)
         return logits, self.loss(logits, *labels) + away

@@ -33,10 +33,12 @@ def choice(name: str, value: Any, known: Any) -> Any:
 
 
 def meant(value: Any, known: Sequence[str]) -> str:
-    """A question that names the one of `known` that is nearest to this value; "" if none is near."""
-    near = get_close_matches(str(value), known, n=1)
-    near += [one for one in known if value and one.endswith(f"/{value}")]  # as of a path only the name
-    return f"; did you mean {near[0]}?" if near else ""
+    """A question that names those of `known` that are nearest to this value; "" if none is near."""
+    same = [
+        one for one in known if one.split("/")[-1].lower() == str(value).lower()
+    ]  # but for case or folder
+    near = same or get_close_matches(str(value), known, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def number(name: str, value: Any, low: float, high: float = float("inf"), *, closed: bool = False) -> float:

@@ -171,7 +171,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved(digits, tmp_path, capsys):
         return x
 
     smoke({"it": Changed(heavy, linear())}, digits.x[:8], digits.y, tmp_path, max_batch=4, eps=0.1)
-    assert max(largest) == 2 and "out of memory: going on with at most 2" in capsys.readouterr().out
+    assert max(largest) == 2 and "out of memory: going on with at most 2" in capsys.readouterr().err
 
 
 def test_what_a_defence_does_in_place_is_not_the_callers(digits, net, tmp_path):

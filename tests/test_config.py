@@ -47,6 +47,7 @@ def no_smoke(monkeypatch):
         ({"eps": 8}, "eps: expected a number greater than 0 and at most 1; got 8"),
         ({"norm": "l2", "eps": 9}, "eps: expected a number greater than 0 and at most 8; got 9"),
         ({"norm": "l1nf"}, "norm: expected one of linf, l2; got 'l1nf'; did you mean linf?"),
+        ({"budget": "FULL"}, "budget: expected one of smoke, quick, full; got 'FULL'; did you mean full?"),
         (
             {"n_images": 9999},
             "n_images of the test split: expected a whole number of at least 1 and at most 512; got 9999",

@@ -31,6 +31,7 @@ from coup_lib.evaluation.outcomes import (
     worst_case,
     worst_of,
 )
+from coup_lib.evaluation.profiles import PROFILES
 from coup_lib.evaluation.protocol import Evaluation
 from coup_lib.evaluation.records import config_hash
 from coup_lib.evaluation.specs import CLEAN
@@ -304,13 +305,22 @@ def test_an_unknown_classifier_is_refused():
         Evaluation(Config(), "resnet")
 
 
-def test_a_long_attack_says_how_far_it_is_within_a_chunk(results_folder, capsys, monkeypatch):
+@pytest.mark.parametrize(("attack", "target"), [("pgd", "none"), ("per-step", "reverse")])
+def test_a_long_attack_says_how_far_it_is_within_a_chunk(results_folder, capsys, monkeypatch, attack, target):
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr("coup_lib.evaluation.progress.time.monotonic", lambda: next(clock))
-    evaluation = Evaluation(Config(n_images=4, n_iter=4, eot=1, n_draws=2))
-    evaluation.predictions({"none": {"attack": against("pgd", "none")}})
-    said = [int(share) for share in re.findall(r"\[1/2\] .*: (\d+)% done", capsys.readouterr().err)]
-    assert said[:4] == [25, 50, 75, 99] == sorted(set(said))
+    size = PROFILES["digits"].chunk_size
+    evaluation = Evaluation(Config(n_images=2 * size, n_iter=4, eot=1, n_draws=2, n_steps=2))
+    rows = {target: {"attack": against(attack, target)}}
+    evaluation.predictions(rows)
+    shown = r"\[(\d)/2\] .*: (\d+)% done"
+    said = [int(share) for job, share in re.findall(shown, capsys.readouterr().err) if job == "1"]
+    assert len(said) >= 8 and said == sorted(said) and said[0] < 25 and said[-1] == 99
+    for path in results_folder.glob("digits/score-*.json"):  # attacked images that are made again are no job
+        path.unlink()
+    shutil.rmtree(results_folder / "digits" / records.APART)
+    Evaluation(evaluation.config).predictions(rows)
+    assert re.findall(shown, capsys.readouterr().err) == [("2", "50")]
 
 
 def test_columns_and_their_records(results_folder, capsys):
@@ -384,7 +394,7 @@ def test_a_new_target_has_the_attack_run_again_where_its_images_are_gone(results
         path.unlink()
     again = Evaluation(config, verbose=False).predictions(rows)
     assert (again["coup"]["it"].report == there["coup"]["it"].report).all()
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("they are made again from the seed") == 2 and "not to the bit" not in said
 
 
@@ -474,7 +484,7 @@ def test_memory_running_out_halves_the_batch(results_folder, capsys, monkeypatch
         monkeypatch.setattr(paths, "RESULTS", results_folder / str(limit))
         row = Evaluation(config).columns(("none", "reverse"))["reverse"]
         shares.append({name: score.right for name, score in row.items()})
-    assert "out of memory: going on with at most 5 images at once" in capsys.readouterr().out
+    assert "out of memory: going on with at most 5 images at once" in capsys.readouterr().err
     assert all((shares[0][name] == shares[1][name]).all() for name in shares[0])
     Small.limit = 0
     monkeypatch.setattr(paths, "RESULTS", results_folder / "none")

@@ -20,6 +20,7 @@ RUNS = {
     "06_adversarial_training": FULL,
     "07_stronger_attacks": FULL,
     "08_beyond": FULL,
+    "08_beyond@l2": f"{FULL} -p norm l2",
     "09_report": FULL,
 }
 

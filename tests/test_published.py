@@ -438,6 +438,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         used("ddpm")
     with pytest.raises(ValueError, match=r"got 'Standard'; did you mean cifar10/Linf/Standard\?$"):
         used("Standard")
+    name = "Wang2023Better_WRN-28-10"
+    all_of_it = f"cifar10/Linf/{name} or cifar10/L2/{name} or cifar100/Linf/{name}"
+    with pytest.raises(ValueError, match=rf"did you mean {all_of_it}\?$"):
+        used(name)
 
 
 def test_the_list_is_sound():

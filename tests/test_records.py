@@ -155,7 +155,7 @@ def test_arrays_kept_apart_are_made_again_where_they_are_not_here(results_folder
     made = replace(work(square), apart=True).finish()
     assert made["arrays"] == {} and not list(results_folder.glob("digits/*.npz"))
     assert replace(work(None), apart=True).arrays()["x"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
     def gone():
         shutil.rmtree(results_folder / "digits" / records.APART)
@@ -163,11 +163,11 @@ def test_arrays_kept_apart_are_made_again_where_they_are_not_here(results_folder
 
     assert gone()
     assert replace(work(square), apart=True).arrays()["x"].tolist() == [0, 0, 1, 1, 2, 2]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "made again from the seed" in said and "not to the bit" not in said
     assert gone()
     replace(work(lambda chunk: square(chunk) | {"value": -1}), apart=True).arrays()
-    assert "not to the bit what is on record" in capsys.readouterr().out
+    assert "not to the bit what is on record" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_a_worker_waits_for_a_chunk_in_work_and_does_it_if_the_other_fails(resul
     part.share()
     assert [part.chunk_path(chunk).exists() for chunk in range(3)] == [True, False, True]
     assert part.finish()["result"]["values"] == [0, 1, 4]
-    assert re.search(r"another process is working on work-.*\.chunk1of3", capsys.readouterr().out)
+    assert re.search(r"another process is working on work-.*\.chunk1of3", capsys.readouterr().err)
 
 
 def test_a_record_says_whose_code_made_its_chunks(monkeypatch, capsys):
@@ -252,10 +252,10 @@ def test_a_record_says_whose_code_made_its_chunks(monkeypatch, capsys):
     provenance = run(square)["provenance"]
     assert provenance["commit"] == "fedcba9876543210"
     assert [made["commit"] for made in provenance["also"]] == ["0123456789abcdef"]
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: work-") and line.endswith("(commits 0123456789ab, fedcba987654)")
     assert "also" not in run(square, settings={"a": 2})["provenance"]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_where_nothing_may_be_made_a_record_is_read_or_missing():

@@ -41,25 +41,20 @@ class Plan:
         self, costs: Sequence[float], *, verbose: bool, after: float = 0.0, every: float = 10.0
     ) -> None:
         self.costs, self.verbose, self.after, self.every = list(costs), verbose, after, every
-        self.index, self.label, self.parts, self.done, self.share = -1, "", 1, 0, 0.0
+        self.index = -1
         self.began = time.monotonic()
         self.last = self.began - every
 
-    def start(self, label: str, parts: int = 1) -> None:
-        """Begin the next job, of so many parts."""
-        self.index, self.label, self.parts, self.done, self.share = self.index + 1, label, parts, 0, 0.0
+    def start(self, label: str) -> None:
+        """Begin the next job."""
+        self.index, self.label, self.share = self.index + 1, label, 0.0
         self._say("started")
 
-    def advance(self, done: int, total: int) -> None:
-        """`done` of the current job's `total` parts are finished."""
-        self.done, self.parts, self.share = done, total, done / total
+    def advance(self, done: float, total: int) -> None:
+        """`done` of the current job's `total` parts are finished, one of them perhaps in part."""
+        self.share = done / total
         if done < total:
-            self._say(f"{self.share:.0%} done")
-
-    def within(self, share: float) -> None:
-        """So much of the next part is finished, as far as can be foreseen."""
-        self.share = min(self.done + share, self.parts) / self.parts
-        self._say(f"{self.share:.0%} done")
+            self._say(f"{int(100 * self.share)}% done")
 
     def end(self) -> None:
         """Say how long it took, unless all was done already."""

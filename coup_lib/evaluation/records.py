@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from coup_lib import paths
+from coup_lib.evaluation.progress import say
 from coup_lib.evaluation.store import Document, published
 from coup_lib.files import write_atomically
 from coup_lib.networks.precision import products
@@ -43,7 +44,7 @@ APART = "images"  # the folder beside the records for arrays that can be made ag
 PROTOCOL = 2  # part of every hash: raise it when a change of the code changes what a record means
 PACKAGES = ("torch", "torchsde", "numpy", "scikit-learn", "pyautoattack", "autoattack", "coup-lib")
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float, int], None]  # of chunks done, the one in work in part, and chunks in all
 Values = dict[str, Any]
 
 
@@ -85,6 +86,15 @@ def reading_only() -> Iterator[None]:
         yield
     finally:
         _reading_only.reset(token)
+
+
+_told: ContextVar[Callable[[float], None] | None] = ContextVar("of the chunk in work", default=None)
+
+
+def tell(share: float) -> None:
+    """Say, from within a chunk, that so much of it is done."""
+    if told := _told.get():
+        told(share)
 
 
 def config_hash(settings: dict[str, Any]) -> str:
@@ -150,7 +160,7 @@ class ChunkedRecord:
     def share(self, progress: Progress | None = None) -> None:
         """Compute the chunks that are not there yet and that nobody works on; wait for nobody else's.
 
-        progress is called as progress(chunks done, chunks in all) after each.
+        progress is called as progress(chunks done, chunks in all) after each, and when one says `tell`.
         """
         self._make(progress, wait=False)
 
@@ -168,10 +178,10 @@ class ChunkedRecord:
         """The arrays that are kept apart; where they are not here they are made again, and this says so."""
         kept, whole = self.finish()["result"], self._with_arrays()
         if not is_complete(whole.path):
-            print(f"{self.name}: its arrays are not here; they are made again from the seed", flush=True)
+            say(f"{self.name}: its arrays are not here; they are made again from the seed")
         made = whole.finish()
         if made["result"] | kept != made["result"]:  # older records hold less
-            print(f"{self.name}: what was made again is not to the bit what is on record", flush=True)
+            say(f"{self.name}: what was made again is not to the bit what is on record")
         return made["arrays"]
 
     def _with_arrays(self) -> "ChunkedRecord":
@@ -186,9 +196,13 @@ class ChunkedRecord:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             files = [self.chunk_path(index) for index in range(len(self.chunks))]
             for index in self.worker.order(len(files)):
-                self._make_chunk(index, wait)
+                token = _told.set(progress and partial(_in_part, progress, files))
+                try:
+                    self._make_chunk(index, wait)
+                finally:
+                    _told.reset(token)
                 if progress:
-                    progress(sum(file.exists() for file in files), len(files))
+                    progress(_done(files), len(files))
             if all(file.exists() for file in files):
                 self._write(files, wait)
         if is_complete(self.path):
@@ -228,7 +242,7 @@ class ChunkedRecord:
             made["also"] = list(others.values())
             commits = ", ".join(sorted({by["commit"][:12] for by in (made, *others.values())}))
             what = "mixes versions of the code or its packages"
-            print(f"warning: {self.path.stem} {what} (commits {commits})", flush=True)
+            say(f"warning: {self.path.stem} {what} (commits {commits})")
         return made
 
     def _put(self, arrays: Values, result: Values, made: dict[str, Any]) -> None:
@@ -327,13 +341,21 @@ def _read_chunk(path: Path) -> dict[str, Any] | None:
     whole = path.read_bytes()
     content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
-        print(f"{path.name} is damaged; it is made again", flush=True)
+        say(f"{path.name} is damaged; it is made again")
         path.unlink()
         return None
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = dict(file)
     about = json.loads(arrays.pop(ABOUT).item())
     return about | {"values": about["values"] | arrays}
+
+
+def _done(files: Iterable[Path]) -> int:
+    return sum(file.exists() for file in files)
+
+
+def _in_part(progress: Progress, files: Sequence[Path], share: float) -> None:
+    progress(_done(files) + share, len(files))
 
 
 def _check_time(name: str, chunks: Iterable[Path]) -> None:
@@ -356,7 +378,7 @@ def _lock(path: Path, wait: bool) -> Iterator[bool]:
         if not wait:
             yield False
             return
-        print(f"another process is working on {path.name}; waiting for it", flush=True)
+        say(f"another process is working on {path.name}; waiting for it")
         lock.acquire()
     try:
         yield True

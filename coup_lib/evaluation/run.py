@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coup_lib.ascent import told
 from coup_lib.attacks import Attack, AttackResult
 from coup_lib.data import Images
 from coup_lib.evaluation.config import Settings
 from coup_lib.evaluation.identity import of_images
 from coup_lib.evaluation.noise import ATTACK, DEFENCE, REPORT, SELECT, image_seeds, seed_of
 from coup_lib.evaluation.outcomes import Predictions
-from coup_lib.evaluation.progress import FORETOLD, Plan
-from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete
+from coup_lib.evaluation.progress import FORETOLD, Plan, say
+from coup_lib.evaluation.records import ChunkedRecord, Worker, is_complete, tell
 from coup_lib.evaluation.specs import WITHOUT_MODEL, AttackSpec, Rows
 from coup_lib.networks.precision import products
 from coup_lib.outside import OUTSIDE
@@ -228,7 +229,7 @@ class Batch:
                 # Not in the except clause: there the traceback still holds what filled the memory.
                 self.most //= 2
                 torch.cuda.empty_cache()
-                print(f"out of memory: going on with at most {self.most} images at once", flush=True)
+                say(f"out of memory: going on with at most {self.most} images at once")
 
         return fitted
 
@@ -241,23 +242,20 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def counted(model: nn.Module, calls: int, progress: Callable[[float], None]) -> Iterator[None]:
-    """In here `progress` is told, after each call of the model, which share of so many images it was given.
+def told_of_all(images: int) -> Iterator[None]:
+    """In here an attack that asks its model about so many images says how far its chunk is: 99 % at most.
 
-    At most 99 %: how many an attack asks about is foreseen roughly.
+    How many it asks about is foreseen roughly.
     """
-    given = 0
+    answered = 0
 
-    def count(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-        nonlocal given
-        given += len(inputs[0])
-        progress(min(given / max(calls, 1), 0.99))
+    def tell_share(more: int) -> None:
+        nonlocal answered
+        answered += more
+        tell(min(answered / max(images, 1), 0.99))
 
-    hook = model.register_forward_hook(count)
-    try:
+    with told(tell_share):
         yield
-    finally:
-        hook.remove()
 
 
 class Runner:
@@ -285,7 +283,6 @@ class Runner:
         self.config, self.bench, self.verbose = config, bench, verbose
         self._load_images, self._identify_images = load_images, identify_images
         self.batch = Batch(config.max_batch)
-        self._plan = Plan([0.0], verbose=False)
         self._attacks: dict[Path, Values] = {}
         self._made: dict[Path, np.ndarray] = {}
         self._identified: tuple[Images, str] | None = None
@@ -318,10 +315,9 @@ class Runner:
             jobs.append((f"{target} on images of {len(row)} sources", records))
         left = self.left(rows)
         costs = [sum(left.get(record.path, 0.0) for record in records) for _, records in jobs]
-        plan = self._plan = Plan(costs, verbose=self.verbose, after=_following(left))
+        plan = Plan(costs, verbose=self.verbose, after=_following(left))
         for label, records in jobs:
-            parts = len(records) if len(records) > 1 else len(records[0].chunks)
-            plan.start(f"{part or self.bench.classifier_name}: {label}", parts)
+            plan.start(f"{part or self.bench.classifier_name}: {label}")
             for place, record in enumerate(records, start=1):
                 record.share(plan.advance if len(records) == 1 else None)
                 plan.advance(place, len(records))
@@ -376,9 +372,9 @@ class Runner:
             begin = self._chunk(self.x_adv(spec.start), place) if spec.start else None
             chunk = Images(self._chunk(self.images.x, place), self._chunk(self.images.y, place))
             more: Values = {"place": place, "max_batch": self.batch.most, "start": begin}
-            model, calls = self.bench.attacked(spec), sum(spec.calls(self.config)) * len(chunk)
-            with products(self.bench.precision(spec.surrogate)), counted(model, calls, self._plan.within):
-                result = attack(model, chunk, spec, self.config, **more)
+            asked = len(chunk) * sum(spec.calls(self.config))
+            with products(self.bench.precision(spec.surrogate)), told_of_all(asked):
+                result = attack(self.bench.attacked(spec), chunk, spec, self.config, **more)
             found = {"robust": result.robust.int().tolist(), "warnings": list(result.warnings)}
             if result.judged is not None:
                 found["judged"] = result.judged.int().tolist()

@@ -16,7 +16,7 @@ from coup_lib.checks import choice, in_one_line
 from coup_lib.data import SHAPES, load_split
 from coup_lib.defences import PAPER
 from coup_lib.evaluation.config import Config
-from coup_lib.evaluation.progress import foretell
+from coup_lib.evaluation.progress import foretell, say
 from coup_lib.evaluation.protocol import Evaluation, Experiment, Grid, Measurement, paper_attacks
 from coup_lib.networks import published, zoo
 from coup_lib.networks.precision import products
@@ -198,7 +198,7 @@ def prepare(experiments: Grid) -> None:
         config = experiments[0].config
         foretell(left, seconds_of_a_call(config), config.torch_device)
     else:
-        print("Every attack is on record, so none is run.", flush=True)
+        say("Every attack is on record, so none is run.")
 
 
 def seconds_of_a_call(config: Config, precision: str = "float32") -> float:
