@@ -22,7 +22,7 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "written", [])
     monkeypatch.setattr(publishing, "missing", [])
     monkeypatch.delenv("COUP_SMOKE")
-    monkeypatch.setattr(records, "read_here", set())
+    monkeypatch.setattr(records, "asked_for", set())
     return tmp_path
 
 
@@ -44,11 +44,17 @@ def test_a_run_that_is_not_asked_to_publish_changes_nothing_published(checkout):
 
 
 def test_what_is_published_are_the_tables_and_the_records_of_the_run(checkout, capsys):
-    records.record("digits", "another", {}, lambda: {"values": [1]})
-    records.read_here.clear()  # made by another run
+    for name in ("another", "attack"):
+        records.record("digits", name, {}, lambda: {"values": [1]})
+    records.asked_for.clear()  # made by another run, which shares the work with this one
+    one = records.ChunkedRecord("digits", "attack", {}, [0], lambda _: {}, lambda parts: {})
+    one.share()  # as an attack whose images were scored already: nobody asks for its numbers
     run(512)
     assert there(checkout) == ["measured.json", "table1.csv", "table1.md"]
-    assert len(store.published(checkout / "results" / "digits")) == 1
+    assert {name.split("-")[0] for name in store.published(checkout / "results" / "digits")} == {
+        "attack",
+        "work",
+    }
     said = capsys.readouterr().out
     assert "published: 2 figures and tables" in said
     assert str(paths.ROOT) not in said  # it is committed with a notebook's output

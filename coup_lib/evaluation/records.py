@@ -48,7 +48,7 @@ Progress = Callable[[float, int], None]  # of chunks done, the one in work in pa
 Values = dict[str, Any]
 
 
-read_here: set[Path] = set()  # the files of unpublished records that this process has read
+asked_for: set[Path] = set()  # the files of unpublished records that this process has looked for and found
 
 
 class Missing(LookupError):
@@ -295,9 +295,7 @@ def _read(path: Path) -> Document:
     document, place = _find(path)
     if document is None:
         raise FileNotFoundError(f"no record {path.stem} in {path.parent}")
-    if place.exists():
-        read_here.add(place)
-    else:
+    if not place.exists():
         document = published(place.parent)[place.stem]
     arrays = {}
     if document["arrays"]:
@@ -309,6 +307,7 @@ def _read(path: Path) -> Document:
 def _find(path: Path) -> tuple[Document | None, Path]:
     """The record of this file or else the published one, packed, if any; and what its arrays lie beside."""
     if path.exists():
+        asked_for.add(path)
         return json.loads(path.read_text()), path
     for folder in (path.parent, paths.PUBLISHED / path.parent.name):
         if path.stem in (there := published(folder)):

@@ -45,14 +45,14 @@ def incomplete(what: str) -> None:
 
 @in_one_line()
 def finish(publish: Any) -> None:
-    """At a notebook's end: publish the figures, tables and records that it wrote or read, if asked to.
+    """At a notebook's end: publish what it drew and the records that it took, if asked to.
 
     Raises:
         ValueError: for a smoke run, a page with something missing, or a table of fewer images, a smaller
             budget or other settings than the published one; then nothing is published.
     """
     if yes_or_no("publish", publish):
-        _publish(written, [path for path in records.read_here if path.exists()])
+        _publish(written, [path for path in records.asked_for if path.exists()])
 
 
 def _publish(written: Iterable[Path], made: Iterable[Path]) -> None:
