@@ -33,11 +33,11 @@ def choice(name: str, value: Any, known: Any) -> Any:
 
 
 def meant(value: Any, known: Sequence[str]) -> str:
-    """A question that names those of `known` that are nearest to this value; "" if none is near."""
-    same = [
-        one for one in known if one.split("/")[-1].lower() == str(value).lower()
-    ]  # but for case or folder
-    near = same or get_close_matches(str(value), known, n=1, cutoff=0.7)
+    """A question that names what of `known` a text may stand for; "" if nothing is near, or it is no text."""
+    if not isinstance(value, str):
+        return ""
+    same = [one for one in known if one.split("/")[-1].lower() == value.lower()]  # but for case or folder
+    near = same or get_close_matches(value, known, n=1, cutoff=0.7)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
