@@ -1,7 +1,7 @@
 """What attacks climb by: losses, the ball around an image, and gradients over a model's noise draws."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.checks import check_logits, choice, count
+from coup_lib.contexts import assigned
 from coup_lib.gradients import THROUGH_STEPS, replayed
 from coup_lib.guidance import FirstOrder, to_state
 from coup_lib.purify import Purified, Purifier
@@ -73,14 +74,9 @@ def in_parts(function: Callable[..., Sequence[Tensor]], size: int, *rows: Tensor
 _told: ContextVar[Callable[[int], None]] = ContextVar("of images in attacks", default=lambda images: None)
 
 
-@contextmanager
-def told(tell: Callable[[int], None]) -> Iterator[None]:
+def told(tell: Callable[[int], None]) -> AbstractContextManager[None]:
     """In here `tell` is called with the number of images whenever an attack asks its model."""
-    token = _told.set(tell)
-    try:
-        yield
-    finally:
-        _told.reset(token)
+    return assigned(_told, tell)
 
 
 class InParts(nn.Module):

@@ -8,7 +8,7 @@ bpda         the identity (in `purify.Purifier`: it skips the forward noise and 
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.backends import cudnn
 from torch.overrides import TorchFunctionMode
 
 from coup_lib.checks import choice, in_one_line, number
+from coup_lib.contexts import assigned
 from coup_lib.guidance import FirstOrder, Guided
 from coup_lib.randomness import Source, States, alike, restored, set_states, sources, states_of
 from coup_lib.sde import VPSDE
@@ -96,14 +97,9 @@ def solve_with_gradient(
 _graphs = ContextVar("purifications that share one graph", default=1)
 
 
-@contextmanager
-def in_one_graph(purifications: int) -> Iterator[None]:
+def in_one_graph(purifications: int) -> AbstractContextManager[None]:
     """In here so many purifications are differentiated together, and share the room for activations."""
-    token = _graphs.set(_graphs.get() * purifications)
-    try:
-        yield
-    finally:
-        _graphs.reset(token)
+    return assigned(_graphs, _graphs.get() * purifications)
 
 
 @in_one_line()

@@ -1,7 +1,7 @@
 """Classifier-confidence guidance (Sec. 4.1.2): a wrapper that adds itself to a score."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from weakref import WeakSet
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coup_lib.checks import check_like, check_logits, count, number, warn_of_probabilities
+from coup_lib.contexts import assigned
 from coup_lib.hessian import frozen_layers
 from coup_lib.score import agreed_sde, sde_of
 from coup_lib.sde import VPSDE, per_image
@@ -109,14 +110,9 @@ class FirstOrder(nn.Module):
             return self.score(x, t)
 
 
-@contextmanager
-def guidance_is_constant(whether: bool) -> Iterator[None]:
+def guidance_is_constant(whether: bool) -> AbstractContextManager[None]:
     """In here `held` cuts guidance off from its graph, or does not."""
-    token = _constant.set(whether)
-    try:
-        yield
-    finally:
-        _constant.reset(token)
+    return assigned(_constant, whether)
 
 
 def held(x: Tensor) -> Tensor:

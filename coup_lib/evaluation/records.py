@@ -20,10 +20,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from coup_lib import paths
+from coup_lib.contexts import assigned
 from coup_lib.evaluation.progress import say
 from coup_lib.evaluation.store import Document, published
 from coup_lib.files import write_atomically
@@ -65,36 +66,25 @@ class OutOfTime(RuntimeError):
 _end = ContextVar("when the last chunk has to be done, by time.monotonic()", default=math.inf)
 
 
-@contextmanager
-def until(end: float) -> Iterator[None]:
+def until(end: float) -> AbstractContextManager[None]:
     """In here no chunk is begun that would end later, if it takes as long as its record's last one did.
 
     end: by time.monotonic(). Raises `OutOfTime` instead; asking again later goes on from there.
     """
-    token = _end.set(end)
-    try:
-        yield
-    finally:
-        _end.reset(token)
+    return assigned(_end, end)
 
 
-@contextmanager
-def reading_only() -> Iterator[None]:
+def reading_only() -> AbstractContextManager[None]:
     """In here a record that is not there is not made: `Missing` is raised."""
-    token = _reading_only.set(True)
-    try:
-        yield
-    finally:
-        _reading_only.reset(token)
+    return assigned(_reading_only, True)
 
 
-_told: ContextVar[Callable[[float], None] | None] = ContextVar("of the chunk in work", default=None)
+_told: ContextVar[Callable[[float], None]] = ContextVar("of the chunk in work", default=lambda share: None)
 
 
 def tell(share: float) -> None:
     """Say, from within a chunk, that so much of it is done."""
-    if told := _told.get():
-        told(share)
+    _told.get()(share)
 
 
 def config_hash(settings: dict[str, Any]) -> str:
@@ -195,15 +185,18 @@ class ChunkedRecord:
                 raise Missing(f"{self.name} is not on record")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             files = [self.chunk_path(index) for index in range(len(self.chunks))]
-            for index in self.worker.order(len(files)):
-                token = _told.set(progress and partial(_in_part, progress, files))
-                try:
-                    self._make_chunk(index, wait)
-                finally:
-                    _told.reset(token)
+            done = sum(file.exists() for file in files)
+
+            def told(share: float) -> None:
                 if progress:
-                    progress(_done(files), len(files))
-            if all(file.exists() for file in files):
+                    progress(done + share, len(files))
+
+            with assigned(_told, told):
+                for index in self.worker.order(len(files)):
+                    self._make_chunk(index, wait)
+                    done = sum(file.exists() for file in files)
+                    told(0)
+            if done == len(files):
                 self._write(files, wait)
         if is_complete(self.path):
             self._delete_chunks()
@@ -347,14 +340,6 @@ def _read_chunk(path: Path) -> dict[str, Any] | None:
         arrays = dict(file)
     about = json.loads(arrays.pop(ABOUT).item())
     return about | {"values": about["values"] | arrays}
-
-
-def _done(files: Iterable[Path]) -> int:
-    return sum(file.exists() for file in files)
-
-
-def _in_part(progress: Progress, files: Sequence[Path], share: float) -> None:
-    progress(_done(files) + share, len(files))
 
 
 def _check_time(name: str, chunks: Iterable[Path]) -> None:
